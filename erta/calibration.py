@@ -1,0 +1,265 @@
+"""Offline calibration: one uncached pass over a few prompts, then plans for any threshold or budget."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from erta.errors import BudgetError, ErtaError
+from erta.grid import adjusted_sigmas, step_scale
+from erta.hooks import OBSERVER_NAME, ObserverHook, attach, detach
+from erta.plan import Plan, Rectification
+from erta.rectifier import fit_linear
+from erta.schedule import (
+    Mask,
+    budget_mask,
+    check_count,
+    reuse_errors,
+    sources,
+    steps_for_speedup,
+    threshold_mask,
+    uniform_mask,
+)
+from erta.scheduler import nominal_sigmas, step_index
+from erta.session import SESSION, call_arguments
+from erta.signature import check_signature, find_denoiser, model_signature
+from erta.statistics import PHI_DENOMINATORS, PairStatistics, TrajectoryObserver
+
+SCHEMA = "erta.calibration/1"
+DEFAULT_WINDOW = 16
+POLICIES = ("threshold", "uniform")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of uncached trajectories, what they were made for (`signature`) and how (`record`)."""
+
+    statistics: PairStatistics
+    signature: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.signature["sigmas"]) - 1
+
+    @property
+    def rel_l1(self) -> np.ndarray:
+        """The profile that schedules are made from, (num_steps, window): mean over prompts and branches."""
+        return np.where(self.statistics.rel_l1.count[0] > 0, self.statistics.rel_l1.mean[0], np.nan)
+
+    def plan(
+        self,
+        *,
+        threshold: float | None = None,
+        speedup: float | None = None,
+        steps: int | None = None,
+        policy: str = "threshold",
+        adjust_time: bool = True,
+        rectify: bool = True,
+        phi_denominator: str = "velocity",
+        corrector_at_reused: bool = True,
+        reuse: str = "residual",
+    ) -> Plan:
+        """A plan for exactly one of a threshold, a speed-up in forwards, or a number of computed steps.
+
+        Args:
+            policy: `threshold`, the paper's offline policy, or `uniform`, evenly spread steps.
+            adjust_time: the paper's trajectory-aware timestep adjustment.
+            rectify: the paper's error rectification, per step, branch and channel.
+            phi_denominator: `velocity` or `increment`; the sources differ (see `erta.statistics`).
+            corrector_at_reused: False switches UniPC's corrector off at reused steps.
+            reuse: `residual` (the paper) or `velocity`.
+
+        Raises BudgetError for a budget that cannot be met, ErtaError for options that do not go together.
+        """
+        mask = self._mask(threshold, speedup, steps, policy)
+        if phi_denominator not in PHI_DENOMINATORS:
+            raise ErtaError(f"phi_denominator must be one of {', '.join(PHI_DENOMINATORS)}, not {phi_denominator!r}")
+        if reuse == "velocity" and (rectify or adjust_time):
+            raise ErtaError("adjust_time and rectify are fitted for reuse='residual': switch them off for 'velocity'")
+        sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
+        phi = self.phi(mask, phi_denominator)
+        errors = reuse_errors(self.rel_l1, mask)
+        return Plan(
+            mask=mask,
+            sigmas=adjusted_sigmas(sigmas, mask, phi) if adjust_time else sigmas,
+            nominal_sigmas=sigmas,
+            reuse=reuse,
+            rectification=self.rectification(mask) if rectify else None,
+            corrector_at_reused=corrector_at_reused,
+            branches=tuple(self.signature["branches"]),
+            latent_shape=tuple(self.signature["latent_shape"]),
+            guidance_scale=self.signature["guidance_scale"],
+            signature={**self.signature, "dtype": self.record.get("dtype")},
+            report={
+                "policy": policy,
+                "threshold": threshold,
+                "speedup_asked": speedup,
+                "steps_asked": steps,
+                "adjust_time": adjust_time,
+                "rectify": rectify,
+                "phi_denominator": phi_denominator if adjust_time else None,
+                "phi": [None if m else float(p) for m, p in zip(mask, phi, strict=True)] if adjust_time else None,
+                "reuse_error_mean": float(errors.sum() / max(1, mask.count(False))),
+                "reuse_error_max": float(errors.max()),
+            },
+        )
+
+    def phi(self, mask: Mask, denominator: str = "velocity") -> np.ndarray:
+        """Step scale of every step under a mask, (num_steps,): 1 where computed."""
+        ratio = self.statistics.phi_ratio.mean[PHI_DENOMINATORS.index(denominator)]
+        gaps = [step - source for step, source in enumerate(sources(mask))]
+        return np.array([step_scale(ratio[i, gap - 1]) if gap else 1.0 for i, gap in enumerate(gaps)], dtype=np.float64)
+
+    def rectification(self, mask: Mask) -> Rectification:
+        """Coefficients of every reused step; computed steps hold the identity."""
+        fit = fit_linear(self.statistics.moments)
+        branches, num_steps, _, channels = fit.gain.shape
+        gain, offset = np.ones((num_steps, branches, channels)), np.zeros((num_steps, branches, channels))
+        for step, source in enumerate(sources(mask)):
+            if source != step:
+                gain[step], offset[step] = fit.gain[:, step, step - source - 1], fit.offset[:, step, step - source - 1]
+        return Rectification(gain=gain, offset=offset)
+
+    def rectifier_r2(self, mask: Mask) -> np.ndarray:
+        """Share of the error's variance that the rectifier explains, mean over branches and channels; NaN where computed."""
+        r2 = fit_linear(self.statistics.moments).r2.mean(axis=(0, 3))
+        return np.array([r2[i, i - c - 1] if c != i else np.nan for i, c in enumerate(sources(mask))])
+
+    def check(self, pipe: Any) -> None:
+        """Raise SignatureMismatch if `pipe` is not the model and scheduler that this was made for."""
+        check_signature(self.signature, model_signature(pipe))
+
+    def merge(self, other: Calibration) -> Calibration:
+        """Calibration over both sets of prompts; raises SignatureMismatch if they are not of one setup."""
+        check_signature(self.signature, other.signature)
+        record = {**self.record, "prompts": self.record["prompts"] + other.record["prompts"]}
+        record["seconds"] = self.record["seconds"] + other.record["seconds"]
+        return Calibration(self.statistics.merge(other.statistics), self.signature, record)
+
+    def _mask(self, threshold: float | None, speedup: float | None, steps: int | None, policy: str) -> Mask:
+        given = {"threshold": threshold, "speedup": speedup, "steps": steps}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            raise BudgetError(f"give exactly one of threshold, speedup and steps, not {', '.join(named) or 'none'}")
+        if policy not in POLICIES:
+            raise ErtaError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+        if threshold is not None:
+            if policy == "uniform":
+                raise BudgetError("the uniform policy has no threshold: give speedup or steps")
+            return threshold_mask(self.rel_l1, threshold)
+        count = steps_for_speedup(self.num_steps, speedup) if speedup is not None else steps
+        check_count(count, self.num_steps)
+        return uniform_mask(self.num_steps, count) if policy == "uniform" else budget_mask(self.rel_l1, count)
+
+    def save(self, path: str | Path) -> None:
+        """Write tensors and JSON metadata as one safetensors file."""
+        metadata = {"schema": SCHEMA, "signature": json.dumps(self.signature), "record": json.dumps(self.record)}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file({k: np.ascontiguousarray(v) for k, v in self.statistics.to_arrays().items()}, partial, metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a calibration; raises ErtaError if the file is missing, truncated or something else."""
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("schema") != SCHEMA:
+                    raise ErtaError(f"{path} is not a calibration of this version ({metadata.get('schema')!r})")
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            statistics = PairStatistics.from_arrays(arrays)
+            return cls(statistics, json.loads(metadata["signature"]), json.loads(metadata["record"]))
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ErtaError(f"cannot read a calibration from {path}: {error}. Make it again.") from error
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    window: int = DEFAULT_WINDOW,
+    seed: int = 0,
+    on_prompt: Callable[[int, Calibration], None] | None = None,
+    **pipeline_kwargs: Any,
+) -> Calibration:
+    """Run `pipe` uncached over `prompts` and profile its residuals.
+
+    Args:
+        pipe: a diffusers pipeline with one transformer and a scheduler with sigmas.
+        prompts: at least one; the paper's appendix finds 20 as good as 1000.
+        window: how many steps apart a pair may be; longer reuse cannot be planned.
+        seed: prompt k starts from the noise of a CPU generator seeded with seed + k.
+        on_prompt: called after every prompt with its number and the calibration so far (progress, saving).
+        pipeline_kwargs: go to the pipeline: num_inference_steps, guidance_scale, height, width, ...
+
+    Raises ErtaError for no prompts, outputs that are not finite, or guidance that cannot be told apart.
+    """
+    if not prompts:
+        raise ErtaError("calibration needs at least one prompt")
+    if window < 1:
+        raise ErtaError(f"window must be at least 1, not {window}")
+    if pipeline_kwargs.get("num_videos_per_prompt", pipeline_kwargs.get("num_images_per_prompt", 1)) != 1:
+        raise ErtaError("calibrate with one sample per prompt")
+    if SESSION in pipe.__dict__:
+        raise ErtaError("calibrate without a cache: call erta.uninstall(pipe) first")
+    calibration: Calibration | None = None
+    for index, prompt in enumerate(prompts):
+        try:
+            one = _calibrate_one(pipe, prompt, seed + index, window, pipeline_kwargs)
+        except ErtaError as error:
+            raise ErtaError(f"prompt {index + 1} ({prompt!r}): {error}") from error
+        calibration = one if calibration is None else calibration.merge(one)
+        if on_prompt is not None:
+            on_prompt(index, calibration)
+    assert calibration is not None
+    return calibration
+
+
+def _calibrate_one(pipe: Any, prompt: str, seed: int, window: int, pipeline_kwargs: dict[str, Any]) -> Calibration:
+    transformer = find_denoiser(pipe)
+    kwargs = {
+        "output_type": "latent",
+        "generator": torch.Generator("cpu").manual_seed(seed),
+        **pipeline_kwargs,
+        "prompt": prompt,
+    }
+    scale = call_arguments(type(pipe), pipe, (), kwargs).get("guidance_scale")
+    observer = TrajectoryObserver(window, scale)
+    attach(transformer, ObserverHook(observer.observe, lambda: step_index(pipe.scheduler)), OBSERVER_NAME)
+    started = time.perf_counter()
+    try:
+        pipe(**kwargs)
+    finally:
+        detach(transformer, OBSERVER_NAME)
+    sigmas = nominal_sigmas(pipe.scheduler)
+    statistics = observer.finish(len(sigmas) - 1)
+    signature = {
+        **model_signature(pipe),
+        "sigmas": [float(s) for s in sigmas],
+        "guidance_scale": None if scale is None else float(scale),
+        "latent_shape": list(observer.latent_shape or ()),
+        "branches": observer.branches,
+    }
+    record = {
+        "prompts": [prompt],
+        "first_seed": seed,
+        "window": window,
+        "seconds": time.perf_counter() - started,
+        "device": str(transformer.device),
+        "dtype": str(transformer.dtype),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+    return Calibration(statistics, signature, record)

@@ -1,0 +1,57 @@
+"""The time grid: the nominal sigmas, or the paper's trajectory-aware adjustment of them. Pure functions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from erta.errors import ErtaError
+from erta.schedule import Mask
+
+PHI_MIN = 0.01  # phi = 0 makes two sigmas equal, and multistep solvers then divide by zero
+
+
+def step_scale(error_over_denominator: np.ndarray) -> np.ndarray:
+    """phi of every step, `clip(1 - ||v_cached - v||_1 / D, PHI_MIN, 1)` (the paper clips at 0, see PHI_MIN)."""
+    return np.clip(1.0 - error_over_denominator, PHI_MIN, 1.0)
+
+
+def adjusted_sigmas(sigmas: np.ndarray, mask: Mask, phi: np.ndarray) -> np.ndarray:
+    """The grid whose reused steps are shortened by phi and which still ends where it ended.
+
+    Args:
+        sigmas: nominal grid (num_steps + 1,), strictly decreasing, float32.
+        mask: computed steps.
+        phi: step scale (num_steps,); only the values at reused steps are used.
+
+    After each step the rest is re-budgeted: a computed step takes its nominal length times
+    (remaining sigma / remaining nominal sigma), a reused one phi times that, the last the remainder.
+    With phi = 1 everywhere the nominal values come back bit for bit.
+    """
+    sigmas = np.asarray(sigmas, dtype=np.float32)
+    check_grid(sigmas)
+    if len(mask) != len(sigmas) - 1 or len(phi) != len(mask):
+        raise ErtaError(f"a grid of {len(sigmas)} sigmas does not fit {len(mask)} steps and {len(phi)} values of phi")
+    scale = np.where(np.asarray(mask), 1.0, np.asarray(phi, dtype=np.float64))
+    if not (np.isfinite(scale).all() and (scale > 0).all() and (scale <= 1).all()):
+        raise ErtaError("phi must lie in (0, 1] at every reused step")
+    if (scale == 1.0).all():
+        return sigmas.copy()
+    nominal = sigmas.astype(np.float64)
+    end, result = nominal[-1], [nominal[0]]
+    for step in range(len(mask) - 1):
+        stretch = (result[-1] - end) / (nominal[step] - end)
+        result.append(result[-1] + scale[step] * (nominal[step + 1] - nominal[step]) * stretch)
+    adjusted = np.array([*result, end], dtype=np.float32)
+    check_grid(adjusted)
+    return adjusted
+
+
+def computed_sigmas(sigmas: np.ndarray, mask: Mask) -> np.ndarray:
+    """The sigmas of the computed steps and the end: the grid of the same solver without a cache (`plan_grid`)."""
+    return np.asarray(sigmas, dtype=np.float32)[[*np.flatnonzero(mask), -1]]
+
+
+def check_grid(sigmas: np.ndarray) -> None:
+    """Raise ErtaError unless the grid is finite and strictly decreasing in float32."""
+    if len(sigmas) < 2 or not np.isfinite(sigmas).all() or not (np.diff(sigmas) < 0).all():
+        raise ErtaError("the time grid must be finite and strictly decreasing in float32")

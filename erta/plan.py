@@ -1,0 +1,142 @@
+"""A plan: what a cached run executes. Static, so nothing is decided on the device while it runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erta.errors import ErtaError
+from erta.grid import check_grid, computed_sigmas
+from erta.schedule import Mask, sources
+
+SCHEMA = "erta.plan/1"
+REUSE_FORMS = ("residual", "velocity")
+
+
+@dataclass(frozen=True)
+class Rectification:
+    """`v_hat = gain * v_cached + offset` for each step, branch and channel: arrays (num_steps, branches, channels)."""
+
+    gain: np.ndarray
+    offset: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Computed-step mask, time grid and predictor coefficients of a run.
+
+    Attributes:
+        mask: True where the transformer is run, one entry a step.
+        sigmas: the grid that is integrated, float32 (num_steps + 1,).
+        nominal_sigmas: the scheduler's own grid that the plan was made for; None: any grid of that length.
+        reuse: what a reused step returns before rectification: `residual` (x + r, the paper) or `velocity`.
+        rectification: coefficients, or None.
+        corrector_at_reused: whether a multistep solver may correct with a reused output (UniPC).
+        branches: guidance branches the plan knows, in the order of the rectification's axis; None: any.
+        latent_shape: of the transformer's input without the batch axis; None: any.
+        guidance_scale: that the plan was made for; None: any.
+        signature: of the calibration, None if there was none.
+        report: how the plan came about (threshold or budget, its errors), for the record.
+    """
+
+    mask: Mask
+    sigmas: np.ndarray
+    nominal_sigmas: np.ndarray | None = None
+    reuse: str = "residual"
+    rectification: Rectification | None = None
+    corrector_at_reused: bool = True
+    branches: tuple[str, ...] | None = None
+    latent_shape: tuple[int, ...] | None = None
+    guidance_scale: float | None = None
+    signature: dict[str, Any] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.mask or not self.mask[0]:
+            raise ErtaError("a plan must compute its first step: there is nothing to reuse before it")
+        if len(self.sigmas) != len(self.mask) + 1:
+            raise ErtaError(f"{len(self.mask)} steps need {len(self.mask) + 1} sigmas, not {len(self.sigmas)}")
+        if self.reuse not in REUSE_FORMS:
+            raise ErtaError(f"reuse must be one of {', '.join(REUSE_FORMS)}, not {self.reuse!r}")
+        check_grid(np.asarray(self.sigmas, dtype=np.float32))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.mask)
+
+    @property
+    def num_computed(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def sources(self) -> list[int]:
+        """For each step the computed step that it draws on."""
+        return sources(self.mask)
+
+    def grid_only(self) -> Plan:
+        """`plan_grid`: the same solver on this plan's computed sigmas, every one computed, no cache."""
+        return Plan(
+            mask=(True,) * self.num_computed,
+            sigmas=computed_sigmas(self.sigmas, self.mask),
+            branches=self.branches,
+            latent_shape=self.latent_shape,
+            guidance_scale=self.guidance_scale,
+            signature=self.signature and {**self.signature, "sigmas": None},
+            report={**self.report, "grid_only_of_steps": self.num_steps},
+        )
+
+    def without_cache(self) -> Plan:
+        """The same grid with every step computed."""
+        return replace(self, mask=(True,) * self.num_steps, rectification=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: what `plan.json` holds."""
+        rect = self.rectification
+        return {
+            "schema": SCHEMA,
+            "steps": {"total": self.num_steps, "computed": self.num_computed, "mask": [int(m) for m in self.mask]},
+            "sigmas": [float(s) for s in self.sigmas],
+            "nominal_sigmas": None if self.nominal_sigmas is None else [float(s) for s in self.nominal_sigmas],
+            "reuse": self.reuse,
+            "corrector_at_reused": self.corrector_at_reused,
+            "rectification": rect and {"gain": rect.gain.tolist(), "offset": rect.offset.tolist()},
+            "branches": self.branches and list(self.branches),
+            "latent_shape": self.latent_shape and list(self.latent_shape),
+            "guidance_scale": self.guidance_scale,
+            "signature": self.signature,
+            "report": self.report,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan; raises ErtaError if the file is not a whole plan."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data.get("schema") != SCHEMA:
+                raise ErtaError(f"{path} is not a plan of this version ({data.get('schema')!r}, not {SCHEMA!r})")
+            rect, nominal = data["rectification"], data["nominal_sigmas"]
+            return cls(
+                mask=tuple(bool(m) for m in data["steps"]["mask"]),
+                sigmas=np.array(data["sigmas"], dtype=np.float32),
+                nominal_sigmas=None if nominal is None else np.array(nominal, dtype=np.float32),
+                reuse=data["reuse"],
+                rectification=rect and Rectification(np.array(rect["gain"]), np.array(rect["offset"])),
+                corrector_at_reused=data["corrector_at_reused"],
+                branches=data["branches"] and tuple(data["branches"]),
+                latent_shape=data["latent_shape"] and tuple(data["latent_shape"]),
+                guidance_scale=data["guidance_scale"],
+                signature=data["signature"],
+                report=data["report"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ErtaError):
+                raise
+            raise ErtaError(f"cannot read a plan from {path}: {error}") from error

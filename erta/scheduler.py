@@ -1,0 +1,101 @@
+"""The plan's time grid, put under an unmodified pipeline through its scheduler.
+
+A planned scheduler is a copy of the pipeline's own with one method overridden: `set_timesteps` checks that
+the run is the one that was planned, then writes the plan's sigmas and timesteps. All else, the solver's
+arithmetic above all, stays the scheduler's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from erta.errors import ErtaError, InstallError, SignatureMismatch
+from erta.plan import Plan
+
+
+def step_index(scheduler: Any) -> int:
+    """The step that the scheduler will carry out next. Counting calls would go wrong with two transformers."""
+    index = scheduler.step_index
+    if index is None:
+        index = scheduler.begin_index
+    return 0 if index is None else int(index)
+
+
+def nominal_sigmas(scheduler: Any) -> np.ndarray:
+    """The grid of a scheduler after `set_timesteps`, float32 (num_steps + 1,).
+
+    Raises ErtaError for schedulers that have none (CogVideoX's DDIM and DPM).
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    timesteps = getattr(scheduler, "timesteps", None)
+    if sigmas is None or timesteps is None or len(sigmas) != len(timesteps) + 1:
+        raise ErtaError(f"{type(scheduler).__name__} has no grid of sigmas, one a step; flow-matching schedulers do")
+    return np.asarray(torch.as_tensor(sigmas).detach().float().cpu())
+
+
+def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
+    """A copy of `scheduler` that runs the plan's grid; the original is left alone.
+
+    Raises InstallError if the corrector is to be switched off at reused steps and the solver has none to switch.
+    """
+    base = type(scheduler)
+
+    @functools.wraps(base.set_timesteps)  # pipelines inspect the signature for `sigmas`
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.set_timesteps(self, *args, **kwargs)
+        _check_grid_is_planned(self, plan)
+        _write_grid(self, plan)
+
+    planned = copy.deepcopy(scheduler)
+    planned.__class__ = type(
+        base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__, "erta_base": base}
+    )
+    if not plan.corrector_at_reused and plan.num_computed < plan.num_steps:
+        _switch_off_corrector(planned, plan)
+    return planned
+
+
+def _check_grid_is_planned(scheduler: Any, plan: Plan) -> None:
+    found = nominal_sigmas(scheduler)
+    if len(found) - 1 != plan.num_steps:
+        raise SignatureMismatch("num_inference_steps", plan.num_steps, len(found) - 1)
+    if plan.nominal_sigmas is not None and not np.array_equal(found, np.asarray(plan.nominal_sigmas, np.float32)):
+        raise SignatureMismatch("sigmas", _ends(plan.nominal_sigmas), _ends(found))
+
+
+def _write_grid(scheduler: Any, plan: Plan) -> None:
+    """Overwrite sigmas and timesteps where they change: equal entries keep the original bits."""
+    nominal = nominal_sigmas(scheduler)
+    changed = np.asarray(plan.sigmas, np.float32) != nominal
+    if not changed.any():
+        return
+    train_steps = scheduler.config.num_train_timesteps
+    sigmas, timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
+    for step in np.flatnonzero(changed).tolist():
+        value = float(np.float32(plan.sigmas[step]))
+        sigmas[step] = value
+        if step < plan.num_steps:
+            exact = value * train_steps
+            timesteps[step] = exact if timesteps.dtype.is_floating_point else math.floor(exact + 1e-4)
+    scheduler.sigmas, scheduler.timesteps = sigmas, timesteps
+
+
+def _switch_off_corrector(scheduler: Any, plan: Plan) -> None:
+    listed = getattr(scheduler, "disable_corrector", None)
+    if listed is None:
+        raise InstallError(
+            f"{type(scheduler).__name__} has no corrector to switch off at reused steps: leave corrector_at_reused=True"
+        )
+    # UniPC skips the corrector at step k + 1 for every k listed
+    reused = [step - 1 for step, computed in enumerate(plan.mask) if not computed]
+    scheduler.disable_corrector = sorted({*listed, *reused})
+
+
+def _ends(sigmas: np.ndarray) -> str:
+    return f"{len(sigmas)} values, {sigmas[0]:.4f}, {sigmas[1]:.4f} … {sigmas[-2]:.4f}, {sigmas[-1]:.4f}"

@@ -1,0 +1,114 @@
+"""Putting a plan on a pipeline and taking it off again: `cached`, `install`, `uninstall`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from erta.errors import InstallError, SignatureMismatch
+from erta.hooks import HOOK_NAME, OutputCacheHook, attach, check_detachable, detach
+from erta.plan import Plan
+from erta.scheduler import planned_scheduler, step_index
+from erta.signature import check_signature, find_denoiser, model_signature
+from erta.trace import Trace
+
+SESSION = "_erta_session"
+
+
+@contextmanager
+def cached(pipe: Any, plan: Plan) -> Iterator[Trace]:
+    """Run `pipe` under `plan` inside the `with`; afterwards, or after an exception, it is as before.
+
+    Yields a Trace of the last call. Every call checks at its end that what was executed is what was planned.
+
+    Raises:
+        SignatureMismatch: the plan was made for another model, scheduler, size, guidance or number of steps.
+        ExecutionMismatch: a call did not execute the plan.
+        InstallError: a cache is installed already.
+    """
+    trace = install(pipe, plan)
+    try:
+        yield trace
+    finally:
+        uninstall(pipe)
+
+
+def install(pipe: Any, plan: Plan) -> Trace:
+    """Put `plan` on this pipeline object until `uninstall`. See `cached`."""
+    if SESSION in pipe.__dict__:
+        raise InstallError("erta is installed on this pipeline already: call erta.uninstall(pipe) first")
+    transformer = find_denoiser(pipe)
+    if plan.signature is not None:
+        check_signature(plan.signature, model_signature(pipe))
+        made_in, now = plan.signature.get("dtype"), str(transformer.dtype)
+        if made_in is not None and made_in != now:
+            warnings.warn(f"the calibration was made in {made_in}, the model runs in {now}", stacklevel=3)
+    scheduler = planned_scheduler(pipe.scheduler, plan)
+    trace = Trace(plan)
+    hook = OutputCacheHook(plan, trace, lambda: step_index(pipe.scheduler))
+    attach(transformer, hook, HOOK_NAME)
+    session = _Session(pipe, plan, trace, hook)
+    pipe.scheduler = scheduler
+    pipe.__class__ = _checked_class(session)
+    pipe.__dict__[SESSION] = session
+    return trace
+
+
+def uninstall(pipe: Any) -> None:
+    """Take the plan off. Does nothing on a pipeline without one; raises InstallError if another hook lies on top."""
+    session: _Session | None = pipe.__dict__.get(SESSION)
+    if session is None:
+        return
+    check_detachable(session.transformer, HOOK_NAME)
+    detach(session.transformer, HOOK_NAME)
+    pipe.__class__ = session.pipe_class
+    pipe.scheduler = session.scheduler
+    del pipe.__dict__[SESSION]
+
+
+class _Session:
+    """What must be put back, and what happens around every call."""
+
+    def __init__(self, pipe: Any, plan: Plan, trace: Trace, hook: OutputCacheHook) -> None:
+        self.pipe_class, self.scheduler = type(pipe), pipe.scheduler
+        self.transformer = find_denoiser(pipe)
+        self.plan, self.trace, self.hook = plan, trace, hook
+
+    def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call, with the state cleared before and what was executed checked after."""
+        self._check_arguments(pipe, args, kwargs)
+        self.hook.reset_state(self.transformer)  # after an exception the last call's state survives
+        self.trace.begin()
+        result = self.pipe_class.__call__(pipe, *args, **kwargs)
+        self.trace.finish()
+        return result
+
+    def _check_arguments(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = call_arguments(self.pipe_class, pipe, args, kwargs)
+        steps, scale = bound.get("num_inference_steps"), bound.get("guidance_scale")
+        if steps is not None and steps != self.plan.num_steps:
+            raise SignatureMismatch("num_inference_steps", self.plan.num_steps, steps)
+        if self.plan.guidance_scale is not None and scale is not None and scale != self.plan.guidance_scale:
+            raise SignatureMismatch("guidance_scale", self.plan.guidance_scale, scale)
+
+
+def call_arguments(pipe_class: type, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline call with the pipeline's defaults filled in."""
+    bound = inspect.signature(pipe_class.__call__).bind(pipe, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _checked_class(session: _Session) -> type:
+    """A subclass for this one pipeline object, with the same name, whose call goes through the session."""
+    base = session.pipe_class
+
+    @functools.wraps(base.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return session.call(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})

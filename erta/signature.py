@@ -1,0 +1,81 @@
+"""What a calibration was made for, as plain data that can be compared field by field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from erta.errors import InstallError, SignatureMismatch
+
+SAMPLES_PER_TENSOR = 32
+MUST_MATCH = (
+    "model_class",
+    "model_config",
+    "weights",
+    "scheduler",
+    "sigmas",
+    "guidance_scale",
+    "latent_shape",
+    "branches",
+)
+
+
+def find_denoiser(pipe: Any) -> nn.Module:
+    """The pipeline's transformer. Raises InstallError if it has none, or two (Wan2.2)."""
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None:
+        raise InstallError(f"{type(pipe).__name__} has no transformer to cache (a U-Net is not supported)")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise InstallError("pipelines with two transformers (Wan2.2) are not supported yet")
+    return transformer
+
+
+def model_signature(pipe: Any) -> dict[str, Any]:
+    """Model class, configuration and weights, and the scheduler: what can be known before a call."""
+    transformer = find_denoiser(pipe)
+    scheduler = pipe.scheduler
+    return {
+        "model_class": type(transformer).__name__,
+        "model_config": config_digest(transformer.config),
+        "weights": weights_digest(transformer),
+        "scheduler": f"{type(scheduler).__name__} {config_digest(scheduler.config)}",
+    }
+
+
+def config_digest(config: Any) -> str:
+    """Short digest of a diffusers config; private entries (names, versions) do not count."""
+    public = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Short digest of all parameter names and shapes and a few values of each, rounded to bfloat16.
+
+    Reads 32 values a tensor, not the whole model, and does not depend on the dtype it was loaded in.
+    """
+    digest, samples = hashlib.sha256(), []
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        if parameter.device.type == "meta":
+            raise InstallError(
+                f"{name} is on the meta device (sequential offload): its values cannot be read, so a calibration "
+                "cannot be matched to these weights. Use model offload, or none."
+            )
+        flat = parameter.detach().flatten()
+        stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
+        samples.append(flat[::stride][:SAMPLES_PER_TENSOR].to(torch.bfloat16))
+    by_device = torch.cat([sample.to(samples[0].device) for sample in samples])
+    digest.update(by_device.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_signature(made_for: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise SignatureMismatch at the first field of `found` that differs; fields that are None match anything."""
+    for field in MUST_MATCH:
+        wanted, now = made_for.get(field), found.get(field)
+        if field in found and wanted is not None and wanted != now:
+            raise SignatureMismatch(field, wanted, now)

@@ -1,0 +1,1 @@
+"""The harness: what `run.py` runs. `erta`, the library, knows nothing of it."""

@@ -1,0 +1,164 @@
+"""The typed configuration: Hydra checks every key and type against these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from erta.errors import BudgetError, ErtaError
+
+DEFAULT_SPEEDUP = 2.0
+DTYPES = ("float32", "bfloat16", "float16")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    pipeline: str = MISSING
+    path: str | None = None
+    hub_id: str | None = None
+    embedded: bool = False
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float | None = None
+    height: int = MISSING
+    width: int = MISSING
+    num_frames: int | None = None
+    dtype: str = "float32"
+    offload: str = "none"
+    paper_threshold: float | None = None
+    prompt_source: str = "scenes"
+
+
+@dataclass
+class SamplerConfig:
+    name: str = MISSING
+    scheduler: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CacheConfig:
+    """The method. Of threshold, speedup and steps at most one is given; see `budget`."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+    threshold: float | None = None
+    speedup: float | None = None
+    steps: int | None = None
+    policy: str = "threshold"
+    adjust_time: bool = False
+    rectify: bool = False
+    phi_denominator: str = "velocity"
+    corrector_at_reused: bool = True
+    reuse: str = "residual"
+
+
+@dataclass
+class BenchConfig:
+    name: str = MISSING
+    num_prompts: int = 16
+    prompts: str | None = None
+    dimensions: list[str] = field(default_factory=list)
+    python: str | None = None  # interpreter of the VBench worker; null: this one
+
+
+@dataclass
+class CalibrationConfig:
+    num_prompts: int = 20
+    window: int = 16
+    path: str | None = None
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"
+    project: str = "ertacache"
+
+
+@dataclass
+class ExperimentConfig:
+    _target_: str = MISSING
+    seed: int = 0
+    until: str | None = None  # train_tiny: stop after this part (autoencoder, text or transformer)
+    work_dir: str | None = None  # train_tiny: where checkpoints are kept
+    install: bool = True  # train_tiny: put the finished weights into erta/assets
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    seed: int = 0
+    resume: bool = True
+
+
+def register() -> None:
+    """Make the schema known to Hydra, for the root and for every group."""
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+
+
+def budget(cfg: DictConfig) -> dict[str, float | int]:
+    """The one budget of a run, as the keyword argument of `Calibration.plan`.
+
+    Without any, a model's published threshold is used, else a speed-up of 2. Raises BudgetError for two.
+    """
+    given = {key: cfg.cache[key] for key in ("threshold", "speedup", "steps") if cfg.cache[key] is not None}
+    if len(given) > 1:
+        named = " and ".join(f"cache.{key}={value:g}" for key, value in given.items())
+        raise BudgetError(f"two budgets at once: {named}. Give one of cache.threshold, cache.speedup, cache.steps.")
+    if given:
+        return given
+    if cfg.model.paper_threshold is not None:
+        return {"threshold": cfg.model.paper_threshold}
+    return {"speedup": DEFAULT_SPEEDUP}
+
+
+def validate(cfg: DictConfig) -> None:
+    """Raise ErtaError for values that have the right type but no meaning."""
+    chosen = budget(cfg)
+    if chosen.get("threshold", 0) < 0:
+        raise BudgetError(f"cache.threshold must be ≥ 0, not {chosen['threshold']:g}")
+    if chosen.get("speedup", 1) < 1:
+        raise BudgetError(f"cache.speedup must be ≥ 1, not {chosen['speedup']:g}")
+    steps = cfg.model.num_inference_steps
+    if steps < 2:
+        raise ErtaError(f"model.num_inference_steps must be at least 2 for a cache to have anything to do, not {steps}")
+    if chosen.get("speedup", 1) > steps:
+        raise BudgetError(
+            f"cache.speedup={chosen['speedup']:g} cannot be reached with {steps} steps: one step is always computed, "
+            f"so the largest is {steps}"
+        )
+    if not 1 <= chosen.get("steps", 1) <= steps:
+        raise BudgetError(f"cache.steps={chosen['steps']} must lie between 1 and model.num_inference_steps={steps}")
+    for key, value in {
+        "bench.num_prompts": cfg.bench.num_prompts,
+        "calibration.num_prompts": cfg.calibration.num_prompts,
+    }.items():
+        if value < 1:
+            raise ErtaError(f"{key} must be at least 1, not {value}")
+    if cfg.calibration.window < 1:
+        raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
+    _one_of("model.dtype", cfg.model.dtype, DTYPES)
+    _one_of("model.offload", cfg.model.offload, ("none", "model"))
+    _one_of("wandb.mode", cfg.wandb.mode, WANDB_MODES)
+
+
+def as_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ErtaError(f"{key} must be one of {', '.join(choices)}, not {value!r}")

@@ -1,0 +1,71 @@
+"""The figures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COMPUTED, REUSED, GREY = "#1b4965", "#f4a259", "#8d99ae"
+
+
+def step_map(record: dict[str, Any], path: Path) -> None:
+    """Computed and reused steps along the grid that was integrated."""
+    mask, sigmas = np.array(record["steps"]["mask"], bool), np.array(record["sigmas"])
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(9, 3.2), sharex=True, height_ratios=[1, 3], layout="constrained"
+    )
+    steps = np.arange(len(mask))
+    top.bar(steps[mask], 1, width=0.9, color=COMPUTED, label=f"computed ({mask.sum()})")
+    if (~mask).any():
+        top.bar(steps[~mask], 1, width=0.9, color=REUSED, label=f"reused ({(~mask).sum()})")
+    top.set_yticks([])
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    bottom.plot(np.arange(len(sigmas)), sigmas, color=GREY, lw=1)
+    bottom.scatter(steps[mask], sigmas[:-1][mask], s=14, color=COMPUTED, zorder=3)
+    bottom.scatter(steps[~mask], sigmas[:-1][~mask], s=14, color=REUSED, zorder=3)
+    bottom.set(xlabel="step", ylabel="sigma")
+    _save(figure, path)
+
+
+def change_profile(mean: np.ndarray, std: np.ndarray, record: dict[str, Any], path: Path) -> None:
+    """Relative L1 change of the residual from one step to the next, with its spread over prompts."""
+    figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
+    steps = np.arange(len(mean))
+    axis.plot(steps, mean, color=COMPUTED, label="mean over calibration prompts and guidance branches")
+    axis.fill_between(steps, mean - std, mean + std, color=COMPUTED, alpha=0.2, label="± 1 standard deviation")
+    mask = record["steps"]["mask"]
+    for step in [k for k, computed in enumerate(mask) if not computed and len(mask) == len(mean)]:
+        axis.axvspan(step - 0.5, step + 0.5, color=REUSED, alpha=0.15, lw=0)
+    axis.set(xlabel="step i (shaded: reused)", ylabel="‖r[i-1] - r[i]‖₁ / ‖r[i]‖₁", yscale="log")
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def psnr_per_prompt(rows: list[dict[str, Any]], path: Path) -> None:
+    """PSNR of every prompt against its uncached twin; identical clips have none and are marked."""
+    figure, axis = plt.subplots(figsize=(9, 2.8), layout="constrained")
+    values = [row["psnr_db"] for row in rows]
+    shown = [value if value is not None else 0.0 for value in values]
+    axis.bar(range(len(rows)), shown, color=COMPUTED)
+    for index, value in enumerate(values):
+        if value is None:
+            axis.text(index, 0.5, "identical", rotation=90, ha="center", va="bottom", color=GREY)
+    known = [value for value in values if value is not None]
+    if known:
+        axis.axhline(np.mean(known), color=REUSED, lw=1.5, label=f"mean {np.mean(known):.2f} dB")
+        axis.legend(frameon=False, loc="lower right")
+    axis.set(xlabel="prompt", ylabel="PSNR (dB)", xticks=range(len(rows)))
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

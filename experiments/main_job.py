@@ -1,0 +1,245 @@
+"""The main job: uncached and cached runs on the same prompts and seeds, metrics, record, figures, report."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import get_method
+from omegaconf import DictConfig
+
+from erta.calibration import Calibration
+from experiments import console, figures, report, tracking
+from experiments import vbench_runner as vbench
+from experiments.calibrating import get_calibration, progress_bar
+from experiments.config import as_plain
+from experiments.methods import Arm, profile
+from experiments.metrics import Lpips, mean_psnr, psnr_db, scene_agreement, ssim
+from experiments.models import call_kwargs, check_vocabulary, load_pipeline, scheduler_sigmas
+from experiments.prompts import Prompt, test_prompts
+from experiments.record import SCHEMA, append_line, config_hash, environment, finish, read_lines
+from experiments.sampling import Sample, generate
+from experiments.scenes import CHANCE_LEVEL
+
+ARMS = ("uncached", "cached")
+PER_PROMPT = "per_prompt.jsonl"
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Everything from the weights to the report. A second call goes on after the last finished prompt."""
+    prompts = test_prompts(cfg)
+    pipe = load_pipeline(cfg)
+    if cfg.model.embedded:
+        check_vocabulary(pipe, [prompt.text for prompt in prompts])
+    known: list[Calibration] = []
+
+    def calibration() -> Calibration:
+        if not known:
+            known.append(get_calibration(cfg, pipe))
+        return known[0]
+
+    arm: Arm = get_method(cfg.cache._target_)(cfg, pipe, calibration)
+    if arm.plan is not None:
+        arm.plan.save(folder / "plan.json")
+    with tracking.start(cfg, folder) as tracker:
+        rows = _sample_all(cfg, pipe, arm, prompts, folder, tracker)
+        scores = _score_videos(cfg, prompts, folder)
+        record = _summarise(cfg, pipe, arm, rows, scores)
+        _draw(arm, rows, record, folder)
+        report.write(folder, record, rows)
+        finish(folder, record)
+        tracker.finish(record)
+    _print_summary(record, folder)
+
+
+def _sample_all(
+    cfg: DictConfig, pipe: Any, arm: Arm, prompts: list[Prompt], folder: Path, tracker: tracking.Tracker
+) -> list[dict[str, Any]]:
+    for name in ARMS:
+        (folder / "samples" / name).mkdir(parents=True, exist_ok=True)
+    rows = read_lines(folder / PER_PROMPT)
+    if rows:
+        console.note(f"going on in {folder}: {len(rows)} of {len(prompts)} prompts are done")
+    lpips = Lpips()
+    base = call_kwargs(cfg)
+    if len(rows) < len(prompts):  # warm-up, not measured
+        generate(pipe, prompts[0].text, 0, {**base, "num_inference_steps": 2})
+    with progress_bar() as bar:
+        task = bar.add_task("uncached and cached clips", total=len(prompts), completed=len(rows))
+        for index in range(len(rows), len(prompts)):
+            prompt = prompts[index]
+            samples: dict[str, Sample] = {}
+            for name in ARMS if index % 2 == 0 else ARMS[::-1]:  # alternating, so that drift hits both
+                kwargs, plan = (base, None) if name == "uncached" else (arm.kwargs, arm.plan)
+                samples[name] = generate(pipe, prompt.text, prompt.seed, kwargs, plan)
+            for name, sample in samples.items():
+                path = folder / "samples" / name / f"{index:03d}"
+                vbench.write_lossless(sample.frames, path.with_suffix(".mp4"))
+                report.write_animation(sample.frames, path.with_suffix(".webp"))
+            row = _measure(index, prompt, samples, lpips)
+            append_line(folder / PER_PROMPT, row)
+            rows.append(row)
+            tracker.log(row)
+            bar.advance(task)
+    return rows
+
+
+def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], lpips: Lpips) -> dict[str, Any]:
+    cached, uncached = samples["cached"], samples["uncached"]
+    row: dict[str, Any] = {
+        "index": index,
+        "prompt": prompt.text,
+        "seed": prompt.seed,
+        "psnr_db": psnr_db(cached.frames, uncached.frames),
+        "ssim": ssim(cached.frames, uncached.frames),
+    }
+    if lpips.missing is None:
+        row["lpips"] = lpips(cached.frames, uncached.frames)
+    for name, sample in samples.items():
+        row[name] = {
+            "denoise_s": sample.denoise_s,
+            "pipeline_s": sample.pipeline_s,
+            "forward_s": sample.forward_s,
+            "forwards": sample.forwards,
+            "overhead_s": sample.overhead_s,
+            "overhead_calls": sample.overhead_calls,
+            "cache_bytes": sample.cache_bytes,
+            "cache_dtype": sample.cache_dtype,
+            "scene": scene_agreement(prompt, sample.frames),
+        }
+    return row
+
+
+def _score_videos(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> dict[str, Any]:
+    """VBench of both arms, or why not: {"uncached": …, "cached": …, "missing": {dimension: reason}}."""
+    if not cfg.bench.dimensions:
+        return {"missing": {}}
+    if cfg.model.num_frames is None:
+        return {"missing": {name: "VBench reads videos; this model makes images" for name in cfg.bench.dimensions}}
+    dimensions, missing = vbench.split_dimensions(list(cfg.bench.dimensions), cfg.bench.python)
+    scores: dict[str, Any] = {"missing": missing}
+    if dimensions:
+        named = {f"{index:03d}.mp4": prompt.text for index, prompt in enumerate(prompts)}
+        for arm in ARMS:
+            with console.out.status(f"VBench: {', '.join(dimensions)} ({arm})"):
+                scores[arm] = vbench.evaluate(folder / "samples" / arm, named, dimensions, cfg.bench.python)
+    return scores
+
+
+def _summarise(
+    cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], scores: dict[str, Any]
+) -> dict[str, Any]:
+    timing, metrics, missing = _timing(cfg, arm, rows), {}, {}
+    values = [row["psnr_db"] for row in rows]
+    metrics["psnr_db"], metrics["ssim"] = mean_psnr(values), float(np.mean([row["ssim"] for row in rows]))
+    if all(value is None for value in values):
+        metrics["identical"] = True
+    if "lpips" in rows[0]:
+        metrics["lpips"] = float(np.mean([row["lpips"] for row in rows]))
+    else:
+        missing["lpips"] = Lpips().missing
+    metrics["speedup_denoise"] = timing["denoise_uncached_s"] / timing["denoise_s"]
+    metrics["speedup_pipeline"] = timing["pipeline_uncached_s"] / timing["pipeline_s"]
+    metrics["speedup_possible"] = timing.pop("speedup_possible")
+    if rows[0]["cached"]["scene"] is not None:
+        metrics["scene_accuracy"] = _scene_accuracy(rows, "cached")
+        metrics["scene_accuracy_uncached"] = _scene_accuracy(rows, "uncached")
+        metrics["scene_chance_level"] = CHANCE_LEVEL
+    else:
+        missing["scene_accuracy"] = "the prompts are not of the scene world"
+    for arm_name, key in (("cached", "vbench"), ("uncached", "vbench_uncached")):
+        if arm_name in scores:
+            metrics[key] = {name: result["score"] for name, result in scores[arm_name].items()}
+    missing |= {f"vbench.{name}": reason for name, reason in scores["missing"].items()}
+    if cfg.bench.dimensions:
+        missing["vbench_total"] = "needs all 16 dimensions on VBench's own prompts"
+    plan = arm.plan
+    steps = cfg.model.num_inference_steps if plan is None else plan.num_steps
+    mask = [1] * arm.kwargs["num_inference_steps"] if plan is None else [int(m) for m in plan.mask]
+    sigmas = scheduler_sigmas(pipe, arm.kwargs["num_inference_steps"]) if plan is None else plan.sigmas
+    return {
+        "schema": SCHEMA,
+        **environment(),
+        "config": as_plain(cfg),
+        "config_hash": config_hash(cfg),
+        "seeds": [row["seed"] for row in rows],
+        "prompts": [row["prompt"] for row in rows],
+        "steps": {"total": steps, "computed": arm.num_computed, "mask": mask},
+        "sigmas": [float(s) for s in sigmas],
+        "timing": timing,
+        "memory": {
+            "cache_bytes": max(row["cached"]["cache_bytes"] for row in rows),
+            "cache_dtype": rows[0]["cached"]["cache_dtype"],
+            "peak_bytes": _peak_bytes(),
+        },
+        "metrics": metrics,
+        "missing": missing,
+        "plan_report": plan.report if plan is not None else {},
+    }
+
+
+def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the paired runs, and what this plan can reach at most: N (F + s) / (K F + N s)."""
+
+    def median(name: str, key: str) -> float:
+        return float(np.median([row[name][key] for row in rows]))
+
+    steps = cfg.model.num_inference_steps
+    forward_s = median("uncached", "forward_s") / steps  # all guidance branches
+    solver_s = max(median("uncached", "denoise_s") / steps - forward_s, 0.0)
+    cached_steps, computed = arm.kwargs["num_inference_steps"], arm.num_computed
+    possible = steps * (forward_s + solver_s) / (computed * forward_s + cached_steps * solver_s)
+    calls = sum(row["cached"]["overhead_calls"] for row in rows)
+    overhead_s = sum(row["cached"]["overhead_s"] for row in rows) / calls if calls else 0.0
+    branches = rows[0]["uncached"]["forwards"] / steps
+    return {
+        "denoise_s": median("cached", "denoise_s"),
+        "denoise_uncached_s": median("uncached", "denoise_s"),
+        "pipeline_s": median("cached", "pipeline_s"),
+        "pipeline_uncached_s": median("uncached", "pipeline_s"),
+        "forward_s": forward_s / branches,
+        "solver_step_s": solver_s,
+        "calibration_s": arm.calibration.record["seconds"] if arm.calibration is not None else 0.0,
+        "hook_overhead_per_step_s": overhead_s * branches,
+        "hook_overhead_of_forward": overhead_s / (forward_s / branches),
+        "forwards": rows[0]["cached"]["forwards"],
+        "forwards_uncached": rows[0]["uncached"]["forwards"],
+        "repeats": len(rows),
+        "speedup_possible": possible,
+    }
+
+
+def _scene_accuracy(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
+    scenes = [row[name]["scene"] for row in rows]
+    keys = [key for key in (*CHANCE_LEVEL, "all") if any(key in scene for scene in scenes)]
+    return {key: float(np.mean([scene[key] for scene in scenes if key in scene])) for key in keys}
+
+
+def _draw(arm: Arm, rows: list[dict[str, Any]], record: dict[str, Any], folder: Path) -> None:
+    (folder / "figures").mkdir(exist_ok=True)
+    figures.step_map(record, folder / "figures" / "step_map.png")
+    figures.psnr_per_prompt(rows, folder / "figures" / "psnr_per_prompt.png")
+    if arm.calibration is not None:
+        figures.change_profile(*profile(arm.calibration), record, folder / "figures" / "relative_l1.png")
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _print_summary(record: dict[str, Any], folder: Path) -> None:
+    console.table("result", ["", "uncached", "cached"], report.summary_rows(record))
+    for name, reason in record["missing"].items():
+        console.note(f"not evaluated: {name} ({reason})")
+    console.note(f"report: {folder / 'report.html'}")
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished run."""
+    return json.loads((folder / "record.json").read_text(encoding="utf-8"))

@@ -1,0 +1,93 @@
+"""What `cache=...` can be: each function turns a config into the plan and the number of steps of the cached arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+import erta
+from erta.schedule import steps_for_speedup, uniform_mask
+from experiments.config import budget
+from experiments.models import call_kwargs, scheduler_sigmas
+
+GetCalibration = Callable[[], erta.Calibration]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The cached side of a comparison: a plan (None: the plain pipeline) and the pipeline's arguments."""
+
+    plan: erta.Plan | None
+    kwargs: dict[str, Any]
+    calibration: erta.Calibration | None = None
+
+    @property
+    def num_computed(self) -> int:
+        return self.plan.num_computed if self.plan is not None else self.kwargs["num_inference_steps"]
+
+
+def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """The uncached run a second time."""
+    return Arm(None, call_kwargs(cfg))
+
+
+def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """The pipeline itself at as many steps as the budget has forwards."""
+    return Arm(None, {**call_kwargs(cfg), "num_inference_steps": _count(cfg)})
+
+
+def plan_grid(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """The same solver on the plan's computed sigmas, without a cache (ours; no paper shows it)."""
+    plan = planned(cfg, get_calibration()).grid_only()
+    return Arm(plan, {**call_kwargs(cfg), "num_inference_steps": plan.num_steps}, get_calibration())
+
+
+def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """Reuse at planned steps. Evenly spread steps without adjustment and rectification need no calibration."""
+    cache = cfg.cache
+    if cache.policy == "uniform" and not cache.adjust_time and not cache.rectify:
+        sigmas = scheduler_sigmas(pipe, cfg.model.num_inference_steps)
+        plan = erta.Plan(
+            mask=uniform_mask(cfg.model.num_inference_steps, _count(cfg)),
+            sigmas=sigmas,
+            nominal_sigmas=sigmas,
+            reuse=cache.reuse,
+            corrector_at_reused=cache.corrector_at_reused,
+            report={"policy": "uniform", **budget(cfg)},
+        )
+        return Arm(plan, call_kwargs(cfg))
+    return Arm(planned(cfg, get_calibration()), call_kwargs(cfg), get_calibration())
+
+
+def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:
+    """The plan of `cfg.cache` from a calibration."""
+    cache = cfg.cache
+    return calibration.plan(
+        **budget(cfg),
+        policy=cache.policy,
+        adjust_time=cache.adjust_time,
+        rectify=cache.rectify,
+        phi_denominator=cache.phi_denominator,
+        corrector_at_reused=cache.corrector_at_reused,
+        reuse=cache.reuse,
+    )
+
+
+def _count(cfg: DictConfig) -> int:
+    chosen = budget(cfg)
+    if "threshold" in chosen:
+        raise erta.BudgetError(f"cache={cfg.cache.name} has no threshold: give cache.speedup or cache.steps")
+    if "steps" in chosen:
+        return int(chosen["steps"])
+    return steps_for_speedup(cfg.model.num_inference_steps, chosen["speedup"])
+
+
+def profile(calibration: erta.Calibration) -> tuple[np.ndarray, np.ndarray]:
+    """Relative L1 change from step i - 1 to i: mean and deviation over prompts and branches, each (num_steps,)."""
+    spread = calibration.statistics.rel_l1
+    mean = np.where(spread.count[0, :, 0] > 0, spread.mean[0, :, 0], np.nan)
+    return mean, spread.std()[0, :, 0]

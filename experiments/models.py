@@ -1,0 +1,128 @@
+"""Load the pipeline that a config names: embedded, from a local folder, or from the hub."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+
+import erta
+from erta.errors import ErtaError
+from experiments.scenes.captions import words_of
+
+ASSETS = Path(erta.__file__).parent / "assets"
+
+
+def load_pipeline(cfg: DictConfig) -> Any:
+    """The pipeline of `cfg.model` with the solver of `cfg.sampler`, on the GPU if there is one.
+
+    Raises ErtaError with what was looked for, and what to do, if the weights are missing or damaged.
+    """
+    model = cfg.model
+    folder = _local_folder(model)
+    if folder is not None:
+        check_folder(folder)
+    pipeline_class = getattr(diffusers, model.pipeline)
+    try:
+        pipe = pipeline_class.from_pretrained(
+            str(folder) if folder is not None else model.hub_id,
+            torch_dtype=getattr(torch, model.dtype),
+            local_files_only=folder is not None,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        if folder is not None:
+            raise ErtaError(f"{folder} does not load as a {model.pipeline}: {_first_line(error)}") from error
+        raise ErtaError(_missing_weights(model)) from error
+    set_sampler(pipe, cfg)
+    pipe.set_progress_bar_config(disable=True)
+    if not torch.cuda.is_available():
+        return pipe
+    if model.offload == "model":
+        pipe.enable_model_cpu_offload()
+        return pipe
+    return pipe.to("cuda")
+
+
+def set_sampler(pipe: Any, cfg: DictConfig) -> None:
+    """Put the solver of `cfg.sampler` on the pipeline, or set the model's shift on its own solver."""
+    sampler = cfg.sampler
+    if sampler.scheduler is None:
+        if cfg.model.flow_shift is not None and "flow_shift" in pipe.scheduler.config:
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.model.flow_shift)
+        return
+    options = OmegaConf.to_container(sampler.options, resolve=True)
+    pipe.scheduler = getattr(diffusers, sampler.scheduler)(**options)
+
+
+def call_kwargs(cfg: DictConfig) -> dict[str, Any]:
+    """The pipeline's arguments of one generation, without prompt and seed."""
+    model = cfg.model
+    kwargs = {key: model[key] for key in ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")}
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def scheduler_sigmas(pipe: Any, num_steps: int) -> Any:
+    """The scheduler's nominal grid for a number of steps, without touching the pipeline's own scheduler."""
+    from erta.scheduler import nominal_sigmas
+
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_steps)
+    return nominal_sigmas(scheduler)
+
+
+def check_vocabulary(pipe: Any, prompts: list[str]) -> None:
+    """Raise ErtaError for a word that the embedded model has never seen."""
+    known = set(pipe.tokenizer.get_vocab())
+    for prompt in prompts:
+        unknown = [word for word in words_of(prompt) if word not in known]
+        if unknown or not words_of(prompt):
+            what = f"the words {', '.join(map(repr, unknown))} are" if unknown else "an empty prompt is"
+            words = " ".join(sorted(word for word in known if word.isalpha()))
+            raise ErtaError(f"{prompt!r}: {what} not in the embedded model's vocabulary.\nIt knows: {words}")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ErtaError if a pipeline folder is missing or has a missing, truncated or LFS-pointer weight file."""
+    if not (folder / "model_index.json").is_file():
+        raise ErtaError(f"{folder} is not a pipeline folder: it has no model_index.json")
+    for part in sorted(path for path in folder.iterdir() if (path / "config.json").is_file()):
+        files = sorted(part.glob("*.safetensors"))
+        if not files and not list(part.glob("*.bin")) and part.name != "scheduler":
+            raise ErtaError(f"{part} has no weights: no *.safetensors there. Copy the folder again.")
+        for file in files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            except (SafetensorError, OSError) as error:
+                raise ErtaError(
+                    f"{file} is damaged or truncated ({_first_line(error)}). Copy the folder again."
+                ) from error
+
+
+def _local_folder(model: DictConfig) -> Path | None:
+    if model.path is not None:
+        folder = Path(model.path).expanduser()
+        if not folder.is_dir():
+            raise ErtaError(f"model.path={model.path} is not a folder")
+        return folder
+    return ASSETS / model.name if model.embedded else None
+
+
+def _missing_weights(model: DictConfig) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (
+        f"no weights for model={model.name}: {model.hub_id} is neither in {HF_HUB_CACHE} nor reachable on the hub.\n"
+        f"Download them with `hf download {model.hub_id} --local-dir {model.name}` and add model.path={model.name}, "
+        "or try the embedded model: python run.py model=wan21_tiny"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -1,0 +1,107 @@
+"""`report.html`: one self-contained page with the clips of both arms playing side by side."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from PIL import Image
+
+from experiments.vbench_runner import to_uint8
+
+FRAME_MS = 125
+MIN_SHOWN_PX = 128
+FIGURE_TITLES = {
+    "step_map": "Computed and reused steps",
+    "relative_l1": "How much the residual changes from step to step",
+    "psnr_per_prompt": "PSNR of every prompt against its uncached twin",
+}
+
+
+def write_animation(frames: np.ndarray, path: Path) -> None:
+    """Frames in [0, 1] as a lossless animated WebP that every browser plays; small clips are enlarged."""
+    pixels = to_uint8(frames)
+    factor = max(1, MIN_SHOWN_PX // pixels.shape[1])
+    images = [Image.fromarray(frame.repeat(factor, axis=0).repeat(factor, axis=1)) for frame in pixels]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0, lossless=True)
+
+
+def write(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write `folder`/report.html from the record, the figures and the clips that lie beside it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True), trim_blocks=True
+    )
+    figures = [
+        {"title": title, "data": _data_uri(folder / "figures" / f"{name}.png")}
+        for name, title in FIGURE_TITLES.items()
+        if (folder / "figures" / f"{name}.png").is_file()
+    ]
+    clips = [
+        {
+            "prompt": row["prompt"],
+            "seed": row["seed"],
+            "psnr": "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.2f} dB",
+            "ssim": f"{row['ssim']:.4f}",
+            **{
+                arm: {
+                    "data": _data_uri(folder / "samples" / arm / f"{row['index']:03d}.webp"),
+                    "wrong": _wrong(row[arm]["scene"]),
+                }
+                for arm in ("uncached", "cached")
+            },
+        }
+        for row in rows
+    ]
+    page = environment.get_template("report.html.j2").render(
+        record=record, summary=summary_rows(record), clips=clips, figures=figures
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The metrics as rows of (name, uncached, cached), for the terminal and the page."""
+    metrics, timing, steps = record["metrics"], record["timing"], record["steps"]
+    possible = metrics["speedup_possible"]
+    rows = [
+        ("steps computed", "", f"{steps['computed']} of {steps['total']}"),
+        ("transformer forwards per sample", str(timing["forwards_uncached"]), str(timing["forwards"])),
+        ("denoising, median s", f"{timing['denoise_uncached_s']:.3f}", f"{timing['denoise_s']:.3f}"),
+        ("whole call, median s", f"{timing['pipeline_uncached_s']:.3f}", f"{timing['pipeline_s']:.3f}"),
+        ("speed-up of denoising", "", f"{metrics['speedup_denoise']:.2f}x"),
+        ("  of what this plan can reach", f"{possible:.2f}x", f"{metrics['speedup_denoise'] / possible:.3f}"),
+        ("speed-up of the whole call", "", f"{metrics['speedup_pipeline']:.2f}x"),
+        ("PSNR, dB", "", "identical" if metrics["psnr_db"] is None else f"{metrics['psnr_db']:.2f}"),
+        ("SSIM", "", f"{metrics['ssim']:.4f}"),
+    ]
+    if "lpips" in metrics:
+        rows.append(("LPIPS (alex)", "", f"{metrics['lpips']:.4f}"))
+    for key, cached in metrics.get("scene_accuracy", {}).items():
+        chance = metrics["scene_chance_level"].get(key)
+        name = f"scene accuracy, {key}" + (f" (chance {chance:.0%})" if chance else "")
+        rows.append((name, f"{metrics['scene_accuracy_uncached'][key]:.1%}", f"{cached:.1%}"))
+    for key, cached in metrics.get("vbench", {}).items():
+        rows.append((f"VBench {key}", f"{metrics['vbench_uncached'][key]:.4f}", f"{cached:.4f}"))
+    overhead = timing["hook_overhead_per_step_s"]
+    rows.append(
+        (
+            "hook overhead per step, ms",
+            "",
+            f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)",
+        )
+    )
+    rows.append(("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype']}"))
+    return rows
+
+
+def _wrong(scene: dict[str, bool] | None) -> str:
+    if scene is None:
+        return ""
+    wrong = [key for key, right in scene.items() if not right and key != "all"]
+    return "wrong: " + ", ".join(wrong) if wrong else "as asked" if scene["all"] else "an object too many"
+
+
+def _data_uri(path: Path) -> str:
+    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"

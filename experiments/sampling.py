@@ -1,0 +1,96 @@
+"""One generation, timed the same way with and without a cache."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import erta
+from erta.signature import find_denoiser
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip (frames, height, width, 3) in [0, 1] before any encoding, and what it took.
+
+    `denoise_s` runs from the first transformer call to the end of the last scheduler step, `pipeline_s` over
+    the whole call, both synchronised. `forwards` counts transformer forwards over all guidance branches.
+    """
+
+    frames: np.ndarray
+    denoise_s: float
+    pipeline_s: float
+    forward_s: float
+    forwards: int
+    overhead_s: float = 0.0
+    overhead_calls: int = 0
+    cache_bytes: int = 0
+    cache_dtype: str = ""
+
+
+def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: erta.Plan | None = None) -> Sample:
+    """Generate one clip from the noise of a CPU generator, under `plan` if there is one."""
+    clock = _DenoiseClock()
+    transformer = find_denoiser(pipe)
+    with erta.cached(pipe, plan) if plan is not None else nullcontext() as trace:
+        handles = [
+            transformer.register_forward_pre_hook(clock.forward_starts),
+            transformer.register_forward_hook(clock.forward_ends),
+        ]
+        try:
+            started = _now()
+            frames = pipe(
+                prompt=prompt,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="np",
+                callback_on_step_end=clock.step_ends,
+                **kwargs,
+            ).frames[0]
+            pipeline_s = _now() - started
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Sample(
+        frames=np.asarray(frames, dtype=np.float32),
+        denoise_s=clock.last_step_end - clock.first_forward_start,
+        pipeline_s=pipeline_s,
+        forward_s=trace.forward_s if trace is not None else clock.forward_s,
+        forwards=sum(trace.forwards.values()) if trace is not None else clock.calls,
+        overhead_s=trace.overhead_s if trace is not None else 0.0,
+        overhead_calls=sum(map(len, trace.executed.values())) if trace is not None else 0,
+        cache_bytes=trace.cache_bytes if trace is not None else 0,
+        cache_dtype=trace.cache_dtype if trace is not None else "",
+    )
+
+
+class _DenoiseClock:
+    """Notes the first forward's start and every step's end; synchronises only at those two points of a call."""
+
+    def __init__(self) -> None:
+        self.first_forward_start = self.last_step_end = 0.0
+        self.forward_s, self.calls, self._started = 0.0, 0, 0.0
+
+    def forward_starts(self, *_: Any) -> None:
+        if self.calls == 0:
+            self.first_forward_start = _now()
+        self._started = time.perf_counter()
+
+    def forward_ends(self, *_: Any) -> None:
+        self.forward_s += time.perf_counter() - self._started
+        self.calls += 1
+
+    def step_ends(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 == pipe.num_timesteps:
+            self.last_step_end = _now()
+        return {}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

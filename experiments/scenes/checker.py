@@ -1,0 +1,204 @@
+"""Read a scene back from frames alone: shape, colour, size, background, motion and relation.
+
+The checker never sees the prompt. It separates coloured pixels from the grey background, groups them by
+hue, follows each group through the frames, and compares its mask with rendered templates of every shape and
+size. It refuses what fits no template, so noise and grey hold no object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import ndimage
+
+from experiments.scenes.attributes import BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES, Object, Scene
+from experiments.scenes.render import shape_alpha
+
+BLUR_PX = 0.8  # before segmentation, against noise
+TEMPLATE_BLURS_PX = (BLUR_PX, 1.4)
+MIN_SATURATION = 0.22  # max - min of RGB: grey backgrounds stay below
+MIN_AREA_PX = 35  # the smallest shape, a small star, covers about 75 pixels
+MIN_OVERLAP = 0.60  # mean intersection over union with the best template
+MIN_FRAME_SHARE = 0.6  # of the frames in which an object must be seen
+STILL_BELOW_PX = 4.0  # way from first to last frame; a moving object goes 12
+CHANCE_LEVEL = {
+    "shape": 1 / len(SHAPES),
+    "colour": 1 / len(COLOURS),
+    "size": 1 / len(RADII_PX),
+    "background": 1 / len(BACKGROUNDS),
+    "motion": 1 / len(MOTIONS),
+    "relation": 1 / len(RELATIONS),
+}
+
+
+@dataclass(frozen=True)
+class SeenObject:
+    """An object that was found; `centre` (x, y) is its mean position, `overlap` how well its template fits."""
+
+    shape: str
+    colour: str
+    size: str
+    centre: tuple[float, float]
+    travel: tuple[float, float]
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a clip shows. `motion` is None when there is no object."""
+
+    objects: tuple[SeenObject, ...]
+    background: str
+    motion: str | None
+    details: dict[str, float] = field(default_factory=dict, compare=False)
+
+
+def read_clip(frames: np.ndarray) -> Reading:
+    """Read frames (n, height, width, 3) with floats in [0, 1]; a single image (n = 1) has no motion to read."""
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames must be (n, height, width, 3), not {frames.shape}")
+    frames = np.clip(frames.astype(np.float64), 0, 1)
+    smooth = ndimage.gaussian_filter(frames, (0, BLUR_PX, BLUR_PX, 0))
+    saturation = smooth.max(-1) - smooth.min(-1)
+    hue_labels = _nearest_hue(smooth)
+    objects = []
+    for index, colour in enumerate(COLOURS):
+        found = _read_object((saturation > MIN_SATURATION) & (hue_labels == index), saturation, colour)
+        if found is not None:
+            objects.append(found)
+    objects.sort(key=lambda o: -o.overlap)
+    background = _read_background(smooth, saturation)
+    return Reading(tuple(objects), background, _read_motion(objects))
+
+
+def agreement(scene: Scene, reading: Reading) -> dict[str, bool]:
+    """Attribute by attribute: does the clip show what the scene asks for?
+
+    An object that was asked for is matched by its colour first, then by position in the list of what was
+    seen. `all` also needs the right number of objects. `relation` is present only if the scene has one.
+    """
+    matched = _match(scene.objects, reading.objects)
+    right = {
+        "shape": all(m is not None and m.shape == o.shape for o, m in matched),
+        "colour": all(m is not None and m.colour == o.colour for o, m in matched),
+        "size": all(m is not None and m.size == o.size for o, m in matched),
+        "background": reading.background == scene.background,
+        "motion": reading.motion == scene.motion,
+    }
+    if scene.relation is not None:
+        pair = [m for _, m in matched]
+        right["relation"] = None not in pair and _relation(pair[0], pair[1]) == scene.relation
+    right["all"] = all(right.values()) and len(reading.objects) == len(scene.objects)
+    return right
+
+
+def _nearest_hue(frames: np.ndarray) -> np.ndarray:
+    """Index into COLOURS of the palette colour whose chroma direction is nearest, for each pixel."""
+    palette = np.array(list(COLOURS.values()))
+
+    def chroma(rgb: np.ndarray) -> np.ndarray:
+        centred = rgb - rgb.mean(-1, keepdims=True)
+        return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
+
+    return np.argmax(chroma(frames) @ chroma(palette).T, axis=-1)
+
+
+def _read_object(mask: np.ndarray, saturation: np.ndarray, colour: str) -> SeenObject | None:
+    """The object made of the masked pixels, or None if they are none; both arrays (n, height, width)."""
+    parts, seen = [], []
+    for index, frame_mask in enumerate(mask):
+        part = _largest_component(frame_mask)
+        if part is not None:
+            parts.append(_coverage(part, saturation[index]))
+            seen.append(index)
+    if len(seen) < max(1, MIN_FRAME_SHARE * len(mask)):
+        return None
+    covered, times = np.stack(parts), np.array(seen)
+    weight = covered.sum((1, 2))
+    axis_y, axis_x = np.arange(covered.shape[1]) + 0.5, np.arange(covered.shape[2]) + 0.5
+    centres = np.stack([(covered.sum(1) * axis_x).sum(1) / weight, (covered.sum(2) * axis_y).sum(1) / weight], axis=1)
+    best = max(
+        ((_overlap(covered, shape, size, centres), shape, size) for shape in SHAPES for size in RADII_PX),
+        key=lambda item: item[0],
+    )
+    if best[0] < MIN_OVERLAP:
+        return None
+    travel = np.polyfit(times, centres, 1)[0] * (len(mask) - 1) if len(times) > 1 else np.zeros(2)
+    x, y = centres.mean(0).tolist()
+    return SeenObject(best[1], colour, best[2], (x, y), (float(travel[0]), float(travel[1])), float(best[0]))
+
+
+def _coverage(part: np.ndarray, saturation: np.ndarray) -> np.ndarray:
+    """How much of each pixel the object covers: saturation relative to the object's own inner pixels."""
+    inner = np.quantile(saturation[part], 0.75)
+    near = ndimage.binary_dilation(part, iterations=2)
+    return np.where(near, np.clip(saturation / inner, 0, 1), 0.0)
+
+
+def _largest_component(mask: np.ndarray) -> np.ndarray | None:
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return None
+    areas = ndimage.sum_labels(mask, labels, index=np.arange(1, count + 1))
+    if areas.max() < MIN_AREA_PX:
+        return None
+    return ndimage.binary_fill_holes(labels == 1 + int(areas.argmax()))
+
+
+def _overlap(covered: np.ndarray, shape: str, size: str, centres: np.ndarray) -> float:
+    """Mean soft intersection over union with the template at the objects' centres, at the better of two blurs."""
+    template = shape_alpha(shape, RADII_PX[size], centres)
+    scores = []
+    for blur_px in TEMPLATE_BLURS_PX:
+        blurred = ndimage.gaussian_filter(template, (0, blur_px, blur_px))
+        intersection, union = np.minimum(covered, blurred), np.maximum(covered, blurred)
+        scores.append(float((intersection.sum((1, 2)) / union.sum((1, 2))).mean()))
+    return max(scores)
+
+
+def _read_background(frames: np.ndarray, saturation: np.ndarray) -> str:
+    """Brightness tells dark and light apart; the rest is striped if columns explain the variance."""
+    grey = frames.mean(-1)
+    clear = ~ndimage.binary_dilation(saturation > 0.10, iterations=2, structure=np.ones((1, 3, 3), bool))
+    if not clear.any():
+        clear = np.ones_like(clear)
+    count = clear.sum(0)
+    usable = count > 0
+    picture = np.where(usable, (grey * clear).sum(0) / np.maximum(count, 1), 0.0)
+    mean, deviation = picture[usable].mean(), picture[usable].std()
+    if deviation < 0.09 or mean < 0.28 or mean > 0.70:
+        return "dark" if mean < 0.49 else "light"
+    columns = (picture * usable).sum(0) / np.maximum(usable.sum(0), 1)
+    explained = (((columns[None, :] - mean) ** 2) * usable).sum() / (((picture - mean) ** 2) * usable).sum()
+    return "striped" if explained > 0.5 else "checkered"
+
+
+def _read_motion(objects: list[SeenObject]) -> str | None:
+    if not objects:
+        return None
+    x, y = np.mean([o.travel for o in objects], axis=0)
+    if np.hypot(x, y) < STILL_BELOW_PX:
+        return "still"
+    direction = (int(np.sign(x)), 0) if abs(x) > abs(y) else (0, int(np.sign(y)))
+    return next(name for name, vector in MOTIONS.items() if vector == direction)
+
+
+def _relation(first: SeenObject, second: SeenObject) -> str:
+    x, y = np.subtract(first.centre, second.centre)
+    direction = (int(np.sign(x)), 0) if abs(x) > abs(y) else (0, int(np.sign(y)))
+    return next((name for name, vector in RELATIONS.items() if vector == direction), "left of")
+
+
+def _match(asked: tuple[Object, ...], seen: tuple[SeenObject, ...]) -> list[tuple[Object, SeenObject | None]]:
+    left = list(seen)
+    pairs: dict[int, SeenObject | None] = {}
+    for index, thing in enumerate(asked):
+        same = next((s for s in left if s.colour == thing.colour), None)
+        if same is not None:
+            pairs[index] = same
+            left.remove(same)
+    for index in range(len(asked)):
+        if index not in pairs:
+            pairs[index] = left.pop(0) if left else None
+    return [(thing, pairs[index]) for index, thing in enumerate(asked)]

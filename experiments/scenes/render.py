@@ -1,0 +1,116 @@
+"""Draw a scene as frames: anti-aliased shapes over a grey textured background.
+
+Only the attributes are fixed by the scene; positions, stripe phases and the background's soft texture are
+free, so one caption has many right pictures, as for a real text-to-video model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.scenes.attributes import COLOURS, MOTIONS, RADII_PX, RELATIONS, Scene
+
+SIZE_PX = 64
+NUM_FRAMES = 9
+TRAVEL_PX = 12.0  # way of a moving object from the first frame to the last
+EXTENT = 1.25  # of every shape, in radii: nothing is drawn farther from the centre
+GAP_PX = 4.0  # between two objects
+MARGIN_PX = 0.5  # to the frame's edge
+
+
+def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Frames of a scene: float32 (NUM_FRAMES, SIZE_PX, SIZE_PX, 3) in [0, 1]."""
+    frames = np.repeat(_background(scene.background, rng)[None, :, :, None], NUM_FRAMES, axis=0)
+    frames = np.repeat(frames, 3, axis=3)
+    starts = _start_positions(scene, rng)
+    step = np.array(MOTIONS[scene.motion]) * TRAVEL_PX / (NUM_FRAMES - 1)
+    for start, thing in zip(starts, scene.objects, strict=True):
+        centres = start + step * np.arange(NUM_FRAMES)[:, None]
+        alpha = shape_alpha(thing.shape, RADII_PX[thing.size], centres)[..., None]
+        frames = frames * (1 - alpha) + alpha * np.array(COLOURS[thing.colour])
+    return frames.astype(np.float32)
+
+
+def shape_alpha(shape: str, radius_px: float, centres: np.ndarray) -> np.ndarray:
+    """Coverage in [0, 1] of a shape at each centre: centres (n, 2) as x, y → (n, SIZE_PX, SIZE_PX)."""
+    axis = np.arange(SIZE_PX) + 0.5
+    x = axis[None, None, :] - centres[:, 0, None, None]
+    y = axis[None, :, None] - centres[:, 1, None, None]
+    return np.clip(0.5 - _signed_distance(shape, x, y, radius_px), 0.0, 1.0)
+
+
+def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Approximate signed distance in pixels, negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
+    if shape == "triangle":  # upright, equilateral, circumradius 1.25 r
+        return np.maximum(np.maximum(0.8660254 * x - 0.5 * y, -0.8660254 * x - 0.5 * y), y) - 0.5 * EXTENT * r
+    if shape == "star":
+        return _star_distance(x, y, EXTENT * r, 0.5)
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def _star_distance(x: np.ndarray, y: np.ndarray, outer: float, inner_ratio: float) -> np.ndarray:
+    """Five points, one upwards: distance to the nearest edge line of the folded wedge."""
+    angle = np.arctan2(x, -y)
+    wedge = 2 * np.pi / 5
+    folded = np.abs((angle + wedge / 2) % wedge - wedge / 2)  # 0 at a tip, wedge/2 at a notch
+    radius = np.hypot(x, y)
+    tip = np.array([outer, 0.0])
+    notch = outer * inner_ratio * np.array([np.cos(wedge / 2), np.sin(wedge / 2)])
+    edge = (notch - tip) / np.linalg.norm(notch - tip)
+    px, py = radius * np.cos(folded) - tip[0], radius * np.sin(folded) - tip[1]
+    return px * edge[1] - py * edge[0]
+
+
+def _background(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Grey background (SIZE_PX, SIZE_PX) with a soft random texture."""
+    axis = (np.arange(SIZE_PX) + 0.5) / SIZE_PX
+    x, y = axis[None, :], axis[:, None]
+    phase = rng.uniform(0, 2 * np.pi, size=4)
+    texture = (
+        0.04
+        * np.sin(2 * np.pi * (rng.uniform(0.5, 1.5) * x) + phase[0])
+        * np.sin(2 * np.pi * (rng.uniform(0.5, 1.5) * y) + phase[1])
+    )
+    if kind == "dark":
+        base = np.full((SIZE_PX, SIZE_PX), 0.14)
+    elif kind == "light":
+        base = np.full((SIZE_PX, SIZE_PX), 0.84)
+    elif kind == "striped":  # vertical, period 16 pixels
+        base = 0.48 + 0.20 * np.sin(2 * np.pi * 4 * x + phase[2]) + 0 * y
+    elif kind == "checkered":  # fields of 10.7 pixels
+        product = np.sin(2 * np.pi * 3 * x + phase[2]) * np.sin(2 * np.pi * 3 * y + phase[3])
+        base = 0.48 + 0.20 * np.tanh(2.5 * product)
+    else:
+        raise ValueError(f"unknown background {kind!r}")
+    return base + texture
+
+
+def _start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
+    """Centres (x, y) in the first frame such that every object stays inside the frame throughout."""
+    motion = np.array(MOTIONS[scene.motion]) * TRAVEL_PX
+    low_way, high_way = np.minimum(motion, 0), np.maximum(motion, 0)
+    reach = [EXTENT * RADII_PX[o.size] for o in scene.objects]
+    if len(scene.objects) == 1:
+        low = reach[0] + MARGIN_PX - low_way
+        high = SIZE_PX - reach[0] - MARGIN_PX - high_way
+        return [rng.uniform(low, high)]
+    axis = 0 if RELATIONS[scene.relation][0] else 1
+    first_is_low = RELATIONS[scene.relation][axis] < 0
+    low_reach, high_reach = reach if first_is_low else reach[::-1]
+    length = 2 * (low_reach + high_reach) + GAP_PX
+    room = SIZE_PX - 2 * MARGIN_PX - length - abs(motion[axis])
+    slack = rng.uniform(0, max(room, 0)), rng.uniform(0, 1)
+    extra_gap = slack[1] * min(6.0, max(room - slack[0], 0))
+    low_centre = MARGIN_PX - low_way[axis] + slack[0] + low_reach
+    high_centre = low_centre + low_reach + GAP_PX + extra_gap + high_reach
+    across = max(low_reach, high_reach)
+    other = 1 - axis
+    middle = rng.uniform(across + MARGIN_PX - low_way[other], SIZE_PX - across - MARGIN_PX - high_way[other])
+    low_point, high_point = np.empty(2), np.empty(2)
+    low_point[axis], high_point[axis] = low_centre, high_centre
+    low_point[other], high_point[other] = middle + rng.uniform(-2, 2), middle + rng.uniform(-2, 2)
+    return [low_point, high_point] if first_is_low else [high_point, low_point]

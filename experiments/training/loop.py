@@ -1,0 +1,171 @@
+"""One training loop for every part of the embedded models: seeded, resumable, with a curve and a progress bar.
+
+Step k draws its batch and its noise from generators seeded by (seed, k), so a run that was interrupted and
+continued sees the batches that an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+Losses = tuple[torch.Tensor, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one part is trained. `sample_every_s` and `checkpoint_every_s` are in seconds of wall time."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 100
+    decay_share: float = 1.0  # share of the steps, at the end, over which the learning rate falls to zero
+    ema_decay: float = 0.999
+    clip_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every_s: float = 60.0
+    sample_every_s: float = 300.0
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, constant, then half a cosine to zero."""
+        warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        start = self.steps * (1 - self.decay_share)
+        if step <= start:
+            return warm
+        progress = (step - start) / max(self.steps - start, 1)
+        return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class Trainer:
+    """Trains `model` by `loss_fn(step, rng)`, keeps a moving average of its weights, and can be continued.
+
+    After `run`, the model holds the averaged weights. The folder holds `checkpoint.safetensors` (weights,
+    average, optimizer state, step), `curve.jsonl` and whatever `on_sample(step)` writes.
+    """
+
+    def __init__(
+        self,
+        settings: StageSettings,
+        model: nn.Module,
+        loss_fn: Callable[[int, np.random.Generator], Losses],
+        optimizers: list[torch.optim.Optimizer],
+        folder: Path,
+        on_sample: Callable[[int], None] | None = None,
+    ) -> None:
+        self.settings, self.model, self.loss_fn = settings, model, loss_fn
+        self.optimizers, self.folder, self.on_sample = optimizers, Path(folder), on_sample
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.named.items()}
+        self.base_rates = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
+        self.step = 0
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def run(self, until_step: int | None = None) -> nn.Module:
+        """Train to the end (or to `until_step`), continuing from the checkpoint if there is one."""
+        if self.checkpoint_path.exists():
+            self._load()
+        last = min(until_step or self.settings.steps, self.settings.steps)
+        checkpointed = sampled = time.monotonic()
+        self.model.train()
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+        with Progress(*columns) as bar, open(self.folder / "curve.jsonl", "a") as curve:
+            task = bar.add_task(self.settings.name, total=last, completed=self.step)
+            try:
+                while self.step < last:
+                    metrics = self._one_step()
+                    if self.step % 20 == 0:
+                        curve.write(json.dumps({"step": self.step, **metrics}) + "\n")
+                        curve.flush()
+                        shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+                        bar.update(task, completed=self.step, description=f"{self.settings.name}  {shown}")
+                    now = time.monotonic()
+                    if now - checkpointed > self.settings.checkpoint_every_s:
+                        self._save()
+                        checkpointed = now
+                    if self.on_sample and now - sampled > self.settings.sample_every_s:
+                        self._with_average(lambda: self.on_sample(self.step))
+                        sampled = time.monotonic()
+            finally:
+                self._save()
+        self._swap()
+        self.model.eval()
+        return self.model
+
+    def _one_step(self) -> dict[str, float]:
+        factor = self.settings.learning_rate_factor(self.step)
+        for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+        loss, metrics = self.loss_fn(self.step, np.random.default_rng([self.settings.seed, self.step]))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{self.settings.name}: the loss is not finite at step {self.step}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.named.values(), self.settings.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.named.values()), 1 - decay)
+        return {"loss": loss.item(), **metrics}
+
+    def _with_average(self, action: Callable[[], None]) -> None:
+        self._swap()
+        self.model.eval()
+        try:
+            action()
+        finally:
+            self._swap()
+            self.model.train()
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.data, self.average[name] = self.average[name], parameter.data
+
+    def _save(self) -> None:
+        tensors = {f"model.{name}": p.detach() for name, p in self.named.items()}
+        tensors |= {f"average.{name}": p for name, p in self.average.items()}
+        for k, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{k}.{index}.{key}": torch.as_tensor(v) for key, v in state.items()}
+        partial = self.checkpoint_path.with_suffix(".partial")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"step": str(self.step)})
+        os.replace(partial, self.checkpoint_path)
+
+    def _load(self) -> None:
+        from safetensors import safe_open
+
+        with safe_open(self.checkpoint_path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+        tensors = load_file(self.checkpoint_path)
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(tensors[f"model.{name}"])
+                self.average[name].copy_(tensors[f"average.{name}"])
+        for k, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors.items():
+                parts = name.split(".")
+                if parts[0] == "optimizer" and int(parts[1]) == k:
+                    state.setdefault(int(parts[2]), {})[parts[3]] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

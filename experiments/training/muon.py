@@ -1,0 +1,51 @@
+"""Muon in float32 for matrices and convolution kernels.
+
+torch.optim.Muon takes matrices only and orthogonalises in bfloat16, which a CPU without bfloat16 units runs
+several times slower than float32: here that would cost more than the training step itself.
+Source: Jordan et al., "Muon: an optimizer for hidden layers", with the AdamW-matched scale of Liu et al. 2025.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+
+
+def orthogonalise(gradient: torch.Tensor) -> torch.Tensor:
+    """Nearest semi-orthogonal matrix to (rows, columns), by five Newton-Schulz iterations."""
+    a, b, c = NS_COEFFICIENTS
+    wide = gradient.shape[0] <= gradient.shape[1]
+    x = gradient if wide else gradient.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(NS_STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised; kernels (out, in, …) count as (out, in · …) matrices."""
+
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; the learning rate means what it means for AdamW (update RMS 0.2)."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                direction = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                update = orthogonalise(direction) * 0.2 * math.sqrt(max(direction.shape))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"])

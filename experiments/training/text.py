@@ -1,0 +1,128 @@
+"""The text side of the embedded model: a word-level tokenizer and a small UMT5 encoder.
+
+The encoder is trained before the transformer, alone: from every token's output the whole scene must be
+readable by linear heads, so that the transformer's cross-attention finds a bound description ("the circle is
+the red one") wherever it looks. The heads are thrown away.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from experiments.scenes import Scene, caption, sample_scene, vocabulary
+from experiments.scenes.attributes import BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES
+from experiments.training.loop import Losses, StageSettings, Trainer
+
+TEXT_DIM = 64
+MAX_WORDS = 34  # of a caption, with the end token; checked by a test
+TEXT_BATCH = 128
+NONE = "none"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, lower case, punctuation dropped, `</s>` at the end."""
+    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[^a-z]+"), behavior="removed")
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def build_text_encoder(vocab_size: int, seed: int) -> UMT5EncoderModel:
+    torch.manual_seed(seed)
+    config = UMT5Config(
+        vocab_size=vocab_size,
+        d_model=TEXT_DIM,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=64,
+    )
+    return UMT5EncoderModel(config)
+
+
+def slots(scene: Scene) -> dict[str, str]:
+    """A scene as fixed slots; those of a missing second object hold `none`."""
+    first = scene.objects[0]
+    second = scene.objects[1] if len(scene.objects) > 1 else None
+    return {
+        "first.shape": first.shape,
+        "first.colour": first.colour,
+        "first.size": first.size,
+        "second.shape": second.shape if second else NONE,
+        "second.colour": second.colour if second else NONE,
+        "second.size": second.size if second else NONE,
+        "background": scene.background,
+        "motion": scene.motion,
+        "relation": scene.relation or NONE,
+    }
+
+
+SLOT_VALUES = {
+    "first.shape": list(SHAPES),
+    "first.colour": list(COLOURS),
+    "first.size": list(RADII_PX),
+    "second.shape": [*SHAPES, NONE],
+    "second.colour": [*COLOURS, NONE],
+    "second.size": [*RADII_PX, NONE],
+    "background": list(BACKGROUNDS),
+    "motion": list(MOTIONS),
+    "relation": [*RELATIONS, NONE],
+}
+
+
+class _SlotReader(nn.Module):
+    """The encoder with one linear head a slot on every token."""
+
+    def __init__(self, encoder: UMT5EncoderModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(
+            {name.replace(".", "_"): nn.Linear(TEXT_DIM, len(values)) for name, values in SLOT_VALUES.items()}
+        )
+
+
+def encode_words(
+    tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: list[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (b, length, TEXT_DIM), zero after each caption's end as WanPipeline pads them, and the mask."""
+    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    mask = tokens.attention_mask
+    return encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None], mask
+
+
+def train_text_encoder(settings: StageSettings, folder: Path) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
+    """Train, and save tokenizer and encoder under `folder`."""
+    tokenizer = build_tokenizer()
+    model = _SlotReader(build_text_encoder(len(tokenizer), settings.seed))
+
+    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
+        scenes = [sample_scene(rng, "train") for _ in range(TEXT_BATCH)]
+        embeddings, mask = encode_words(tokenizer, model.encoder, [caption(s, rng) for s in scenes], MAX_WORDS)
+        loss, right, keep = torch.zeros(()), [], mask.bool()
+        for name, values in SLOT_VALUES.items():
+            wanted = torch.tensor([values.index(slots(s)[name]) for s in scenes])[:, None].expand_as(mask)[keep]
+            scores = model.heads[name.replace(".", "_")](embeddings[keep])
+            loss = loss + nn.functional.cross_entropy(scores, wanted)
+            right.append((scores.argmax(-1) == wanted).float().mean().item())
+        return loss / len(SLOT_VALUES), {"worst_slot_accuracy": min(right)}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
+    Trainer(settings, model, loss_fn, [optimizer], folder).run()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    model.encoder.save_pretrained(folder / "text_encoder")
+    return tokenizer, model.encoder

@@ -1,0 +1,162 @@
+"""The transformer of the embedded video model: rectified flow on latents of rendered scenes.
+
+Two things make it trainable on two cores. The latents are encoded once, beforehand. And the pipeline's 512
+text positions, nearly all of them equal zero pads, are replaced by the caption's own positions and *one* pad
+that counts for all the others: a bias of log(number of pads) on its attention score gives exactly the same
+softmax (see `PadCountAttention`), at a tenth of the cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from experiments.scenes import Scene, caption, render, sample_scene
+from experiments.training.loop import Losses, StageSettings, Trainer
+from experiments.training.muon import Muon
+from experiments.training.text import MAX_WORDS, TEXT_DIM, encode_words
+
+TEXT_LENGTH = 512  # what WanPipeline pads to by default
+TRANSFORMER_CONFIG = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=4,
+    attention_head_dim=32,
+    in_channels=16,
+    out_channels=16,
+    text_dim=TEXT_DIM,
+    freq_dim=128,
+    ffn_dim=512,
+    num_layers=6,
+    rope_max_seq_len=64,
+)
+BATCH_SIZE = 64
+NUM_CLIPS = 20_000
+CAPTION_DROPOUT = 0.1
+SIGMA_SHIFT = 3.0  # of the noise levels seen in training
+
+
+class PadCountAttention(WanAttnProcessor):
+    """Wan's attention where, in cross-attention, the last text position stands for many equal ones.
+
+    softmax over n copies of a key with score s is that key once with score s + log(n).
+    """
+
+    def __init__(self, copies: int) -> None:
+        super().__init__()
+        self.log_copies = math.log(copies)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        if encoder_hidden_states is not None:
+            attention_mask = torch.zeros(1, 1, 1, encoder_hidden_states.shape[1])
+            attention_mask[..., -1] = self.log_copies
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+
+def encode_clips(vae: AutoencoderKLWan, path: Path, count: int, seed: int) -> tuple[torch.Tensor, list[Scene]]:
+    """Normalised latents (count, 16, 3, 8, 8) of rendered training scenes, cached at `path`, and the scenes."""
+
+    def draw(index: int) -> tuple[Scene, np.random.Generator]:
+        rng = np.random.default_rng([seed, 7, index])
+        return sample_scene(rng, "train"), rng
+
+    scenes = [draw(index)[0] for index in range(count)]
+    if path.exists():
+        return load_file(path)["latents"].float(), scenes
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    chunks = []
+    for start in track(range(0, count, 25), description="encode clips"):
+        clips = np.stack([render(*draw(i)) for i in range(start, min(start + 25, count))])
+        tensor = torch.from_numpy(clips).permute(0, 4, 1, 2, 3) * 2 - 1
+        with torch.no_grad():
+            chunks.append(((vae.encode(tensor).latent_dist.mode() - mean) / std).half())
+    save_file({"latents": torch.cat(chunks)}, path)
+    return torch.cat(chunks).float(), scenes
+
+
+def build_transformer(seed: int) -> WanTransformer3DModel:
+    """A freshly initialised transformer whose output and residual branches start near zero."""
+    torch.manual_seed(seed)
+    transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name.endswith(("to_out.0", "ffn.net.2")):
+                nn.init.normal_(module.weight, std=0.002)
+    nn.init.zeros_(transformer.proj_out.weight)
+    return transformer
+
+
+def flow_loss(
+    transformer: nn.Module, latents: torch.Tensor, text: torch.Tensor, sigma: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared error of the velocity `noise - latents` at `x = (1 - sigma) latents + sigma noise`."""
+    noise = torch.randn_like(latents)
+    level = sigma.view(-1, 1, 1, 1, 1)
+    noisy = (1 - level) * latents + level * noise
+    velocity = transformer(hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
+    per_sample = (velocity - (noise - latents)).square().mean(dim=(1, 2, 3, 4))
+    return per_sample.mean(), per_sample
+
+
+def make_optimizers(transformer: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    named = list(transformer.named_parameters())
+    matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
+    others = [p for name, p in named if not (name.startswith("blocks.") and p.ndim == 2)]
+    muon = Muon(matrices, lr=learning_rate, weight_decay=0.01)
+    return [muon, torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def train_transformer(
+    settings: StageSettings,
+    folder: Path,
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: UMT5EncoderModel,
+    on_sample: Callable[[WanTransformer3DModel, int], None] | None = None,
+    until_step: int | None = None,
+    compile_step: bool = True,
+) -> WanTransformer3DModel:
+    """Train (or go on training) and save the averaged weights under `folder`/transformer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    latents, scenes = encode_clips(vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed)
+    transformer = build_transformer(settings.seed)
+    length = MAX_WORDS + 1  # the last position is always a pad and stands for all that are not here
+    transformer.set_attn_processor(PadCountAttention(TEXT_LENGTH - length + 1))
+    forward = torch.compile(transformer) if compile_step else transformer
+
+    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
+        picked = rng.integers(0, len(scenes), size=BATCH_SIZE)
+        captions = ["" if rng.random() < CAPTION_DROPOUT else caption(scenes[i], rng) for i in picked]
+        with torch.no_grad():
+            text, _ = encode_words(tokenizer, text_encoder, captions, length)
+        uniform = (torch.arange(BATCH_SIZE) + torch.rand(BATCH_SIZE)) / BATCH_SIZE  # stratified
+        sigma = SIGMA_SHIFT * uniform / (1 + (SIGMA_SHIFT - 1) * uniform)
+        loss, per_sample = flow_loss(forward, latents[picked], text, sigma)
+        high = per_sample.detach()[sigma > 0.8].mean().item()
+        return loss, {"loss_high_sigma": high}
+
+    def sample(step: int) -> None:
+        transformer.set_attn_processor(WanAttnProcessor())
+        try:
+            on_sample(transformer, step)
+        finally:
+            transformer.set_attn_processor(PadCountAttention(TEXT_LENGTH - length + 1))
+
+    optimizers = make_optimizers(transformer, settings.learning_rate)
+    Trainer(settings, transformer, loss_fn, optimizers, folder, sample if on_sample else None).run(until_step)
+    transformer.set_attn_processor(WanAttnProcessor())
+    transformer.save_pretrained(folder / "transformer")
+    return transformer

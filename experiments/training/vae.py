@@ -1,0 +1,118 @@
+"""The video autoencoder of the embedded model: a small AutoencoderKLWan on rendered scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from torch.nn import functional
+
+from experiments.scenes import render, sample_scene
+from experiments.training.loop import Losses, StageSettings, Trainer
+from experiments.training.muon import Muon
+
+VAE_CONFIG = dict(
+    base_dim=16,
+    decoder_base_dim=16,
+    z_dim=16,
+    dim_mult=[1, 2, 2],
+    num_res_blocks=1,
+    is_residual=True,
+    attn_scales=[],
+    temperal_downsample=[True, True],
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=8,
+    scale_factor_temporal=4,
+    latents_mean=[0.0] * 16,
+    latents_std=[1.0] * 16,
+)
+KL_WEIGHT = 3e-5
+OBJECT_WEIGHT = 4.0  # of pixels on and around objects: backgrounds cover more but matter less
+BATCH_SIZE = 4
+SINGLE_FRAME_SHARE = 0.20
+SHORT_CLIP_SHARE = 0.53
+
+
+def build_vae(seed: int) -> AutoencoderKLWan:
+    """A freshly initialised autoencoder: clips (b, 3, 9, 64, 64) in [-1, 1] ↔ latents (b, 16, 3, 8, 8)."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(**VAE_CONFIG)
+    for name, module in vae.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+            if name.endswith(("conv2", "attentions.0.proj")):  # residual branches start at zero
+                nn.init.zeros_(module.weight)
+    with torch.no_grad():  # latents start almost without noise: else the decoder learns to ignore them
+        vae.quant_conv.weight[VAE_CONFIG["z_dim"] :] *= 0.1
+        vae.quant_conv.bias[VAE_CONFIG["z_dim"] :] = -6.0
+    return vae
+
+
+def clip_batch(rng: np.random.Generator, size: int) -> torch.Tensor:
+    """Rendered training scenes as (size, 3, 9, 64, 64) in [-1, 1]."""
+    frames = np.stack([render(sample_scene(rng, "train"), rng) for _ in range(size)])
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).contiguous() * 2 - 1
+
+
+def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """Mean squared plus absolute error of the reconstruction, and a weak KL term that bounds the latents."""
+    posterior = vae.encode(clips).latent_dist
+    decoded = vae.decode(posterior.sample()).sample
+    error = decoded - clips
+    mse = error.square().mean()
+    saturation = clips.amax(dim=1, keepdim=True) - clips.amin(dim=1, keepdim=True)
+    weight = 1 + OBJECT_WEIGHT * (functional.max_pool3d(saturation, (1, 5, 5), 1, (0, 2, 2)) > 0.3)
+    kl = posterior.kl().mean()
+    loss = (weight * (error.square() + 0.1 * error.abs())).mean() + KL_WEIGHT * kl
+    psnr_db = -10 * torch.log10(mse.detach() / 4)
+    object_mse = (error.square() * (weight > 1)).sum() / (3 * (weight > 1).sum())
+    object_psnr_db = -10 * torch.log10(object_mse.detach() / 4)
+    return loss, {"psnr_db": psnr_db.item(), "object_psnr_db": object_psnr_db.item(), "kl": kl.item()}
+
+
+def set_latent_statistics(vae: AutoencoderKLWan, rng: np.random.Generator, count: int = 256) -> None:
+    """Write mean and deviation of the latents' channels into the config, as WanPipeline expects them."""
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(clip_batch(rng, 8)).latent_dist.mode() for _ in range(count // 8)])
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def make_optimizers(vae: AutoencoderKLWan, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the kernels inside, AdamW for the ends, the latent projections and the norms."""
+    kernels, others = [], []
+    for name, parameter in vae.named_parameters():
+        inside = parameter.ndim >= 4 and not name.startswith(("quant", "post_quant")) and "conv_out" not in name
+        (kernels if inside else others).append(parameter)
+    adam = torch.optim.AdamW(others, lr=0.7 * learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    return [Muon(kernels, lr=learning_rate), adam]
+
+
+def train_vae(
+    settings: StageSettings, folder: Path, on_sample: Callable[[int], None] | None = None
+) -> AutoencoderKLWan:
+    """Train the autoencoder: single frames first, then clips of 5 frames, whole clips at the end."""
+    vae = build_vae(settings.seed)
+    single_until = int(SINGLE_FRAME_SHARE * settings.steps)
+    short_until = single_until + int(SHORT_CLIP_SHARE * settings.steps)
+
+    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
+        if step < single_until:
+            return vae_loss(vae, clip_batch(rng, 2 * BATCH_SIZE)[:, :, :1])
+        clips = clip_batch(rng, BATCH_SIZE)
+        if step < short_until:
+            start = int(rng.integers(0, clips.shape[2] - 4))
+            clips = clips[:, :, start : start + 5]
+        return vae_loss(vae, clips)
+
+    Trainer(settings, vae, loss_fn, make_optimizers(vae, settings.learning_rate), folder, on_sample).run()
+    set_latent_statistics(vae, np.random.default_rng(settings.seed))
+    vae.save_pretrained(folder / "vae")
+    return vae

@@ -1,0 +1,233 @@
+"""The command line: the main job on an untrained tiny pipeline, and every bad input that people type."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from experiments import cli, main_job
+from tests.conftest import build_pipe
+
+QUICK = [
+    "model.num_inference_steps=6",
+    "model.height=32",
+    "model.width=32",
+    "model.num_frames=5",
+    "calibration.num_prompts=2",
+    "calibration.window=4",
+    "bench.num_prompts=3",
+    "wandb.mode=disabled",
+]
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "pipe"
+    build_pipe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys, weights):
+    """Run `run.py` with arguments in an empty folder: (exit code, what was printed)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, quick: bool = True) -> tuple[int, str]:
+        given = [*QUICK, f"model.path={weights}"] if quick else []
+        monkeypatch.setattr(sys, "argv", ["run.py", *given, *arguments])
+        GlobalHydra.instance().clear()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return call
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    return sorted(path.parent for path in tmp_path.glob("outputs/*/*/state.json"))
+
+
+@pytest.mark.parametrize("cache", ["none", "uniform", "fewer_steps", "plan_grid", "ertacache"])
+def test_main_job(command, tmp_path, cache):
+    code, printed = command(f"cache={cache}", "bench=fidelity")
+    assert code == 0, printed
+    (folder,) = folders(tmp_path)
+    assert folder.name.endswith(f"_wan21_tiny_{cache}_fidelity") and str(folder / "report.html") in printed
+    record = json.loads((folder / "record.json").read_text())
+    steps = {"none": (6, 6), "fewer_steps": (6, 3), "plan_grid": (3, 3)}.get(cache, (6, 3))
+    assert (record["steps"]["total"], record["steps"]["computed"]) == steps
+    assert record["timing"]["forwards"] == 2 * steps[1] and record["timing"]["forwards_uncached"] == 12
+    assert record["schema"] == "erta.record/1" and len(record["prompts"]) == 3
+    if cache == "none":
+        assert record["metrics"]["psnr_db"] is None and record["metrics"]["identical"] is True
+    else:
+        assert record["metrics"]["psnr_db"] > 0
+    assert "lpips" in record["missing"] or "lpips" in record["metrics"]
+    assert set(record["metrics"]["scene_accuracy"]) >= {"shape", "colour", "background", "motion", "all"}
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/webp;base64,") == 6 and "http" not in page.split("</style>")[1]
+    assert sorted(p.name for p in (folder / "figures").iterdir())[-1] == "step_map.png"
+
+
+def test_interrupted_run_goes_on(command, tmp_path, monkeypatch):
+    generate, calls = main_job.generate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # warm-up, two whole prompts, half of the third
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(main_job, "generate", interrupted)
+    code, printed = command("cache=uniform", "bench=fidelity")
+    assert code == 130 and "goes on from there" in printed and "Traceback" not in printed
+    (folder,) = folders(tmp_path)
+    kept = (folder / "per_prompt.jsonl").read_text()
+    assert kept.count("\n") == 2
+    calls.clear()
+    code, printed = command("cache=uniform", "bench=fidelity")
+    assert code == 0 and "2 of 3 prompts are done" in printed and folders(tmp_path) == [folder]
+    assert (folder / "per_prompt.jsonl").read_text().startswith(kept) and len(calls) == 3
+    # finished: the same command starts a new run; and so does resume=false
+    code, _ = command("cache=uniform", "bench=fidelity", "hydra.run.dir=outputs/x/again")
+    assert code == 0 and len(folders(tmp_path)) == 2
+
+
+def test_calibration_is_reused_and_resumed(command, tmp_path, monkeypatch):
+    code, printed = command("bench=fidelity")
+    assert code == 0, printed
+    code, printed = command("bench=fidelity", "resume=false", "hydra.run.dir=outputs/y/second", "seed=1")
+    assert code == 0 and "calibration: outputs/calibrations" in printed
+    (path,) = Path("outputs/calibrations").glob("*.safetensors")
+    code, printed = command(f"calibration.path={path}", "bench=fidelity", "model.guidance_scale=3.0")
+    assert code == 1 and "guidance_scale was 5.0" in printed and "experiment=calibrate" in printed
+    code, printed = command(f"calibration.path={path}", "bench=fidelity", "sampler=flow_match_euler")
+    assert code == 1 and "scheduler was" in printed
+    code, printed = command(f"calibration.path={path}", "bench=fidelity", "model.height=64")
+    assert code == 1 and "size was" in printed
+
+
+def test_calibrate_command(command, tmp_path):
+    code, printed = command("experiment=calibrate")
+    assert code == 0 and "what can be planned" in printed
+    assert list(tmp_path.glob("outputs/*/*/calibration.safetensors"))
+
+
+BAD = {
+    "unknown group": (["kache=none"], "kache"),
+    "unknown choice": (["cache=magic"], "magic"),
+    "unknown key": (["cache.treshold=0.1"], "treshold"),
+    "not a number": (["cache.threshold=abc"], "abc"),
+    "negative threshold": (["cache.threshold=-1"], "must be ≥ 0"),
+    "two budgets": (["cache.threshold=0.1", "cache.steps=3"], "two budgets"),
+    "impossible speed-up": (["cache.speedup=100"], "largest is 6"),
+    "speed-up below one": (["cache.speedup=0.5"], "≥ 1"),
+    "more steps than exist": (["cache.steps=7"], "between 1 and"),
+    "no step": (["cache.steps=0"], "between 1 and"),
+    "zero inference steps": (["model.num_inference_steps=0"], "at least 2"),
+    "one inference step": (["model.num_inference_steps=1"], "at least 2"),
+    "zero prompts": (["bench.num_prompts=0"], "at least 1"),
+    "zero calibration prompts": (["calibration.num_prompts=0"], "at least 1"),
+    "unknown device type": (["model.dtype=int8"], "one of float32"),
+    "unknown dimension": (["bench.dimensions=[beauty]"], "beauty"),
+    "threshold without a threshold rule": (["cache=fewer_steps", "cache.threshold=0.1"], "no threshold"),
+    "missing calibration": (["calibration.path=nowhere.safetensors"], "cannot read a calibration"),
+    "missing folder": (["model.path=nowhere"], "is not a folder"),
+    "missing prompt file": (["bench.prompts=nowhere.txt"], "cannot read the prompts"),
+    "train something else": (["experiment=train_tiny", "model=wan21"], "embedded"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_answered_in_a_line_or_two(command, name):
+    arguments, expected = BAD[name]
+    code, printed = command(*arguments)
+    message = printed[printed.index("error:") :].strip()
+    assert code == 1 and expected in message and "Traceback" not in printed
+    assert len(message.splitlines()) <= 3, message
+
+
+def test_word_outside_the_vocabulary_and_bad_prompt_files(command):
+    Path("p.txt").write_text("a red zebra moving left\n" * 3)
+    code, printed = command("bench.prompts=p.txt")
+    assert code == 1 and "'zebra'" in printed and "checkered" in printed
+    Path("p.txt").write_text("a red circle\n\na blue star\n")
+    assert "line 2 is empty" in command("bench.prompts=p.txt")[1]
+    Path("p.txt").write_bytes(b"caf\xe9\n" * 3)
+    assert "not UTF-8" in command("bench.prompts=p.txt")[1]
+    Path("p.txt").write_text("a red circle\n")
+    assert "there are 1" in command("bench.prompts=p.txt")[1]
+
+
+def test_prompts_are_escaped_in_the_report(tmp_path):
+    from experiments import report
+
+    rows = [{"prompt": "<script>alert(1)</script>", "seed": 0, "psnr_db": None, "ssim": 1.0, "index": 0}]
+    import numpy as np
+
+    for arm in ("uncached", "cached"):
+        rows[0][arm] = {"scene": None}
+        (tmp_path / "samples" / arm).mkdir(parents=True)
+        report.write_animation(np.zeros((2, 16, 16, 3)), tmp_path / "samples" / arm / "000.webp")
+    steps = {"computed": 1, "total": 2}
+    timing = dict.fromkeys(
+        ["denoise_s", "denoise_uncached_s", "pipeline_s", "pipeline_uncached_s", "hook_overhead_per_step_s"], 1.0
+    )
+    timing |= {"hook_overhead_of_forward": 0.01, "forwards": 2, "forwards_uncached": 4}
+    metrics = {"psnr_db": None, "ssim": 1.0, "speedup_denoise": 2.0, "speedup_possible": 2.0, "speedup_pipeline": 1.9}
+    names = {"model": {"name": "m"}, "cache": {"name": "c"}, "bench": {"name": "b"}}
+    record = {
+        "config": names, "steps": steps, "timing": timing, "metrics": metrics, "missing": {}, "seeds": [0],
+        "memory": {"cache_bytes": 0, "cache_dtype": ""}, "command": "x", "device": "CPU", "versions": {},
+    }  # fmt: skip
+    report.write(tmp_path, record, rows)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_truncated_and_missing_weights(command, weights, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(weights, broken)
+    file = next((broken / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    code, printed = command(f"model.path={broken}")
+    assert code == 1 and "damaged or truncated" in printed
+    file.unlink()
+    code, printed = command(f"model.path={broken}")
+    assert code == 1 and "has no weights" in printed
+
+
+def test_real_model_without_weights_says_what_to_do(command):
+    code, printed = command("model=wan21", quick=False)
+    assert code == 1 and "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in printed and "model=wan21_tiny" in printed
+
+
+def test_output_folder_that_cannot_be_written(command, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    code, printed = command(f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+    assert code == 1 and "error:" in printed and "Traceback" not in printed
+
+
+def test_full_disk_keeps_what_was_finished(command, tmp_path, monkeypatch):
+    append, calls = main_job.append_line, []
+
+    def full(path, row):
+        if calls:
+            raise OSError(28, "No space left on device", str(path))
+        calls.append(1)
+        append(path, row)
+
+    monkeypatch.setattr(main_job, "append_line", full)
+    code, printed = command("cache=uniform", "bench=fidelity")
+    assert code == 1 and "disk is full" in printed
+    (folder,) = folders(tmp_path)
+    assert (folder / "per_prompt.jsonl").read_text().count("\n") == 1

@@ -1,0 +1,100 @@
+"""Training: resuming gives the run that was never stopped, and the two tricks are exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import nn
+
+from experiments.scenes import caption, sample_scene
+from experiments.scenes.captions import words_of
+from experiments.training.loop import StageSettings, Trainer
+from experiments.training.muon import Muon, orthogonalise
+from experiments.training.text import MAX_WORDS, TEXT_DIM, build_text_encoder, build_tokenizer, encode_words
+from experiments.training.transformer import TEXT_LENGTH, PadCountAttention, build_transformer
+
+
+def trainer(folder) -> tuple[Trainer, nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    settings = StageSettings("toy", steps=30, learning_rate=0.01, warmup_steps=3, decay_share=0.5, ema_decay=0.9)
+
+    def loss_fn(step, rng):
+        x = torch.from_numpy(rng.normal(size=(8, 4))).float()
+        return (model(x) - x.sum(1, keepdim=True) + 0.1 * torch.randn(8, 1)).square().mean(), {}
+
+    optimizers = [
+        Muon([model[0].weight], lr=0.01),
+        torch.optim.AdamW([p for p in model.parameters() if p is not model[0].weight], lr=0.01),
+    ]
+    return Trainer(settings, model, loss_fn, optimizers, folder), model
+
+
+def test_resuming_equals_not_stopping(tmp_path):
+    whole, model = trainer(tmp_path / "whole")
+    whole.run()
+    first, _ = trainer(tmp_path / "parts")
+    first.run(until_step=13)
+    second, resumed = trainer(tmp_path / "parts")
+    second.run()
+    assert second.step == 30
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert (tmp_path / "parts" / "curve.jsonl").read_text().count("\n") >= 1
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    toy, _ = trainer(tmp_path)
+    toy.loss_fn = lambda step, rng: (torch.tensor(float("nan"), requires_grad=True), {})
+    with pytest.raises(FloatingPointError, match="step 0"):
+        toy.run()
+
+
+def test_one_counted_pad_equals_all_pads():
+    """Mutants: a wrong count, the bias on self-attention. Exact in theory, 1e-5 in float32."""
+    tokenizer, transformer = build_tokenizer(), build_transformer(0).eval()
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("to_out.0.weight", "proj_out.weight")):
+                parameter.normal_(std=0.2)
+    encoder = build_text_encoder(len(tokenizer), 0).eval()
+    captions = ["a small red circle moving left on a dark background", ""]
+    x, sigma = torch.randn(2, 16, 3, 8, 8), torch.tensor([900.0, 300.0])
+    with torch.no_grad():
+        full, _ = encode_words(tokenizer, encoder, captions, TEXT_LENGTH)
+        short, _ = encode_words(tokenizer, encoder, captions, MAX_WORDS + 1)
+        wanted = transformer(x, sigma, full, return_dict=False)[0]
+        transformer.set_attn_processor(PadCountAttention(TEXT_LENGTH - MAX_WORDS))
+        counted = transformer(x, sigma, short, return_dict=False)[0]
+        transformer.set_attn_processor(PadCountAttention(1))
+        uncounted = transformer(x, sigma, short, return_dict=False)[0]
+        transformer.set_attn_processor(WanAttnProcessor())
+    torch.testing.assert_close(counted, wanted, rtol=1e-4, atol=1e-5)
+    assert (uncounted - wanted).abs().max() > 1e-3
+
+
+def test_captions_fit_the_training_length():
+    rng = np.random.default_rng(0)
+    longest = max(len(words_of(caption(sample_scene(rng, num_objects=2), rng))) for _ in range(4000))
+    assert longest + 1 <= MAX_WORDS
+
+
+def test_muon_makes_orthogonal_updates():
+    singular = torch.linalg.svdvals(orthogonalise(torch.randn(24, 80, generator=torch.Generator().manual_seed(0))))
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+    before = kernel.detach().clone()
+    kernel.grad = torch.randn_like(kernel)
+    Muon([kernel], lr=0.1).step()
+    change = (kernel.detach() - before).square().mean().sqrt()
+    assert change == pytest.approx(0.1 * 0.2, rel=0.35)  # the RMS of an AdamW step of that learning rate
+
+
+def test_tokenizer_drops_punctuation_and_case():
+    tokenizer = build_tokenizer()
+    assert tokenizer.tokenize("A  Red circle, moving LEFT.") == ["a", "red", "circle", "moving", "left"]
+    ids = tokenizer("red zebra").input_ids
+    assert ids[1] == tokenizer.unk_token_id and ids[-1] == tokenizer.eos_token_id
+    assert build_text_encoder(len(tokenizer), 0).config.d_model == TEXT_DIM
