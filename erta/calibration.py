@@ -158,7 +158,7 @@ class Calibration:
             if policy == "uniform":
                 raise BudgetError("the uniform policy has no threshold: give speedup or steps")
             return threshold_mask(self.rel_l1, threshold)
-        count = steps_for_speedup(self.num_steps, speedup) if speedup is not None else steps
+        count = steps if steps is not None else steps_for_speedup(self.num_steps, float(speedup or 0))
         check_count(count, self.num_steps)
         return uniform_mask(self.num_steps, count) if policy == "uniform" else budget_mask(self.rel_l1, count)
 

@@ -17,7 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
-from erta.plan import Plan
+from erta.plan import Plan, Rectification
 from erta.trace import Trace
 
 HOOK_NAME = "erta_output_cache"
@@ -118,29 +118,31 @@ class _Coefficients:
     """The plan's rectification as tensors on the latent's device, laid out once."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.key, self.tensors = plan, None, None
+        self.plan = plan
+        self.key: tuple[torch.device, torch.dtype] | None = None
+        self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rectify(self, velocity: torch.Tensor, step: int, branch: str) -> torch.Tensor:
         """`gain * velocity + offset` with the coefficients of this step and branch, channel by channel."""
-        if self.plan.rectification is None:
+        rect = self.plan.rectification
+        if rect is None:
             return velocity
         key = (velocity.device, velocity.dtype)
         if key != self.key:
-            self.key, self.tensors = key, self._lay_out(velocity)
+            self.key, self.tensors = key, self._lay_out(rect, velocity)
         gain, offset = self.tensors[branch]
         return torch.addcmul(offset[step], gain[step], velocity)
 
-    def _lay_out(self, velocity: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _lay_out(self, rect: Rectification, velocity: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         shape = [1] * velocity.ndim
         shape[channel_axis(velocity)] = -1
 
         def place(array: Any) -> torch.Tensor:
             return torch.as_tensor(array).to(velocity.device, velocity.dtype).reshape(len(array), *shape)
 
-        rect = self.plan.rectification
         return {
             branch: (place(rect.gain[:, index]), place(rect.offset[:, index]))
-            for index, branch in enumerate(self.plan.branches)
+            for index, branch in enumerate(self.plan.branches or ())
         }
 
 

@@ -77,10 +77,12 @@ class PairStatistics:
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> PairStatistics:
         """The inverse of `to_arrays`; raises KeyError if one is missing."""
 
-        def part(name: str, kind: type) -> Spread | Moments:
-            return kind(**{item.name: arrays[f"{name}.{item.name}"] for item in fields(kind)})
+        def part(name: str, kind: type) -> dict[str, np.ndarray]:
+            return {item.name: arrays[f"{name}.{item.name}"] for item in fields(kind)}
 
-        return cls(part("rel_l1", Spread), part("phi_ratio", Spread), part("moments", Moments))
+        return cls(
+            Spread(**part("rel_l1", Spread)), Spread(**part("phi_ratio", Spread)), Moments(**part("moments", Moments))
+        )
 
 
 class TrajectoryObserver:
@@ -155,6 +157,7 @@ class TrajectoryObserver:
         guided = x + self._guide(residuals)
         for gap in range(1, 1 + min(len(old) for old in self._residuals.values())):
             error = self._guide({b: self._residuals[b][-gap] for b in residuals}) - self._guide(residuals)
+            assert self._last_guided is not None  # there is a gap, so there was a step before
             sizes = torch.stack([guided.abs().sum(), (guided - self._last_guided).abs().sum()]).double()
             self._phi.append((self._step, gap, error.abs().sum(dtype=torch.float64) / sizes))
         self._last_guided = guided

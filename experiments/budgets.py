@@ -9,7 +9,6 @@ Finished rows are kept, so the same command goes on after an interruption.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from experiments.sampling import generate
 BUDGETS = (25, 17, 12)
 REFERENCE = "policy"
 # label, cache group, overrides of the cache config
-ROWS = (
+ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("fewer steps", "fewer_steps", {}),
     ("plan grid, no cache", "plan_grid", {}),
     ("uniform", "uniform", {}),
@@ -54,8 +53,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     calibration = get_calibration(cfg, pipe)
     path = folder / "rows.jsonl"
     done = {(row["row"], row["steps"], row["index"]): row for row in read_lines(path)}
-    jobs = [("uncached, again", cfg.model.num_inference_steps, None)]
-    jobs += [(label, steps, row) for steps in BUDGETS for row in ROWS for label in (row[0],)]
+    jobs: list[tuple[str, int, tuple[str, str, dict[str, Any]] | None]] = [
+        ("uncached, again", cfg.model.num_inference_steps, None)
+    ]
+    jobs += [(row[0], steps, row) for steps in BUDGETS for row in ROWS]
     references = _uncached(pipe, cfg, prompts, folder)
     with progress_bar() as bar:
         task = bar.add_task("rows", total=len(jobs) * len(prompts), completed=len(done))
@@ -162,8 +163,3 @@ def _table(rows: list[dict[str, Any]], uncached_scene: list[dict[str, bool] | No
 def _write_markdown(path: Path, columns: list[str], table: list[list[str]]) -> None:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     path.write_text("\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table)]) + "\n", encoding="utf-8")
-
-
-def load_rows(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run, for notebooks."""
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]

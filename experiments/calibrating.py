@@ -106,13 +106,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     pipe = load_pipeline(cfg)
     calibration = make_calibration(cfg, pipe, folder / "calibration.safetensors")
     seconds = calibration.record["seconds"]
-    rows = []
-    for steps in sorted({max(1, calibration.num_steps * share // 100) for share in (20, 24, 34, 50, 70)}):
-        plan = calibration.plan(steps=steps)
-        r2 = np.nanmean(calibration.rectifier_r2(plan.mask)) if not all(plan.mask) else float("nan")
-        rows.append(
-            [steps, f"{calibration.num_steps / steps:.2f}", f"{plan.report['reuse_error_mean']:.4f}", f"{r2:.3f}"]
-        )
+    counts = sorted({max(1, calibration.num_steps * share // 100) for share in (20, 24, 34, 50, 70)})
+    rows = [_planned_row(calibration, steps) for steps in counts]
     console.table(
         "what can be planned", ["computed steps", "speed-up in forwards", "mean reuse error", "rectifier R²"], rows
     )
@@ -120,6 +115,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
         f"{len(calibration.record['prompts'])} prompts, {seconds:.0f} s; "
         f"use it with calibration.path={folder / 'calibration.safetensors'}"
     )
+
+
+def _planned_row(calibration: erta.Calibration, steps: int) -> list[str]:
+    """What `steps` computed steps would give, or that the window is too short for them."""
+    speedup = f"{calibration.num_steps / steps:.2f}"
+    try:
+        plan = calibration.plan(steps=steps)
+    except erta.BudgetError:
+        return [str(steps), speedup, "needs a larger calibration.window", ""]
+    reused = not all(plan.mask)
+    r2 = f"{np.nanmean(calibration.rectifier_r2(plan.mask)):.3f}" if reused else ""
+    return [str(steps), speedup, f"{plan.report['reuse_error_mean']:.4f}", r2]
 
 
 def _finished_part(path: Path, prompts: list[str], cfg: DictConfig, pipe: Any) -> erta.Calibration | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,31 @@ from experiments import config, console
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "sampler", "cache", "bench", "experiment")
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+TRACEBACK = "--traceback"
 
 
 def main() -> None:
     """Entry point of run.py."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come through to `_explain`, which prints them short
-    if "--traceback" in sys.argv:
-        sys.argv.remove("--traceback")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through whole, and `_short_errors` shortens them
+    if TRACEBACK in sys.argv:
+        sys.argv.remove(TRACEBACK)
+        os.environ[TRACEBACK] = "1"
+    with _short_errors():
         _hydra_main()
-        return
+
+
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    """Turn an error into one or two lines and an exit code, unless a traceback was asked for."""
     try:
-        _hydra_main()
+        yield
     except KeyboardInterrupt:
         _fail("interrupted. What was finished is kept: the same command goes on from there.", EXIT_INTERRUPTED)
-    except BaseException as error:
-        if isinstance(error, SystemExit):
+    except Exception as error:
+        if TRACEBACK in os.environ:
             raise
-        _fail(_explain(error), EXIT_ERROR)
+        _fail(f"error: {_explain(error)}", EXIT_ERROR)
 
 
 def register_help() -> None:
@@ -73,14 +80,29 @@ register_help()
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
+    with _short_errors():
+        _run(cfg)
+
+
+def _run(cfg: DictConfig) -> None:
     from experiments.record import open_folder
 
     config.validate(cfg)
+    _quiet_libraries()
     fresh = Path(HydraConfig.get().runtime.output_dir)
     folder = open_folder(cfg, fresh)
     if folder != fresh:
         shutil.rmtree(fresh, ignore_errors=True)  # holds nothing but Hydra's copy of the same configuration
     get_method(cfg.experiment._target_)(cfg, folder)
+
+
+def _quiet_libraries() -> None:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _explain(error: BaseException) -> str:
@@ -102,5 +124,5 @@ def _first_lines(error: BaseException, count: int) -> str:
 
 def _fail(message: str, code: int) -> None:
     console.out.print()
-    print(f"error: {message}" if code == EXIT_ERROR else message, file=sys.stderr)
+    print(message, file=sys.stderr)
     raise SystemExit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,9 @@ def _score_videos(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> dict[
 def _summarise(
     cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], scores: dict[str, Any]
 ) -> dict[str, Any]:
-    timing, metrics, missing = _timing(cfg, arm, rows), {}, {}
+    timing = _timing(cfg, arm, rows)
+    metrics: dict[str, Any] = {}
+    missing: dict[str, str | None] = {}
     values = [row["psnr_db"] for row in rows]
     metrics["psnr_db"], metrics["ssim"] = mean_psnr(values), float(np.mean([row["ssim"] for row in rows]))
     if all(value is None for value in values):
@@ -238,8 +239,3 @@ def _print_summary(record: dict[str, Any], folder: Path) -> None:
     for name, reason in record["missing"].items():
         console.note(f"not evaluated: {name} ({reason})")
     console.note(f"report: {folder / 'report.html'}")
-
-
-def load_record(folder: Path) -> dict[str, Any]:
-    """The record of a finished run."""
-    return json.loads((folder / "record.json").read_text(encoding="utf-8"))

@@ -66,8 +66,9 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
 def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:
     """The plan of `cfg.cache` from a calibration."""
     cache = cfg.cache
+    chosen: dict[str, Any] = budget(cfg)
     return calibration.plan(
-        **budget(cfg),
+        **chosen,
         policy=cache.policy,
         adjust_time=cache.adjust_time,
         rectify=cache.rectify,

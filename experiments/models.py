@@ -55,7 +55,7 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
         if cfg.model.flow_shift is not None and "flow_shift" in pipe.scheduler.config:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.model.flow_shift)
         return
-    options = OmegaConf.to_container(sampler.options, resolve=True)
+    options: Any = OmegaConf.to_container(sampler.options, resolve=True)
     pipe.scheduler = getattr(diffusers, sampler.scheduler)(**options)
 
 

@@ -52,14 +52,10 @@ def split_dimensions(dimensions: list[str], python: str | None) -> tuple[list[st
 
 def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:
     """Frames in [0, 1] as an RGB H.264 file without loss beyond 8 bits: codec noise must not be scored."""
-    import imageio.v2 as imageio
+    import imageio.v2 as imageio  # type: ignore[import-untyped]
 
-    pixels = to_uint8(frames)
-    with imageio.get_writer(
-        path, fps=fps, codec="libx264rgb", pixelformat="rgb24", output_params=["-crf", "0"], macro_block_size=1
-    ) as writer:
-        for frame in pixels:
-            writer.append_data(frame)
+    settings = {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-crf", "0"], "macro_block_size": 1}
+    imageio.mimwrite(path, list(to_uint8(frames)), fps=fps, **settings)
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from hydra import compose, initialize_config_dir
 
 import erta
-
 from experiments.calibrating import get_calibration
 from experiments.cli import CONF
 from experiments.models import ASSETS, call_kwargs, load_pipeline

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from analysis.runs import load_prompts, load_runs
 from experiments import cli, main_job
 from tests.conftest import build_pipe
 
 QUICK = [
     "model.num_inference_steps=6",
-    "model.height=32",
-    "model.width=32",
+    "model.height=64",
+    "model.width=64",
     "model.num_frames=5",
     "calibration.num_prompts=2",
     "calibration.window=4",
@@ -76,14 +77,17 @@ def test_main_job(command, tmp_path, cache):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/webp;base64,") == 6 and "http" not in page.split("</style>")[1]
     assert sorted(p.name for p in (folder / "figures").iterdir())[-1] == "step_map.png"
+    (row,) = load_runs(tmp_path / "outputs").to_dict("records")
+    assert (row["cache"], row["computed"], row["prompts"]) == (cache, steps[1], 3)
+    assert load_prompts(folder)["uncached.forwards"].tolist() == [12, 12, 12]
 
 
 def test_interrupted_run_goes_on(command, tmp_path, monkeypatch):
-    generate, calls = main_job.generate, []
+    generate, calls, done = main_job.generate, [], []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 6:  # warm-up, two whole prompts, half of the third
+        if len(calls) == 6 and not done:  # warm-up, two whole prompts, half of the third
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
@@ -94,6 +98,7 @@ def test_interrupted_run_goes_on(command, tmp_path, monkeypatch):
     kept = (folder / "per_prompt.jsonl").read_text()
     assert kept.count("\n") == 2
     calls.clear()
+    done.append(True)
     code, printed = command("cache=uniform", "bench=fidelity")
     assert code == 0 and "2 of 3 prompts are done" in printed and folders(tmp_path) == [folder]
     assert (folder / "per_prompt.jsonl").read_text().startswith(kept) and len(calls) == 3
@@ -112,7 +117,7 @@ def test_calibration_is_reused_and_resumed(command, tmp_path, monkeypatch):
     assert code == 1 and "guidance_scale was 5.0" in printed and "experiment=calibrate" in printed
     code, printed = command(f"calibration.path={path}", "bench=fidelity", "sampler=flow_match_euler")
     assert code == 1 and "scheduler was" in printed
-    code, printed = command(f"calibration.path={path}", "bench=fidelity", "model.height=64")
+    code, printed = command(f"calibration.path={path}", "bench=fidelity", "model.height=32")
     assert code == 1 and "size was" in printed
 
 

@@ -7,13 +7,13 @@ size. It refuses what fits no template, so noise and grey hold no object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
 from experiments.scenes.attributes import BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES, Object, Scene
-from experiments.scenes.render import shape_alpha
+from experiments.scenes.render import SIZE_PX, shape_alpha
 
 BLUR_PX = 0.8  # before segmentation, against noise
 TEMPLATE_BLURS_PX = (BLUR_PX, 1.4)
@@ -51,13 +51,14 @@ class Reading:
     objects: tuple[SeenObject, ...]
     background: str
     motion: str | None
-    details: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 def read_clip(frames: np.ndarray) -> Reading:
     """Read frames (n, height, width, 3) with floats in [0, 1]; a single image (n = 1) has no motion to read."""
     if frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames must be (n, height, width, 3), not {frames.shape}")
+    if frames.shape[1:3] != (SIZE_PX, SIZE_PX):
+        raise ValueError(f"scenes are {SIZE_PX}x{SIZE_PX} pixels, not {frames.shape[1]}x{frames.shape[2]}")
     frames = np.clip(frames.astype(np.float64), 0, 1)
     smooth = ndimage.gaussian_filter(frames, (0, BLUR_PX, BLUR_PX, 0))
     saturation = smooth.max(-1) - smooth.min(-1)
@@ -87,8 +88,8 @@ def agreement(scene: Scene, reading: Reading) -> dict[str, bool]:
         "motion": reading.motion == scene.motion,
     }
     if scene.relation is not None:
-        pair = [m for _, m in matched]
-        right["relation"] = None not in pair and _relation(pair[0], pair[1]) == scene.relation
+        first, second = (seen for _, seen in matched)
+        right["relation"] = first is not None and second is not None and _relation(first, second) == scene.relation
     right["all"] = all(right.values()) and len(reading.objects) == len(scene.objects)
     return right
 
@@ -184,10 +185,10 @@ def _read_motion(objects: list[SeenObject]) -> str | None:
     return next(name for name, vector in MOTIONS.items() if vector == direction)
 
 
-def _relation(first: SeenObject, second: SeenObject) -> str:
+def _relation(first: SeenObject, second: SeenObject) -> str | None:
     x, y = np.subtract(first.centre, second.centre)
     direction = (int(np.sign(x)), 0) if abs(x) > abs(y) else (0, int(np.sign(y)))
-    return next((name for name, vector in RELATIONS.items() if vector == direction), "left of")
+    return next((name for name, vector in RELATIONS.items() if vector == direction), None)
 
 
 def _match(asked: tuple[Object, ...], seen: tuple[SeenObject, ...]) -> list[tuple[Object, SeenObject | None]]:

@@ -98,6 +98,8 @@ def _start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]
         low = reach[0] + MARGIN_PX - low_way
         high = SIZE_PX - reach[0] - MARGIN_PX - high_way
         return [rng.uniform(low, high)]
+    if scene.relation is None:
+        raise ValueError("a scene with two objects needs a relation")
     axis = 0 if RELATIONS[scene.relation][0] else 1
     first_is_low = RELATIONS[scene.relation][axis] < 0
     low_reach, high_reach = reach if first_is_low else reach[::-1]

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+LOG_EVERY_S = 60.0  # where there is no terminal for a progress bar
 Losses = tuple[torch.Tensor, dict[str, float]]
 
 
@@ -81,7 +82,8 @@ class Trainer:
         if self.checkpoint_path.exists():
             self._load()
         last = min(until_step or self.settings.steps, self.settings.steps)
-        checkpointed = sampled = time.monotonic()
+        checkpointed = sampled = logged = time.monotonic()
+        shown = ""
         self.model.train()
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TimeElapsedColumn(), TimeRemainingColumn()]
@@ -96,11 +98,14 @@ class Trainer:
                         shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
                         bar.update(task, completed=self.step, description=f"{self.settings.name}  {shown}")
                     now = time.monotonic()
+                    if not bar.console.is_terminal and now - logged > LOG_EVERY_S:
+                        print(f"{self.settings.name}  step {self.step} of {last}  {shown}", flush=True)
+                        logged = now
                     if now - checkpointed > self.settings.checkpoint_every_s:
                         self._save()
                         checkpointed = now
                     if self.on_sample and now - sampled > self.settings.sample_every_s:
-                        self._with_average(lambda: self.on_sample(self.step))
+                        self._sample(self.on_sample)
                         sampled = time.monotonic()
             finally:
                 self._save()
@@ -128,11 +133,11 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.values()), list(self.named.values()), 1 - decay)
         return {"loss": loss.item(), **metrics}
 
-    def _with_average(self, action: Callable[[], None]) -> None:
+    def _sample(self, on_sample: Callable[[int], None]) -> None:
         self._swap()
         self.model.eval()
         try:
-            action()
+            on_sample(self.step)
         finally:
             self._swap()
             self.model.train()

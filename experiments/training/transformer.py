@@ -40,7 +40,8 @@ TRANSFORMER_CONFIG = dict(
     rope_max_seq_len=64,
 )
 BATCH_SIZE = 64
-NUM_CLIPS = 20_000
+NUM_CLIPS = 12_000
+CLIPS_AT_ONCE = 25
 CAPTION_DROPOUT = 0.1
 SIGMA_SHIFT = 3.0  # of the noise levels seen in training
 
@@ -63,20 +64,21 @@ class PadCountAttention(WanAttnProcessor):
 
 
 def encode_clips(vae: AutoencoderKLWan, path: Path, count: int, seed: int) -> tuple[torch.Tensor, list[Scene]]:
-    """Normalised latents (count, 16, 3, 8, 8) of rendered training scenes, cached at `path`, and the scenes."""
+    """Normalised latents (count, 16, 3, 8, 8) of rendered training scenes, kept at `path`, and the scenes."""
 
     def draw(index: int) -> tuple[Scene, np.random.Generator]:
         rng = np.random.default_rng([seed, 7, index])
         return sample_scene(rng, "train"), rng
 
     scenes = [draw(index)[0] for index in range(count)]
-    if path.exists():
-        return load_file(path)["latents"].float(), scenes
+    chunks = [load_file(path)["latents"][:count]] if path.exists() else []
+    start = len(chunks[0]) if chunks else 0
+    if start == count:
+        return chunks[0].float(), scenes
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    chunks = []
-    for start in track(range(0, count, 25), description="encode clips"):
-        clips = np.stack([render(*draw(i)) for i in range(start, min(start + 25, count))])
+    for first in track(range(start, count, CLIPS_AT_ONCE), description="encode clips"):
+        clips = np.stack([render(*draw(i)) for i in range(first, min(first + CLIPS_AT_ONCE, count))])
         tensor = torch.from_numpy(clips).permute(0, 4, 1, 2, 3) * 2 - 1
         with torch.no_grad():
             chunks.append(((vae.encode(tensor).latent_dist.mode() - mean) / std).half())
@@ -134,7 +136,8 @@ def train_transformer(
     latents, scenes = encode_clips(vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed)
     transformer = build_transformer(settings.seed)
     length = MAX_WORDS + 1  # the last position is always a pad and stands for all that are not here
-    transformer.set_attn_processor(PadCountAttention(TEXT_LENGTH - length + 1))
+    counted = PadCountAttention(TEXT_LENGTH - length + 1)
+    transformer.set_attn_processor(counted)
     forward = torch.compile(transformer) if compile_step else transformer
 
     def loss_fn(step: int, rng: np.random.Generator) -> Losses:
@@ -149,11 +152,12 @@ def train_transformer(
         return loss, {"loss_high_sigma": high}
 
     def sample(step: int) -> None:
+        assert on_sample is not None
         transformer.set_attn_processor(WanAttnProcessor())
         try:
             on_sample(transformer, step)
         finally:
-            transformer.set_attn_processor(PadCountAttention(TEXT_LENGTH - length + 1))
+            transformer.set_attn_processor(counted)
 
     optimizers = make_optimizers(transformer, settings.learning_rate)
     Trainer(settings, transformer, loss_fn, optimizers, folder, sample if on_sample else None).run(until_step)

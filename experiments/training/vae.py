@@ -87,9 +87,15 @@ def set_latent_statistics(vae: AutoencoderKLWan, rng: np.random.Generator, count
 
 def make_optimizers(vae: AutoencoderKLWan, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the kernels inside, AdamW for the ends, the latent projections and the norms."""
-    kernels, others = [], []
+    kernels: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for name, parameter in vae.named_parameters():
-        inside = parameter.ndim >= 4 and not name.startswith(("quant", "post_quant")) and "conv_out" not in name
+        inside = (
+            parameter[0].numel() > 1
+            and parameter.ndim >= 4
+            and not name.startswith(("quant", "post_quant"))
+            and "conv_out" not in name
+        )
         (kernels if inside else others).append(parameter)
     adam = torch.optim.AdamW(others, lr=0.7 * learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     return [Muon(kernels, lr=learning_rate), adam]

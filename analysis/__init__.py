@@ -1,0 +1,1 @@
+"""Analysis of finished runs. Reads their records only, and imports no torch."""
