@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -83,6 +84,18 @@ class Calibration:
         Raises BudgetError for a budget that cannot be met, ErtaError for options that do not go together.
         """
         mask = self._mask(threshold, speedup, steps, policy)
+        longest = max(step - source for step, source in enumerate(sources(mask)))
+        if longest > self.rel_l1.shape[1]:
+            raise BudgetError(
+                f"this plan reuses over {longest} steps, more than the calibration's window of {self.rel_l1.shape[1]}: "
+                "ask for more computed steps or calibrate with a larger window"
+            )
+        if all(mask) and threshold is not None:
+            smallest = float(np.nanmin(self.rel_l1[1:, 0]))
+            warnings.warn(
+                f"threshold {threshold:g} reuses nothing: the smallest change between two steps is {smallest:.4g}",
+                stacklevel=2,
+            )
         if phi_denominator not in PHI_DENOMINATORS:
             raise ErtaError(f"phi_denominator must be one of {', '.join(PHI_DENOMINATORS)}, not {phi_denominator!r}")
         if reuse == "velocity" and (rectify or adjust_time):
@@ -135,10 +148,6 @@ class Calibration:
         """Share of the error's variance that the rectifier explains, mean over branches and channels; NaN where computed."""
         r2 = fit_linear(self.statistics.moments).r2.mean(axis=(0, 3))
         return np.array([r2[i, i - c - 1] if c != i else np.nan for i, c in enumerate(sources(mask))])
-
-    def check(self, pipe: Any) -> None:
-        """Raise SignatureMismatch if `pipe` is not the model and scheduler that this was made for."""
-        check_signature(self.signature, model_signature(pipe))
 
     def merge(self, other: Calibration) -> Calibration:
         """Calibration over both sets of prompts; raises SignatureMismatch if they are not of one setup."""

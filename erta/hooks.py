@@ -109,8 +109,7 @@ class ObserverHook(_BranchHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = self.fn_ref.original_forward(*args, **kwargs)
         velocity = output[0]
-        x = like_output(_latent(args, kwargs), velocity)
-        self.observe(self.current_step(), self.branch(), x.detach(), velocity.detach())
+        self.observe(self.current_step(), self.branch(), _latent(args, kwargs).detach(), velocity.detach())
         return output
 
 
@@ -119,7 +118,7 @@ class _Coefficients:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.key: tuple[torch.device, torch.dtype] | None = None
+        self.device: torch.device | None = None
         self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rectify(self, velocity: torch.Tensor, step: int, branch: str) -> torch.Tensor:
@@ -127,18 +126,18 @@ class _Coefficients:
         rect = self.plan.rectification
         if rect is None:
             return velocity
-        key = (velocity.device, velocity.dtype)
-        if key != self.key:
-            self.key, self.tensors = key, self._lay_out(rect, velocity)
+        if velocity.device != self.device:
+            self.device, self.tensors = velocity.device, self._lay_out(rect, velocity)
         gain, offset = self.tensors[branch]
-        return torch.addcmul(offset[step], gain[step], velocity)
+        # in float32: a gain of 0.98 has no room in bfloat16
+        return torch.addcmul(offset[step], gain[step], velocity.float()).to(velocity.dtype)
 
     def _lay_out(self, rect: Rectification, velocity: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         shape = [1] * velocity.ndim
         shape[channel_axis(velocity)] = -1
 
         def place(array: Any) -> torch.Tensor:
-            return torch.as_tensor(array).to(velocity.device, velocity.dtype).reshape(len(array), *shape)
+            return torch.as_tensor(array).to(velocity.device, torch.float32).reshape(len(array), *shape)
 
         return {
             branch: (place(rect.gain[:, index]), place(rect.offset[:, index]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from erta.errors import ErtaError
 from erta.grid import check_grid, computed_sigmas
-from erta.schedule import Mask, sources
+from erta.schedule import Mask
 
 SCHEMA = "erta.plan/1"
 REUSE_FORMS = ("residual", "velocity")
@@ -72,11 +72,6 @@ class Plan:
     def num_computed(self) -> int:
         return sum(self.mask)
 
-    @property
-    def sources(self) -> list[int]:
-        """For each step the computed step that it draws on."""
-        return sources(self.mask)
-
     def grid_only(self) -> Plan:
         """`plan_grid`: the same solver on this plan's computed sigmas, every one computed, no cache."""
         return Plan(
@@ -88,10 +83,6 @@ class Plan:
             signature=self.signature and {**self.signature, "sigmas": None},
             report={**self.report, "grid_only_of_steps": self.num_steps},
         )
-
-    def without_cache(self) -> Plan:
-        """The same grid with every step computed."""
-        return replace(self, mask=(True,) * self.num_steps, rectification=None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: what `plan.json` holds."""

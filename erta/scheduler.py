@@ -53,9 +53,7 @@ def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
         _write_grid(self, plan)
 
     planned = copy.deepcopy(scheduler)
-    planned.__class__ = type(
-        base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__, "erta_base": base}
-    )
+    planned.__class__ = type(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
     if not plan.corrector_at_reused and plan.num_computed < plan.num_steps:
         _switch_off_corrector(planned, plan)
     return planned

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from erta.errors import ErtaError
-from erta.hooks import channel_axis
+from erta.hooks import channel_axis, like_output
 from erta.rectifier import Moments
 
 REL_L1_DENOMINATORS = ("ground_truth", "cached")
@@ -113,7 +113,7 @@ class TrajectoryObserver:
             self.branches.append(branch)
             self._residuals[branch] = deque(maxlen=self.window)
         self.latent_shape = tuple(x.shape[1:])
-        self._pending[branch] = (x.float(), velocity.float())
+        self._pending[branch] = (like_output(x, velocity).float(), velocity.float())
 
     def finish(self, num_steps: int) -> PairStatistics:
         """Statistics of the trajectory that ended. Raises ErtaError if it is incomplete or not finite."""

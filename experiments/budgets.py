@@ -19,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from erta.calibration import Calibration
 from experiments import console
 from experiments.calibrating import get_calibration, progress_bar
+from experiments.main_job import describe_inputs
 from experiments.metrics import mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
-from experiments.models import call_kwargs, load_pipeline
+from experiments.models import call_kwargs, load_pipeline, scheduler_sigmas
 from experiments.prompts import Prompt, test_prompts
-from experiments.record import SCHEMA, append_line, config_hash, environment, finish, read_lines
+from experiments.record import SCHEMA, append_line, check_inputs, config_hash, environment, finish, read_lines
 from experiments.sampling import generate
 
 BUDGETS = (25, 17, 12)
@@ -42,6 +43,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("policy + rectification, corrector off", "policy", {"rectify": True, "corrector_at_reused": False}),
     ("all three, corrector off", "ertacache", {"corrector_at_reused": False}),
     ("all three, phi by increment", "ertacache", {"phi_denominator": "increment"}),
+    ("velocity reuse", "policy", {"reuse": "velocity"}),
     ("velocity reuse, corrector off", "policy", {"reuse": "velocity", "corrector_at_reused": False}),
 )
 CONF = Path(__file__).resolve().parents[1] / "conf" / "cache"
@@ -51,6 +53,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """Sample every row on every prompt, write `rows.jsonl`, `table.md` and `record.json`, print the table."""
     prompts, pipe = test_prompts(cfg), load_pipeline(cfg)
     calibration = get_calibration(cfg, pipe)
+    check_inputs(folder, describe_inputs(pipe, prompts, calibration))
     path = folder / "rows.jsonl"
     done = {(row["row"], row["steps"], row["index"]): row for row in read_lines(path)}
     jobs: list[tuple[str, int, tuple[str, str, dict[str, Any]] | None]] = [
@@ -75,13 +78,24 @@ def run(cfg: DictConfig, folder: Path) -> None:
                     "psnr_db": psnr_db(sample.frames, references[index]),
                     "ssim": ssim(sample.frames, references[index]),
                     "scene": scene_agreement(prompts[index], sample.frames),
-                    "last_step": None if plan is None else float(plan.sigmas[-2]),
+                    "last_step": float(scheduler_sigmas(pipe, kwargs["num_inference_steps"])[-2])
+                    if plan is None
+                    else float(plan.sigmas[-2]),
                 }
                 append_line(path, done[label, steps, index])
                 bar.advance(task)
     uncached_scene = [scene_agreement(p, frames) for p, frames in zip(prompts, references, strict=True)]
     table = _table(list(done.values()), uncached_scene, len(prompts))
-    columns = ["row", "forwards", "PSNR dB", "± vs policy (95 %)", "SSIM", "scene, all", "last sigma step"]
+    columns = [
+        "row",
+        "forwards",
+        "PSNR dB",
+        "± vs policy (95 %)",
+        "SSIM",
+        "scene, all",
+        "± vs uncached (95 %)",
+        "last sigma step",
+    ]
     console.table(f"{cfg.model.name}, {len(prompts)} held-out prompts", columns, table)
     _write_markdown(folder / "table.md", columns, table)
     finish(
@@ -100,7 +114,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 def _uncached(pipe: Any, cfg: DictConfig, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
-    """Uncached clips, kept as float16 beside the rows so that a continued run compares with the same ones."""
+    """Uncached clips, kept beside the rows so that a continued run compares with the same ones."""
     clips = []
     store = folder / "uncached"
     store.mkdir(exist_ok=True)
@@ -143,6 +157,11 @@ def _table(rows: list[dict[str, Any]], uncached_scene: list[dict[str, bool] | No
             interval = paired_interval(np.array(values) - np.array([r["psnr_db"] for r in reference]))
             gain = f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
         scene = [r["scene"]["all"] for r in mine if r["scene"]]
+        scene_gain = ""
+        if scene and None not in uncached_scene:
+            against = np.array([s["all"] for s in uncached_scene if s], float)
+            change = paired_interval(np.array(scene, float) - against)
+            scene_gain = f"{change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
         table.append(
             [
                 f"{label} ({steps})",
@@ -151,12 +170,13 @@ def _table(rows: list[dict[str, Any]], uncached_scene: list[dict[str, bool] | No
                 gain,
                 f"{np.mean([r['ssim'] for r in mine]):.4f}",
                 f"{np.mean(scene):.1%}" if scene else "",
-                "" if mine[0]["last_step"] is None else f"{mine[0]['last_step']:.3f}",
+                scene_gain,
+                f"{mine[0]['last_step']:.3f}",
             ]
         )
     known = [scene["all"] for scene in uncached_scene if scene]
     if known:
-        table.insert(0, ["uncached", "", "", "", "", f"{np.mean(known):.1%}", ""])
+        table.insert(0, ["uncached", "", "", "", "", f"{np.mean(known):.1%}", "", ""])
     return table
 
 

@@ -17,6 +17,7 @@ from erta.signature import check_signature, model_signature
 from experiments import console
 from experiments.models import ASSETS, call_kwargs, load_pipeline, scheduler_sigmas
 from experiments.prompts import calibration_prompts
+from experiments.record import mark_finished
 
 MADE_HERE = Path("outputs/calibrations")
 
@@ -115,6 +116,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         f"{len(calibration.record['prompts'])} prompts, {seconds:.0f} s; "
         f"use it with calibration.path={folder / 'calibration.safetensors'}"
     )
+    mark_finished(folder)
 
 
 def _planned_row(calibration: erta.Calibration, steps: int) -> list[str]:

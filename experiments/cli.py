@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -80,8 +81,15 @@ register_help()
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
-    with _short_errors():
+    try:
         _run(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode != RunMode.MULTIRUN or TRACEBACK in os.environ:
+            with _short_errors():
+                raise
+        # a sweep goes on with its other jobs; Hydra raises this again at its end
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        raise
 
 
 def _run(cfg: DictConfig) -> None:
@@ -90,9 +98,12 @@ def _run(cfg: DictConfig) -> None:
     config.validate(cfg)
     _quiet_libraries()
     fresh = Path(HydraConfig.get().runtime.output_dir)
-    folder = open_folder(cfg, fresh)
-    if folder != fresh:
-        shutil.rmtree(fresh, ignore_errors=True)  # holds nothing but Hydra's copy of the same configuration
+    chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+    folder = open_folder(cfg, fresh, chosen)
+    if folder != fresh:  # what Hydra wrote there is a copy of the same configuration
+        shutil.rmtree(fresh / ".hydra", ignore_errors=True)
+        with suppress(OSError):
+            fresh.rmdir()
     get_method(cfg.experiment._target_)(cfg, folder)
 
 
@@ -108,6 +119,8 @@ def _quiet_libraries() -> None:
 def _explain(error: BaseException) -> str:
     if isinstance(error, ErtaError):
         return str(error)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename}: no such file or folder"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _first_lines(error, 2)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

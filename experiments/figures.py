@@ -10,7 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
+SHEET_ROWS = 16
 COMPUTED, REUSED, GREY = "#1b4965", "#f4a259", "#8d99ae"
 
 
@@ -62,6 +64,35 @@ def psnr_per_prompt(rows: list[dict[str, Any]], path: Path) -> None:
         axis.legend(frameon=False, loc="lower right")
     axis.set(xlabel="prompt", ylabel="PSNR (dB)", xticks=range(len(rows)))
     _save(figure, path)
+
+
+def contact_sheet(samples: Path, rows: list[dict[str, Any]], path: Path, columns: int = 2) -> None:
+    """First, middle and last frame of every prompt, uncached to the left of cached, with what was asked for."""
+    rows = rows[:SHEET_ROWS]
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(6.4 * columns, 1.32 * lines), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, row in zip(axes.flat, rows, strict=False):
+        arms = [_three_frames(samples / arm / f"{row['index']:03d}.webp") for arm in ("uncached", "cached")]
+        gap = np.full((arms[0].shape[0], arms[0].shape[1] // 24, 3), 255, np.uint8)
+        axis.imshow(np.concatenate([arms[0], gap, arms[1]], axis=1), interpolation="nearest")
+        axis.set_title(row["prompt"], fontsize=7.5, pad=2)
+    figure.suptitle("uncached (left) and cached (right): first, middle and last frame", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _three_frames(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        count = getattr(image, "n_frames", 1)
+        frames = []
+        for index in (0, count // 2, count - 1):
+            image.seek(index)
+            frames.append(np.asarray(image.convert("RGB")))
+    return np.concatenate(frames, axis=1)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from hydra.utils import get_method
 from omegaconf import DictConfig
 
 from erta.calibration import Calibration
+from erta.errors import ErtaError
+from erta.signature import find_denoiser, weights_digest
 from experiments import console, figures, report, tracking
 from experiments import vbench_runner as vbench
 from experiments.calibrating import get_calibration, progress_bar
@@ -20,12 +23,15 @@ from experiments.methods import Arm, profile
 from experiments.metrics import Lpips, mean_psnr, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, check_vocabulary, load_pipeline, scheduler_sigmas
 from experiments.prompts import Prompt, test_prompts
-from experiments.record import SCHEMA, append_line, config_hash, environment, finish, read_lines
+from experiments.record import SCHEMA, append_line, check_inputs, config_hash, environment, finish, read_lines
 from experiments.sampling import Sample, generate
 from experiments.scenes import CHANCE_LEVEL
 
 ARMS = ("uncached", "cached")
 PER_PROMPT = "per_prompt.jsonl"
+NOT_BUILT = dict.fromkeys(
+    ("fid_inception", "fid_tinyclip", "clip_score_vit", "clip_score_tinyclip"), "an image metric; not built yet"
+)
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -44,6 +50,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     arm: Arm = get_method(cfg.cache._target_)(cfg, pipe, calibration)
     if arm.plan is not None:
         arm.plan.save(folder / "plan.json")
+    check_inputs(folder, describe_inputs(pipe, prompts, arm.calibration))
     with tracking.start(cfg, folder) as tracker:
         rows = _sample_all(cfg, pipe, arm, prompts, folder, tracker)
         scores = _score_videos(cfg, prompts, folder)
@@ -53,6 +60,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
         finish(folder, record)
         tracker.finish(record)
     _print_summary(record, folder)
+
+
+def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration | None) -> dict[str, Any]:
+    """What the rows of a run depend on beyond its configuration."""
+    return {
+        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
+        "weights": weights_digest(find_denoiser(pipe)),
+        "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
+    }
 
 
 def _sample_all(
@@ -120,13 +136,18 @@ def _score_videos(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> dict[
     if cfg.model.num_frames is None:
         return {"missing": {name: "VBench reads videos; this model makes images" for name in cfg.bench.dimensions}}
     dimensions, missing = vbench.split_dimensions(list(cfg.bench.dimensions), cfg.bench.python)
-    scores: dict[str, Any] = {"missing": missing}
-    if dimensions:
-        named = {f"{index:03d}.mp4": prompt.text for index, prompt in enumerate(prompts)}
-        for arm in ARMS:
-            with console.out.status(f"VBench: {', '.join(dimensions)} ({arm})"):
-                scores[arm] = vbench.evaluate(folder / "samples" / arm, named, dimensions, cfg.bench.python)
-    return scores
+    scores: dict[str, Any] = {arm: {} for arm in ARMS}
+    named = {f"{index:03d}.mp4": prompt.text for index, prompt in enumerate(prompts)}
+    for dimension in dimensions:
+        try:
+            for arm in ARMS:
+                with console.out.status(f"VBench: {dimension} ({arm})"):
+                    found = vbench.evaluate(folder / "samples" / arm, named, [dimension], cfg.bench.python)
+                scores[arm] |= found
+        except ErtaError as error:  # the rest of the run is worth keeping
+            missing[dimension] = str(error)
+            scores["uncached"].pop(dimension, None)
+    return {**scores, "missing": missing}
 
 
 def _summarise(
@@ -137,8 +158,8 @@ def _summarise(
     missing: dict[str, str | None] = {}
     values = [row["psnr_db"] for row in rows]
     metrics["psnr_db"], metrics["ssim"] = mean_psnr(values), float(np.mean([row["ssim"] for row in rows]))
-    if all(value is None for value in values):
-        metrics["identical"] = True
+    metrics["identical"] = all(value is None for value in values)
+    metrics["identical_prompts"] = values.count(None)  # have no PSNR and are left out of its mean
     if "lpips" in rows[0]:
         metrics["lpips"] = float(np.mean([row["lpips"] for row in rows]))
     else:
@@ -153,13 +174,12 @@ def _summarise(
     else:
         missing["scene_accuracy"] = "the prompts are not of the scene world"
     for arm_name, key in (("cached", "vbench"), ("uncached", "vbench_uncached")):
-        if arm_name in scores:
+        if scores.get(arm_name):
             metrics[key] = {name: result["score"] for name, result in scores[arm_name].items()}
     missing |= {f"vbench.{name}": reason for name, reason in scores["missing"].items()}
-    if cfg.bench.dimensions:
-        missing["vbench_total"] = "needs all 16 dimensions on VBench's own prompts"
+    missing["vbench_total"] = "needs all 16 dimensions on VBench's own prompts"
+    missing |= NOT_BUILT
     plan = arm.plan
-    steps = cfg.model.num_inference_steps if plan is None else plan.num_steps
     mask = [1] * arm.kwargs["num_inference_steps"] if plan is None else [int(m) for m in plan.mask]
     sigmas = scheduler_sigmas(pipe, arm.kwargs["num_inference_steps"]) if plan is None else plan.sigmas
     return {
@@ -169,7 +189,12 @@ def _summarise(
         "config_hash": config_hash(cfg),
         "seeds": [row["seed"] for row in rows],
         "prompts": [row["prompt"] for row in rows],
-        "steps": {"total": steps, "computed": arm.num_computed, "mask": mask},
+        "steps": {
+            "total": len(mask),
+            "computed": arm.num_computed,
+            "mask": mask,
+            "uncached": cfg.model.num_inference_steps,
+        },
         "sigmas": [float(s) for s in sigmas],
         "timing": timing,
         "memory": {
@@ -215,15 +240,22 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
 
 
 def _scene_accuracy(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Share of clips that are right, by attribute, for all attributes together, and those by number of objects."""
     scenes = [row[name]["scene"] for row in rows]
     keys = [key for key in (*CHANCE_LEVEL, "all") if any(key in scene for scene in scenes)]
-    return {key: float(np.mean([scene[key] for scene in scenes if key in scene])) for key in keys}
+    rates = {key: float(np.mean([scene[key] for scene in scenes if key in scene])) for key in keys}
+    for label, two in (("all, one object", False), ("all, two objects", True)):
+        group = [scene["all"] for scene in scenes if ("relation" in scene) == two]
+        if group:
+            rates[label] = float(np.mean(group))
+    return rates
 
 
 def _draw(arm: Arm, rows: list[dict[str, Any]], record: dict[str, Any], folder: Path) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     figures.step_map(record, folder / "figures" / "step_map.png")
     figures.psnr_per_prompt(rows, folder / "figures" / "psnr_per_prompt.png")
+    figures.contact_sheet(folder / "samples", rows, folder / "figures" / "contact_sheet.png")
     if arm.calibration is not None:
         figures.change_profile(*profile(arm.calibration), record, folder / "figures" / "relative_l1.png")
 
@@ -231,11 +263,14 @@ def _draw(arm: Arm, rows: list[dict[str, Any]], record: dict[str, Any], folder: 
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _print_summary(record: dict[str, Any], folder: Path) -> None:
     console.table("result", ["", "uncached", "cached"], report.summary_rows(record))
     for name, reason in record["missing"].items():
+        if name in NOT_BUILT:
+            continue
         console.note(f"not evaluated: {name} ({reason})")
     console.note(f"report: {folder / 'report.html'}")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 import erta
 from erta.schedule import steps_for_speedup, uniform_mask
-from experiments.config import budget
+from experiments.config import DEFAULT_SPEEDUP, budget
 from experiments.models import call_kwargs, scheduler_sigmas
 
 GetCalibration = Callable[[], erta.Calibration]
@@ -57,7 +57,7 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             nominal_sigmas=sigmas,
             reuse=cache.reuse,
             corrector_at_reused=cache.corrector_at_reused,
-            report={"policy": "uniform", **budget(cfg)},
+            report={"policy": "uniform"},
         )
         return Arm(plan, call_kwargs(cfg))
     return Arm(planned(cfg, get_calibration()), call_kwargs(cfg), get_calibration())
@@ -80,6 +80,8 @@ def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:
 
 def _count(cfg: DictConfig) -> int:
     chosen = budget(cfg)
+    if cfg.cache.threshold is None and "threshold" in chosen:  # the model's published one: not for this method
+        chosen = {"speedup": DEFAULT_SPEEDUP}
     if "threshold" in chosen:
         raise erta.BudgetError(f"cache={cfg.cache.name} has no threshold: give cache.speedup or cache.steps")
     if "steps" in chosen:

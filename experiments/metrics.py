@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +46,7 @@ class Lpips:
     """LPIPS (alex) from a local AlexNet; `missing` says what was looked for if it is not there."""
 
     def __init__(self) -> None:
-        home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
-        self.file = home / "hub" / "checkpoints" / ALEXNET_FILE
+        self.file = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
         self.missing = None if self.file.is_file() else f"AlexNet weights not found: {self.file}"
         self._net: torch.nn.Module | None = None
 

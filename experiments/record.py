@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from experiments.config import as_plain
 
 SCHEMA = "erta.record/1"
 STATE_FILE = "state.json"
+RESULTS = ("per_prompt.jsonl", "rows.jsonl", "record.json")
 NOT_HASHED = ("resume", "wandb")
 PACKAGES = (
     "torch",
@@ -39,16 +41,32 @@ def config_hash(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def open_folder(cfg: DictConfig, fresh: Path) -> Path:
-    """The folder of an unfinished run of this configuration beside `fresh`, or `fresh` itself, ready to write."""
+def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
+    """The folder of an unfinished run of this configuration, or `fresh` itself, ready to write.
+
+    Args:
+        fresh: the folder that Hydra made for this run.
+        chosen: it was named by the user (hydra.run.dir), so no other folder is looked at.
+
+    Raises ErtaError if the folder holds another run, or cannot be written.
+    """
     digest = config_hash(cfg)
-    if cfg.resume:
-        for state_path in sorted(fresh.parent.parent.glob(f"*/*/{STATE_FILE}"), reverse=True):
+    if not chosen:
+        for state_path in sorted(_outputs_root(fresh).glob(f"**/{STATE_FILE}"), reverse=True):
             state = read_json(state_path)
-            if state and state.get("config_hash") == digest and not state.get("finished"):
+            if cfg.resume and state and state.get("config_hash") == digest and not state.get("finished"):
                 return state_path.parent
+        while (fresh / STATE_FILE).exists():  # two runs in one second
+            fresh = fresh.with_name(f"{fresh.name}+")
+    state = read_json(fresh / STATE_FILE)
+    if state and state.get("config_hash") != digest:
+        raise ErtaError(f"{fresh} holds another run: choose another folder with hydra.run.dir=FOLDER, or delete it")
     try:
         fresh.mkdir(parents=True, exist_ok=True)
+        if state and (state.get("finished") or not cfg.resume):
+            for name in RESULTS:
+                (fresh / name).unlink(missing_ok=True)
+            shutil.rmtree(fresh / "uncached", ignore_errors=True)
         write_json(fresh / STATE_FILE, {"config_hash": digest, "finished": False})
     except OSError as error:
         raise ErtaError(
@@ -57,10 +75,34 @@ def open_folder(cfg: DictConfig, fresh: Path) -> Path:
     return fresh
 
 
+def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Note what a run reads (prompts, weights, calibration); a continued run must read the same.
+
+    Raises ErtaError if an input changed since the run began: its finished rows would not belong together.
+    """
+    state = read_json(folder / STATE_FILE) or {}
+    before = state.get("inputs")
+    inputs = json.loads(json.dumps(inputs))
+    changed = [key for key in inputs if before is not None and before.get(key) != inputs[key]]
+    if changed:
+        raise ErtaError(f"{', '.join(changed)} changed since the run in {folder} began: start anew with resume=false")
+    write_json(folder / STATE_FILE, {**state, "inputs": inputs})
+
+
+def mark_finished(folder: Path) -> None:
+    """The next run of this configuration starts anew."""
+    write_json(folder / STATE_FILE, {**(read_json(folder / STATE_FILE) or {}), "finished": True})
+
+
+def _outputs_root(fresh: Path) -> Path:
+    """`outputs` for a run or a sweep below it, else the folder itself."""
+    return next((parent for parent in fresh.parents if parent.name == "outputs"), fresh)
+
+
 def finish(folder: Path, record: dict[str, Any]) -> None:
     """Write `record.json` and mark the run as finished."""
     write_json(folder / "record.json", record)
-    write_json(folder / STATE_FILE, {"config_hash": record["config_hash"], "finished": True})
+    mark_finished(folder)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -87,15 +129,22 @@ def append_line(path: Path, data: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSONL file; a line cut short by a crash is dropped."""
+    """All whole lines of a JSONL file; what a crash or a full disk left of the last one is cut off the file."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    rows, whole = [], 0
+    content = path.read_bytes()
+    for line in content.splitlines(keepends=True):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not line.endswith(b"\n"):
+            break
+        rows.append(row)
+        whole += len(line)
+    if whole < len(content):
+        os.truncate(path, whole)
     return rows
 
 

@@ -14,6 +14,7 @@ from experiments.vbench_runner import to_uint8
 
 FRAME_MS = 125
 MIN_SHOWN_PX = 128
+MAX_SHOWN_PX = 416
 FIGURE_TITLES = {
     "step_map": "Computed and reused steps",
     "relative_l1": "How much the residual changes from step to step",
@@ -22,11 +23,14 @@ FIGURE_TITLES = {
 
 
 def write_animation(frames: np.ndarray, path: Path) -> None:
-    """Frames in [0, 1] as a lossless animated WebP that every browser plays; small clips are enlarged."""
+    """Frames in [0, 1] as an animated WebP: small clips enlarged and lossless, large ones reduced and lossy."""
     pixels = to_uint8(frames)
     factor = max(1, MIN_SHOWN_PX // pixels.shape[1])
     images = [Image.fromarray(frame.repeat(factor, axis=0).repeat(factor, axis=1)) for frame in pixels]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0, lossless=True)
+    small = images[0].width <= MAX_SHOWN_PX
+    for image in images:
+        image.thumbnail((MAX_SHOWN_PX, MAX_SHOWN_PX))
+    images[0].save(path, save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0, lossless=small, quality=80)
 
 
 def write(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from erta.errors import ErtaError
 # dimension → weight files under $VBENCH_CACHE_DIR (default ~/.cache/vbench), as vbench 0.1.5 names them
 WEIGHTS = {
     "temporal_flickering": [],
-    "subject_consistency": ["dino_model/dino_vitbase16_pretrain.pth"],
+    "subject_consistency": ["dino_model/dino_vitbase16_pretrain.pth", "dino_model/facebookresearch_dino_main"],
     "background_consistency": ["clip_model/ViT-B-32.pt"],
     "motion_smoothness": ["amt_model/amt-s.pth"],
     "dynamic_degree": ["raft_model/models/raft-things.pth"],
@@ -33,6 +34,8 @@ WORKER_TIMEOUT_S = 3600
 
 def split_dimensions(dimensions: list[str], python: str | None) -> tuple[list[str], dict[str, str]]:
     """Which dimensions can be evaluated here, and for each other one the reason (the file it looked for)."""
+    if python is not None and shutil.which(python) is None:
+        raise ErtaError(f"bench.python={python} is not an interpreter")
     unknown = [name for name in dimensions if name not in WEIGHTS]
     if unknown:
         raise ErtaError(
@@ -44,7 +47,7 @@ def split_dimensions(dimensions: list[str], python: str | None) -> tuple[list[st
     cache = Path(os.environ.get("VBENCH_CACHE_DIR", "~/.cache/vbench")).expanduser()
     missing = {}
     for name in dimensions:
-        absent = [str(cache / file) for file in WEIGHTS[name] if not (cache / file).is_file()]
+        absent = [str(cache / file) for file in WEIGHTS[name] if not (cache / file).exists()]
         if absent:
             missing[name] = f"weights not found: {', '.join(absent)}"
     return [name for name in dimensions if name not in missing], missing
@@ -54,7 +57,12 @@ def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:
     """Frames in [0, 1] as an RGB H.264 file without loss beyond 8 bits: codec noise must not be scored."""
     import imageio.v2 as imageio  # type: ignore[import-untyped]
 
-    settings = {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-crf", "0"], "macro_block_size": 1}
+    settings: dict[str, Any] = {
+        "codec": "libx264rgb",
+        "pixelformat": "rgb24",
+        "output_params": ["-crf", "0"],
+        "macro_block_size": 1,
+    }
     imageio.mimwrite(path, list(to_uint8(frames)), fps=fps, **settings)
 
 
@@ -76,7 +84,10 @@ def evaluate(folder: Path, prompts: dict[str, str], dimensions: list[str], pytho
         )
         worker = Path(__file__).with_name("vbench_worker.py")
         command = [python or sys.executable, str(worker), str(request), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_TIMEOUT_S, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise ErtaError(f"the VBench worker took more than {WORKER_TIMEOUT_S} s") from error
         if done.returncode != 0 or not answer.is_file():
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise ErtaError(f"the VBench worker failed: {lines[-1] if lines else f'exit code {done.returncode}'}")

@@ -8,6 +8,7 @@ import torch
 
 import erta
 from erta.calibration import Calibration
+from erta.statistics import TrajectoryObserver
 from tests.conftest import CALL, PROMPTS, STEPS, build_pipe
 
 WINDOW = 6
@@ -143,11 +144,27 @@ def test_truncated_or_foreign_files(tmp_path, calibrations):
         ({"steps": 4, "phi_denominator": "x"}, "phi_denominator"),
         ({"steps": 4, "reuse": "velocity"}, "velocity"),
         ({"threshold": 0.1, "policy": "uniform"}, "no threshold"),
+        ({"steps": 1, "policy": "uniform"}, "window"),
     ],
 )
 def test_bad_plans(calibrations, kwargs, message):
     with pytest.raises(erta.ErtaError, match=message):
         calibrations["unipc"].plan(**kwargs)
+
+
+def test_a_threshold_that_reuses_nothing_is_said(calibrations):
+    with pytest.warns(UserWarning, match="reuses nothing"):
+        assert all(calibrations["unipc"].plan(threshold=1e-9).mask)
+
+
+def test_extra_input_channels_belong_to_the_shape_but_not_to_the_residual():
+    """Image-to-video models append channels to the latent: the first ones answer to the output."""
+    observer = TrajectoryObserver(2, None)
+    torch.manual_seed(0)
+    for step in range(3):
+        observer.observe(step, "cond", torch.randn(1, 20, 2, 4, 4), torch.randn(1, 16, 2, 4, 4))
+    assert observer.latent_shape == (20, 2, 4, 4)
+    assert observer.finish(3).moments.count.shape == (1, 3, 2, 16)
 
 
 def test_bad_calls(pipe):

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from analysis.runs import load_prompts, load_runs
 from experiments import cli, main_job
+from experiments.record import read_lines
 from tests.conftest import build_pipe
 
 QUICK = [
@@ -40,7 +41,9 @@ def command(tmp_path, monkeypatch, capsys, weights):
 
     def call(*arguments: str, quick: bool = True) -> tuple[int, str]:
         given = [*QUICK, f"model.path={weights}"] if quick else []
-        monkeypatch.setattr(sys, "argv", ["run.py", *given, *arguments])
+        flags = [argument for argument in arguments if argument == "-m"]  # Hydra wants them before the overrides
+        overrides = [argument for argument in arguments if argument != "-m"]
+        monkeypatch.setattr(sys, "argv", ["run.py", *flags, *given, *overrides])
         GlobalHydra.instance().clear()
         code = 0
         try:
@@ -64,7 +67,7 @@ def test_main_job(command, tmp_path, cache):
     (folder,) = folders(tmp_path)
     assert folder.name.endswith(f"_wan21_tiny_{cache}_fidelity") and str(folder / "report.html") in printed
     record = json.loads((folder / "record.json").read_text())
-    steps = {"none": (6, 6), "fewer_steps": (6, 3), "plan_grid": (3, 3)}.get(cache, (6, 3))
+    steps = {"none": (6, 6), "fewer_steps": (3, 3), "plan_grid": (3, 3)}.get(cache, (6, 3))
     assert (record["steps"]["total"], record["steps"]["computed"]) == steps
     assert record["timing"]["forwards"] == 2 * steps[1] and record["timing"]["forwards_uncached"] == 12
     assert record["schema"] == "erta.record/1" and len(record["prompts"]) == 3
@@ -227,6 +230,8 @@ def test_full_disk_keeps_what_was_finished(command, tmp_path, monkeypatch):
 
     def full(path, row):
         if calls:
+            with open(path, "a") as file:
+                file.write('{"index": 1, "pro')  # half a line reaches the disk
             raise OSError(28, "No space left on device", str(path))
         calls.append(1)
         append(path, row)
@@ -235,4 +240,36 @@ def test_full_disk_keeps_what_was_finished(command, tmp_path, monkeypatch):
     code, printed = command("cache=uniform", "bench=fidelity")
     assert code == 1 and "disk is full" in printed
     (folder,) = folders(tmp_path)
-    assert (folder / "per_prompt.jsonl").read_text().count("\n") == 1
+    monkeypatch.setattr(main_job, "append_line", append)
+    code, printed = command("cache=uniform", "bench=fidelity")
+    assert code == 0 and "1 of 3 prompts are done" in printed and folders(tmp_path) == [folder]
+    assert [row["index"] for row in read_lines(folder / "per_prompt.jsonl")] == [0, 1, 2]
+
+
+def test_another_runs_folder_is_left_alone(command, tmp_path):
+    assert command("cache=uniform", "bench=fidelity", "hydra.run.dir=out")[0] == 0
+    before = (tmp_path / "out" / "record.json").read_text()
+    code, printed = command("cache=none", "bench=fidelity", "hydra.run.dir=out")
+    assert code == 1 and "holds another run" in printed
+    assert (tmp_path / "out" / "record.json").read_text() == before
+
+
+def test_changed_prompts_do_not_mix_with_finished_rows(command, tmp_path, monkeypatch):
+    prompts, append, calls = Path("p.txt"), main_job.append_line, []
+    prompts.write_text("a red circle\na blue star\na green box\n")
+
+    def interrupted(path, row):
+        append(path, row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_job, "append_line", interrupted)
+    assert command("cache=uniform", "bench=fidelity", "bench.prompts=p.txt")[0] == 130
+    prompts.write_text("a purple circle\na blue star\na green box\n")
+    code, printed = command("cache=uniform", "bench=fidelity", "bench.prompts=p.txt")
+    assert code == 1 and "prompts changed" in printed and "resume=false" in printed and not calls
+
+
+def test_sweep_goes_on_after_a_bad_job(command, tmp_path):
+    code, printed = command("-m", "cache=uniform", "bench=fidelity", "bench.num_prompts=1", "cache.steps=3,9,2")
+    assert code == 1 and "between 1 and" in printed and "Traceback" not in printed
+    assert len(list(tmp_path.glob("outputs/*/*/*/record.json"))) == 2

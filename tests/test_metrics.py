@@ -83,7 +83,7 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
     ready, missing = vbench.split_dimensions(["temporal_flickering", "subject_consistency"], None)
     assert ready == ["temporal_flickering"]
     assert str(Path(tmp_path, "dino_model")) in missing["subject_consistency"]
-    (tmp_path / "dino_model").mkdir()
+    (tmp_path / "dino_model" / "facebookresearch_dino_main").mkdir(parents=True)
     (tmp_path / "dino_model" / "dino_vitbase16_pretrain.pth").touch()
     assert vbench.split_dimensions(["subject_consistency"], None) == (["subject_consistency"], {})
     with pytest.raises(ValueError, match="unknown"):

@@ -127,6 +127,7 @@ def test_split_is_by_attributes_and_stable():
     train, test = (sample_scenes(40, split, 0) for split in ("train", "test"))
     assert all(split_of(s) == "train" for s in train) and all(split_of(s) == "test" for s in test)
     assert not {s.key() for s in train} & {s.key() for s in test}
+    assert all(split_of(s.mirrored()) == "test" for s in test)  # not even in other words
     assert test == sample_scenes(40, "test", 0) and test != sample_scenes(40, "test", 1)
 
 

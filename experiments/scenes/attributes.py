@@ -8,7 +8,7 @@ no combination that a test prompt asks for was ever seen in training or calibrat
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +36,7 @@ RELATIONS = {  # unit vector from the second object to the first
     "above": (0, -1),
     "below": (0, 1),
 }
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "calibration", "test")
 TWO_OBJECT_SHARE = 0.4
 MAX_DRAWS_IN_VAIN = 300
@@ -65,10 +66,25 @@ class Scene:
         parts = [f"{o.size} {o.colour} {o.shape}" for o in self.objects]
         return "|".join([*parts, self.background, self.motion, self.relation or "-"])
 
+    def mirrored(self) -> Scene:
+        """The same picture in other words: "a above b" as "b below a". A scene with one object is its own mirror."""
+        if self.relation is None:
+            return self
+        return replace(self, objects=self.objects[::-1], relation=OPPOSITE[self.relation])
+
 
 def split_of(scene: Scene) -> str:
-    """The split that a scene belongs to: a hash of its attributes decides (84 % / 4 % / 12 %)."""
-    bucket = int.from_bytes(hashlib.sha256(scene.key().encode()).digest()[:4], "big") % 100
+    """The split that a scene belongs to: a hash of its attributes decides.
+
+    A scene is held out only if its mirror falls into the same held-out split, so no test picture was ever
+    described in training the other way round.
+    """
+    splits = {_split_of_key(scene.key()), _split_of_key(scene.mirrored().key())}
+    return splits.pop() if len(splits) == 1 else "train"
+
+
+def _split_of_key(key: str) -> str:
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
     return "train" if bucket < 84 else "calibration" if bucket < 88 else "test"
 
 

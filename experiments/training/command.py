@@ -69,7 +69,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     transformer = train_transformer(SETTINGS["transformer"], transformer_folder, vae, tokenizer, text_encoder, sheet)
     if not cfg.experiment.install:
         return
-    install(cfg, assemble(cfg, vae, tokenizer, text_encoder, transformer), folder)
+    curves = {
+        part: work / name / "curve.jsonl" for part, name in zip(PARTS, ("vae", "text", "transformer"), strict=True)
+    }
+    install(cfg, assemble(cfg, vae, tokenizer, text_encoder, transformer), curves)
 
 
 def assemble(
@@ -94,12 +97,17 @@ def assemble(
     return pipe
 
 
-def install(cfg: DictConfig, pipe: WanPipeline, folder: Path) -> None:
-    """Write the pipeline folder into the package, and the calibration of the default run beside it."""
+def install(cfg: DictConfig, pipe: WanPipeline, curves: dict[str, Path]) -> None:
+    """Write the pipeline folder into the package, with the training curves and the default run's calibration."""
     target = ASSETS / cfg.model.name
-    if target.exists():
-        shutil.rmtree(target)
-    pipe.save_pretrained(target)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial)
+    (partial / "training").mkdir()
+    for part, curve in curves.items():
+        shutil.copyfile(curve, partial / "training" / f"{part}.jsonl")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
     steps = cfg.model.num_inference_steps
     make_calibration(cfg, load_pipeline(cfg), target / f"calibration-{steps}.safetensors")
     console.note(f"installed: {target}")

@@ -8,6 +8,7 @@ softmax (see `PadCountAttention`), at a tenth of the cost.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from rich.progress import track
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from erta.signature import weights_digest
 from experiments.scenes import Scene, caption, render, sample_scene
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import Muon
@@ -71,7 +74,9 @@ def encode_clips(vae: AutoencoderKLWan, path: Path, count: int, seed: int) -> tu
         return sample_scene(rng, "train"), rng
 
     scenes = [draw(index)[0] for index in range(count)]
-    chunks = [load_file(path)["latents"][:count]] if path.exists() else []
+    made_from = {"autoencoder": weights_digest(vae), "scenes": hashlib.sha256(repr(scenes[0]).encode()).hexdigest()}
+    kept = path.exists() and read_metadata(path) == made_from
+    chunks = [load_file(path)["latents"][:count]] if kept else []
     start = len(chunks[0]) if chunks else 0
     if start == count:
         return chunks[0].float(), scenes
@@ -82,8 +87,14 @@ def encode_clips(vae: AutoencoderKLWan, path: Path, count: int, seed: int) -> tu
         tensor = torch.from_numpy(clips).permute(0, 4, 1, 2, 3) * 2 - 1
         with torch.no_grad():
             chunks.append(((vae.encode(tensor).latent_dist.mode() - mean) / std).half())
-    save_file({"latents": torch.cat(chunks)}, path)
+    save_file({"latents": torch.cat(chunks)}, path, made_from)
     return torch.cat(chunks).float(), scenes
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def build_transformer(seed: int) -> WanTransformer3DModel:
