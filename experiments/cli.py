@@ -93,14 +93,14 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
-    from experiments.record import open_folder
+    from experiments.record import STATE_FILE, open_folder
 
     config.validate(cfg)
     _quiet_libraries()
     fresh = Path(HydraConfig.get().runtime.output_dir)
     chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
     folder = open_folder(cfg, fresh, chosen)
-    if folder != fresh:  # what Hydra wrote there is a copy of the same configuration
+    if folder != fresh and not (fresh / STATE_FILE).exists():  # Hydra's copy of the same configuration
         shutil.rmtree(fresh / ".hydra", ignore_errors=True)
         with suppress(OSError):
             fresh.rmdir()

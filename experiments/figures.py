@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def contact_sheet(samples: Path, rows: list[dict[str, Any]], path: Path, columns
         arms = [_three_frames(samples / arm / f"{row['index']:03d}.webp") for arm in ("uncached", "cached")]
         gap = np.full((arms[0].shape[0], arms[0].shape[1] // 24, 3), 255, np.uint8)
         axis.imshow(np.concatenate([arms[0], gap, arms[1]], axis=1), interpolation="nearest")
-        axis.set_title(row["prompt"], fontsize=7.5, pad=2)
+        axis.set_title(textwrap.shorten(row["prompt"], 88, placeholder=" …"), fontsize=7.5, pad=2)
     figure.suptitle("uncached (left) and cached (right): first, middle and last frame", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -20,6 +20,7 @@ from experiments import console
 from experiments.calibrating import make_calibration
 from experiments.models import ASSETS, call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
+from experiments.record import mark_finished, read_json, write_json
 from experiments.scenes import agreement, read_clip
 from experiments.training.loop import StageSettings
 from experiments.training.text import train_text_encoder
@@ -73,6 +74,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         part: work / name / "curve.jsonl" for part, name in zip(PARTS, ("vae", "text", "transformer"), strict=True)
     }
     install(cfg, assemble(cfg, vae, tokenizer, text_encoder, transformer), curves)
+    mark_finished(folder)
 
 
 def assemble(
@@ -103,6 +105,9 @@ def install(cfg: DictConfig, pipe: WanPipeline, curves: dict[str, Path]) -> None
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)
+    for path in partial.glob("*/config.json"):  # diffusers notes where the parts were loaded from
+        kept = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
+        write_json(path, kept)
     (partial / "training").mkdir()
     for part, curve in curves.items():
         shutil.copyfile(curve, partial / "training" / f"{part}.jsonl")
