@@ -72,7 +72,7 @@ def contact_sheet(samples: Path, rows: list[dict[str, Any]], path: Path, columns
     rows = rows[:SHEET_ROWS]
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(6.4 * columns, 1.32 * lines), layout="constrained", squeeze=False
+        lines, columns, figsize=(6.4 * columns, max(1.32 * lines, 2.6)), layout="constrained", squeeze=False
     )
     for axis in axes.flat:
         axis.set_axis_off()
