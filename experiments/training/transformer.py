@@ -43,7 +43,7 @@ TRANSFORMER_CONFIG = dict(
     rope_max_seq_len=64,
 )
 BATCH_SIZE = 64
-NUM_CLIPS = 12_000
+NUM_CLIPS = 20_000
 CLIPS_AT_ONCE = 25
 CAPTION_DROPOUT = 0.1
 SIGMA_SHIFT = 3.0  # of the noise levels seen in training
