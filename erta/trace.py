@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -10,19 +12,56 @@ from erta.errors import ExecutionMismatch
 from erta.plan import Plan
 
 
+class Stopwatch:
+    """Sums the time between `start` and `stop` as the device sees it: with CUDA events there, so that measuring
+    waits for nothing; `seconds` waits for the last of them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._spans: list[tuple[Any, Any]] = []
+        self._started: Any = None
+
+    def start(self, device: torch.device) -> None:
+        self._started = _mark(device.type == "cuda")
+
+    def stop(self) -> None:
+        self._spans.append((self._started, _mark(not isinstance(self._started, float))))
+        self.count += 1
+
+    @property
+    def seconds(self) -> float:
+        return sum(_between(begin, end) for begin, end in self._spans)
+
+
+def _mark(on_gpu: bool) -> Any:
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
 @dataclass
 class Trace:
     """Filled in by the hook during a call, and started anew at the next one.
 
-    `forward_s` is the time inside the transformer at computed steps, `overhead_s` the hook's own time at all
-    steps; both as the CPU sees them (on a GPU, launching only: nothing is synchronised).
+    `forward_s` is the time inside the transformer at computed steps; `overhead_s` the hook's own at all steps,
+    as the CPU sees it (on a GPU, launching its few operations).
     """
 
     plan: Plan
     calls: int = 0
     executed: dict[str, list[tuple[int, bool]]] = field(default_factory=dict)
     cached: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
-    forward_s: float = 0.0
+    transformer: Stopwatch = field(default_factory=Stopwatch, repr=False)
     overhead_s: float = 0.0
     cache_bytes: int = 0
     cache_dtype: str = ""
@@ -30,19 +69,23 @@ class Trace:
     def begin(self) -> None:
         """Forget the last call."""
         self.executed, self.cached = {}, {}
-        self.forward_s = self.overhead_s = 0.0
+        self.transformer, self.overhead_s = Stopwatch(), 0.0
 
-    def computed(self, branch: str, step: int, value: torch.Tensor, forward_s: float, total_s: float) -> None:
+    def computed(self, branch: str, step: int, value: torch.Tensor, overhead_s: float) -> None:
         """Note a computed step and the tensor that it left in the cache."""
         self.executed.setdefault(branch, []).append((step, True))
         self.cached[branch] = value
-        self.forward_s += forward_s
-        self.overhead_s += total_s - forward_s
+        self.overhead_s += overhead_s
 
-    def reused(self, branch: str, step: int, total_s: float) -> None:
+    def reused(self, branch: str, step: int, overhead_s: float) -> None:
         """Note a reused step."""
         self.executed.setdefault(branch, []).append((step, False))
-        self.overhead_s += total_s
+        self.overhead_s += overhead_s
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds inside the transformer in the last call."""
+        return self.transformer.seconds
 
     @property
     def forwards(self) -> dict[str, int]:

@@ -19,11 +19,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from erta.calibration import Calibration
 from experiments import console
 from experiments.calibrating import get_calibration, progress_bar
-from experiments.main_job import describe_inputs
 from experiments.metrics import mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline, scheduler_sigmas
 from experiments.prompts import Prompt, test_prompts
-from experiments.record import SCHEMA, append_line, check_inputs, config_hash, environment, finish, read_lines
+from experiments.record import (
+    SCHEMA,
+    append_line,
+    check_inputs,
+    config_hash,
+    describe_inputs,
+    environment,
+    finish,
+    read_lines,
+)
 from experiments.sampling import generate
 
 BUDGETS = (25, 17, 12)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -95,6 +97,9 @@ def _hydra_main(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig) -> None:
     from experiments.record import STATE_FILE, open_folder
 
+    for override in HydraConfig.get().overrides.task:
+        if override.startswith("+"):
+            raise ErtaError(f"{override}: keys cannot be added; python run.py --cfg job shows those that exist")
     config.validate(cfg)
     _quiet_libraries()
     fresh = Path(HydraConfig.get().runtime.output_dir)
@@ -122,12 +127,22 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file or folder"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return _first_lines(error, 2)
+        return _unknown_key(str(error)) or _first_lines(error, 2)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error.filename or 'while writing'}). Free some space; the same command goes on."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"cannot write to {error.filename}: {error.strerror}. Choose another folder with hydra.run.dir=FOLDER."
     return f"{type(error).__name__}: {_first_lines(error, 1)} (add --traceback for where this came from)"
+
+
+def _unknown_key(message: str) -> str | None:
+    """Hydra's error for a key that does not exist, with the nearest one that does instead of its `+` advice."""
+    found = re.match(r"Could not override '([^']+)'", message)
+    if found is None:
+        return None
+    nearest = difflib.get_close_matches(found[1], config.all_keys(), n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "python run.py --cfg job shows those that exist"
+    return f"unknown key {found[1]}: {hint}"
 
 
 def _first_lines(error: BaseException, count: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -106,6 +106,21 @@ def register() -> None:
     """Make the schema known to Hydra, for the root and for every group."""
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
+
+
+def all_keys() -> list[str]:
+    """Every group and key of the configuration, dotted."""
+
+    def below(node: Any, prefix: str) -> list[str]:
+        if not is_dataclass(node):
+            return []
+        return [
+            key
+            for item in fields(node)
+            for key in (prefix + item.name, *below(item.default_factory, f"{prefix}{item.name}."))
+        ]
+
+    return below(Config, "")
 
 
 def budget(cfg: DictConfig) -> dict[str, float | int]:

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from erta.calibration import Calibration
 from erta.errors import ErtaError
-from erta.signature import find_denoiser, weights_digest
 from experiments import console, figures, report, tracking
 from experiments import vbench_runner as vbench
 from experiments.calibrating import get_calibration, progress_bar
@@ -23,7 +22,16 @@ from experiments.methods import Arm, profile
 from experiments.metrics import Lpips, mean_psnr, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, check_vocabulary, load_pipeline, scheduler_sigmas
 from experiments.prompts import Prompt, test_prompts
-from experiments.record import SCHEMA, append_line, check_inputs, config_hash, environment, finish, read_lines
+from experiments.record import (
+    SCHEMA,
+    append_line,
+    check_inputs,
+    config_hash,
+    describe_inputs,
+    environment,
+    finish,
+    read_lines,
+)
 from experiments.sampling import Sample, generate
 from experiments.scenes import CHANCE_LEVEL
 
@@ -60,15 +68,6 @@ def run(cfg: DictConfig, folder: Path) -> None:
         finish(folder, record)
         tracker.finish(record)
     _print_summary(record, folder)
-
-
-def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration | None) -> dict[str, Any]:
-    """What the rows of a run depend on beyond its configuration."""
-    return {
-        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
-        "weights": weights_digest(find_denoiser(pipe)),
-        "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
-    }
 
 
 def _sample_all(

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from erta.calibration import Calibration
 from erta.errors import ErtaError
+from erta.signature import find_denoiser, weights_digest
 from experiments.config import as_plain
+from experiments.prompts import Prompt
 
 SCHEMA = "erta.record/1"
 STATE_FILE = "state.json"
@@ -73,6 +76,15 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
             f"cannot write to {fresh}: {error.strerror}. Choose another folder with hydra.run.dir=FOLDER."
         ) from error
     return fresh
+
+
+def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration | None) -> dict[str, Any]:
+    """What the rows of a run depend on beyond its configuration."""
+    return {
+        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
+        "weights": weights_digest(find_denoiser(pipe)),
+        "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
+    }
 
 
 def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import erta
 from erta.signature import find_denoiser
+from erta.trace import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: er
         frames=np.asarray(frames, dtype=np.float32),
         denoise_s=clock.last_step_end - clock.first_forward_start,
         pipeline_s=pipeline_s,
-        forward_s=trace.forward_s if trace is not None else clock.forward_s,
-        forwards=sum(trace.forwards.values()) if trace is not None else clock.calls,
+        forward_s=trace.forward_s if trace is not None else clock.forwards.seconds,
+        forwards=sum(trace.forwards.values()) if trace is not None else clock.forwards.count,
         overhead_s=trace.overhead_s if trace is not None else 0.0,
         overhead_calls=sum(map(len, trace.executed.values())) if trace is not None else 0,
         cache_bytes=trace.cache_bytes if trace is not None else 0,
@@ -73,16 +75,15 @@ class _DenoiseClock:
 
     def __init__(self) -> None:
         self.first_forward_start = self.last_step_end = 0.0
-        self.forward_s, self.calls, self._started = 0.0, 0, 0.0
+        self.forwards = Stopwatch()
 
-    def forward_starts(self, *_: Any) -> None:
-        if self.calls == 0:
+    def forward_starts(self, transformer: nn.Module, *_: Any) -> None:
+        if self.forwards.count == 0:
             self.first_forward_start = _now()
-        self._started = time.perf_counter()
+        self.forwards.start(transformer.device)
 
     def forward_ends(self, *_: Any) -> None:
-        self.forward_s += time.perf_counter() - self._started
-        self.calls += 1
+        self.forwards.stop()
 
     def step_ends(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step + 1 == pipe.num_timesteps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from hydra import compose, initialize_config_dir
 
 import erta
+from experiments import main_job
 from experiments.calibrating import get_calibration
 from experiments.cli import CONF
+from experiments.methods import Arm
 from experiments.models import ASSETS, call_kwargs, load_pipeline
 from experiments.prompts import calibration_prompts, test_prompts
+from experiments.sampling import generate
 from experiments.scenes import CHANCE_LEVEL, agreement, read_clip, render, sample_scene
 
 FOLDER = ASSETS / "wan21_tiny"
@@ -59,8 +63,6 @@ def test_shipped_calibration_is_used(shipped):
 
 
 def test_forward_leaves_most_time_to_the_transformer_and_the_hook_costs_little(shipped):
-    from experiments.sampling import generate
-
     cfg = default_config()
     plan = get_calibration(cfg, shipped).plan(steps=25)
     prompt = test_prompts(cfg)[0]
@@ -68,6 +70,28 @@ def test_forward_leaves_most_time_to_the_transformer_and_the_hook_costs_little(s
     sample = generate(shipped, prompt.text, prompt.seed, call_kwargs(cfg), plan)
     assert sample.forwards == 50 and sample.forward_s > 0.5 * sample.denoise_s
     assert sample.overhead_s / sample.overhead_calls < 0.05 * sample.forward_s / sample.forwards
+
+
+@pytest.mark.slow
+def test_the_clock_gets_what_the_plan_allows(shipped):
+    """Over alternating pairs, the speed-up is at least 0.97 of N (F + s) / (K F + N s); the hook takes at most 1 %.
+
+    Mutants: a reused step that runs the transformer all the same, a copy of the latent at every step.
+    """
+    cfg = default_config()
+    calibration = get_calibration(cfg, shipped)
+    arm = Arm(calibration.plan(speedup=2.0), call_kwargs(cfg), calibration)
+    prompt, rows = test_prompts(cfg)[0], []
+    generate(shipped, prompt.text, 0, {**arm.kwargs, "num_inference_steps": 2})
+    for pair in range(10):
+        plans = {"uncached": None, "cached": arm.plan}
+        order = sorted(plans, reverse=pair % 2 == 0)
+        rows.append({name: asdict(generate(shipped, prompt.text, pair, arm.kwargs, plans[name])) for name in order})
+    timing = main_job._timing(cfg, arm, rows)
+    speedup = timing["denoise_uncached_s"] / timing["denoise_s"]
+    overhead = timing["hook_overhead_of_forward"]
+    print(f"\nspeed-up {speedup:.3f}, possible {timing['speedup_possible']:.3f}; hook {overhead:.2%} of a forward")
+    assert speedup >= 0.97 * timing["speedup_possible"] and overhead <= 0.01
 
 
 @pytest.mark.slow

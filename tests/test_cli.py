@@ -131,9 +131,10 @@ def test_calibrate_command(command, tmp_path):
 
 
 BAD = {
-    "unknown group": (["kache=none"], "kache"),
+    "unknown group": (["kache=none"], "unknown key kache: did you mean cache?"),
     "unknown choice": (["cache=magic"], "magic"),
-    "unknown key": (["cache.treshold=0.1"], "treshold"),
+    "unknown key": (["cache.treshold=0.1"], "did you mean cache.threshold?"),
+    "added key": (["+cache.treshold=0.1"], "cannot be added"),
     "not a number": (["cache.threshold=abc"], "abc"),
     "negative threshold": (["cache.threshold=-1"], "must be ≥ 0"),
     "two budgets": (["cache.threshold=0.1", "cache.steps=3"], "two budgets"),

@@ -6,14 +6,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from safetensors.torch import load_file
 from torch import nn
 
 from experiments.scenes import caption, sample_scene
 from experiments.scenes.captions import words_of
 from experiments.training.loop import StageSettings, Trainer
 from experiments.training.muon import Muon, orthogonalise
-from experiments.training.text import MAX_WORDS, TEXT_DIM, build_text_encoder, build_tokenizer, encode_words
-from experiments.training.transformer import TEXT_LENGTH, PadCountAttention, build_transformer
+from experiments.training.text import MAX_WORDS, TEXT_DIM, as_seen, build_text_encoder, build_tokenizer, encode_words
+from experiments.training.transformer import (
+    TEXT_LENGTH,
+    PadCountAttention,
+    attend_to_words,
+    build_transformer,
+    encode_clips,
+)
+from experiments.training.vae import build_vae, set_latent_statistics
 
 
 def trainer(folder) -> tuple[Trainer, nn.Module]:
@@ -73,6 +81,56 @@ def test_one_counted_pad_equals_all_pads():
         transformer.set_attn_processor(WanAttnProcessor())
     torch.testing.assert_close(counted, wanted, rtol=1e-4, atol=1e-5)
     assert (uncounted - wanted).abs().max() > 1e-3
+
+
+def test_cross_attention_starts_on_the_words():
+    """Mutant: a query bias against the keys' direction, or none: 479 pads take nearly all the weight."""
+    tokenizer, transformer = build_tokenizer(), build_transformer(0)
+    encoder, rng = build_text_encoder(len(tokenizer), 0), np.random.default_rng(0)
+    captions = [caption(sample_scene(rng), rng) for _ in range(20)]
+    with torch.no_grad():
+        text, mask = encode_words(tokenizer, encoder, captions, TEXT_LENGTH)
+
+        def weight_on_words() -> float:
+            attention = transformer.blocks[3].attn2
+            key = attention.norm_k(attention.to_k(transformer.condition_embedder.text_embedder(text)))
+            query = attention.norm_q(attention.to_q(torch.randn(20, 12, 128)))
+            query, key = (x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
+            weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(-1)
+            return (weights * mask[:, None, None]).sum(-1).mean().item()
+
+        before = weight_on_words()
+        attend_to_words(transformer, text[mask.bool()])
+        assert before < 0.1 and weight_on_words() > 0.6
+
+
+def test_text_is_taught_the_picture_not_the_wording():
+    """Mutant: `as_seen` that swaps the objects and keeps the relation."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = sample_scene(rng, num_objects=2)
+        assert as_seen(scene) == as_seen(scene.mirrored()) and as_seen(scene).relation in ("left of", "above")
+        assert as_seen(scene) in (scene, scene.mirrored())
+    assert as_seen(one := sample_scene(rng, num_objects=1)) == one
+
+
+def test_latents_are_encoded_once_and_on_one_scale(tmp_path, monkeypatch):
+    """Mutants: encoding starts anew, other scenes after resuming, a deviation for each channel."""
+    monkeypatch.setattr("experiments.training.transformer.CLIPS_AT_ONCE", 2)
+    vae, calls = build_vae(0).eval(), []
+    set_latent_statistics(vae, np.random.default_rng(0), count=8)
+    assert len(set(vae.config.latents_std)) == 1 and vae.config.latents_std[0] > 0
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda clips: calls.append(len(clips)) or encode(clips))
+    encode_clips(vae, tmp_path / "latents.safetensors", 2, seed=0)
+    resumed, scenes = encode_clips(vae, tmp_path / "latents.safetensors", 4, seed=0)
+    assert calls == [2, 2] and len(scenes) == 4
+    whole, same_scenes = encode_clips(vae, tmp_path / "whole.safetensors", 4, seed=0)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    assert scenes == same_scenes and resumed.shape == (4, 16, 3, 8, 8)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    raw = load_file(tmp_path / "whole.safetensors")["latents"].float()
+    torch.testing.assert_close(whole * vae.config.latents_std[0] + mean, raw, rtol=1e-4, atol=1e-5)
 
 
 def test_captions_fit_the_training_length():

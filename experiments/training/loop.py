@@ -37,7 +37,7 @@ class StageSettings:
     clip_norm: float = 1.0
     seed: int = 0
     checkpoint_every_s: float = 60.0
-    sample_every_s: float = 300.0
+    sample_every_s: float = 600.0
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, constant, then half a cosine to zero."""

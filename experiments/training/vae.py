@@ -78,11 +78,15 @@ def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def set_latent_statistics(vae: AutoencoderKLWan, rng: np.random.Generator, count: int = 256) -> None:
-    """Write mean and deviation of the latents' channels into the config, as WanPipeline expects them."""
+    """Write the mean of the latents' channels into the config, and one deviation for all: that of the widest.
+
+    A deviation for each channel would blow up those that the KL term has emptied (about half of them) to the
+    size of the ones that hold the picture, and the transformer would spend half its capacity on them.
+    """
     with torch.no_grad():
         latents = torch.cat([vae.encode(clip_batch(rng, 8)).latent_dist.mode() for _ in range(count // 8)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=[std.max().item()] * len(std))
 
 
 def make_optimizers(vae: AutoencoderKLWan, learning_rate: float) -> list[torch.optim.Optimizer]:
