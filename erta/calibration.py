@@ -20,7 +20,7 @@ from erta.errors import BudgetError, ErtaError
 from erta.grid import adjusted_sigmas, step_scale
 from erta.hooks import OBSERVER_NAME, ObserverHook, attach, detach
 from erta.plan import Plan, Rectification
-from erta.rectifier import fit_linear
+from erta.rectifier import LinearRectifier, fit_linear
 from erta.schedule import (
     Mask,
     budget_mask,
@@ -34,11 +34,14 @@ from erta.schedule import (
 from erta.scheduler import nominal_sigmas, step_index
 from erta.session import SESSION, call_arguments
 from erta.signature import check_signature, find_denoiser, model_signature
-from erta.statistics import PHI_DENOMINATORS, PairStatistics, TrajectoryObserver
+from erta.site import SITES, make_site
+from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
 
 SCHEMA = "erta.calibration/1"
 DEFAULT_WINDOW = 16
 POLICIES = ("threshold", "uniform")
+RECTIFIERS = ("channel", "scalar")
+RECTIFIER_FORMS = ("linear", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,13 @@ class Calibration:
     def num_steps(self) -> int:
         return len(self.signature["sigmas"]) - 1
 
-    @property
-    def rel_l1(self) -> np.ndarray:
-        """The profile that schedules are made from, (num_steps, window): mean over prompts and branches."""
-        return np.where(self.statistics.rel_l1.count[0] > 0, self.statistics.rel_l1.mean[0], np.nan)
+    def rel_l1(self, denominator: str = "ground_truth") -> np.ndarray:
+        """The profile that schedules are made from, (num_steps, window): mean over prompts and branches.
+
+        `||r[c] - r[i]||_1` over `||r[i]||_1` (ground_truth) or over `||r[c]||_1` (cached).
+        """
+        index = _index("rel_l1_denominator", denominator, REL_L1_DENOMINATORS)
+        return np.where(self.statistics.rel_l1.count[index] > 0, self.statistics.rel_l1.mean[index], np.nan)
 
     def plan(
         self,
@@ -68,6 +74,9 @@ class Calibration:
         adjust_time: bool = True,
         rectify: bool = True,
         phi_denominator: str = "velocity",
+        rel_l1_denominator: str = "ground_truth",
+        rectifier: str = "channel",
+        rectifier_form: str = "linear",
         corrector_at_reused: bool = True,
         reuse: str = "residual",
     ) -> Plan:
@@ -76,39 +85,42 @@ class Calibration:
         Args:
             policy: `threshold`, the paper's offline policy, or `uniform`, evenly spread steps.
             adjust_time: the paper's trajectory-aware timestep adjustment.
-            rectify: the paper's error rectification, per step, branch and channel.
+            rectify: the paper's error rectification.
             phi_denominator: `velocity` or `increment`; the sources differ (see `erta.statistics`).
+            rel_l1_denominator: of the policy: `ground_truth` or `cached` residual; the sources differ.
+            rectifier: coefficients for every step and branch by `channel`, or one `scalar` pair.
+            rectifier_form: `linear`, what is fitted, or `sigmoid`, the paper's formula taken literally.
             corrector_at_reused: False switches UniPC's corrector off at reused steps.
             reuse: `residual` (the paper) or `velocity`.
 
         Raises BudgetError for a budget that cannot be met, ErtaError for options that do not go together.
         """
-        mask = self._mask(threshold, speedup, steps, policy)
+        rel_l1 = self.rel_l1(rel_l1_denominator)
+        mask = self._mask(rel_l1, threshold, speedup, steps, policy)
         longest = max(step - source for step, source in enumerate(sources(mask)))
-        if longest > self.rel_l1.shape[1]:
+        if longest > rel_l1.shape[1]:
             raise BudgetError(
-                f"this plan reuses over {longest} steps, more than the calibration's window of {self.rel_l1.shape[1]}: "
+                f"this plan reuses over {longest} steps, more than the calibration's window of {rel_l1.shape[1]}: "
                 "ask for more computed steps or calibrate with a larger window"
             )
         if all(mask) and threshold is not None:
-            smallest = float(np.nanmin(self.rel_l1[1:, 0]))
+            smallest = float(np.nanmin(rel_l1[1:, 0]))
             warnings.warn(
                 f"threshold {threshold:g} reuses nothing: the smallest change between two steps is {smallest:.4g}",
                 stacklevel=2,
             )
-        if phi_denominator not in PHI_DENOMINATORS:
-            raise ErtaError(f"phi_denominator must be one of {', '.join(PHI_DENOMINATORS)}, not {phi_denominator!r}")
         if reuse == "velocity" and (rectify or adjust_time):
             raise ErtaError("adjust_time and rectify are fitted for reuse='residual': switch them off for 'velocity'")
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
         phi = self.phi(mask, phi_denominator)
-        errors = reuse_errors(self.rel_l1, mask)
+        errors = reuse_errors(rel_l1, mask)
         return Plan(
             mask=mask,
             sigmas=adjusted_sigmas(sigmas, mask, phi) if adjust_time else sigmas,
             nominal_sigmas=sigmas,
+            site=self.signature["site"],
             reuse=reuse,
-            rectification=self.rectification(mask) if rectify else None,
+            rectification=self.rectification(mask, rectifier, rectifier_form) if rectify else None,
             corrector_at_reused=corrector_at_reused,
             branches=tuple(self.signature["branches"]),
             latent_shape=tuple(self.signature["latent_shape"]),
@@ -121,6 +133,8 @@ class Calibration:
                 "steps_asked": steps,
                 "adjust_time": adjust_time,
                 "rectify": rectify,
+                "rectifier": f"{rectifier}, {rectifier_form}" if rectify else None,
+                "rel_l1_denominator": rel_l1_denominator,
                 "phi_denominator": phi_denominator if adjust_time else None,
                 "phi": [None if m else float(p) for m, p in zip(mask, phi, strict=True)] if adjust_time else None,
                 "reuse_error_mean": float(errors.sum() / max(1, mask.count(False))),
@@ -130,24 +144,29 @@ class Calibration:
 
     def phi(self, mask: Mask, denominator: str = "velocity") -> np.ndarray:
         """Step scale of every step under a mask, (num_steps,): 1 where computed."""
-        ratio = self.statistics.phi_ratio.mean[PHI_DENOMINATORS.index(denominator)]
+        ratio = self.statistics.phi_ratio.mean[_index("phi_denominator", denominator, PHI_DENOMINATORS)]
         gaps = [step - source for step, source in enumerate(sources(mask))]
         return np.array([step_scale(ratio[i, gap - 1]) if gap else 1.0 for i, gap in enumerate(gaps)], dtype=np.float64)
 
-    def rectification(self, mask: Mask) -> Rectification:
+    def rectification(self, mask: Mask, granularity: str = "channel", form: str = "linear") -> Rectification:
         """Coefficients of every reused step; computed steps hold the identity."""
-        fit = fit_linear(self.statistics.moments)
-        branches, num_steps, _, channels = fit.gain.shape
+        _index("rectifier_form", form, RECTIFIER_FORMS)
+        fit = self._fit(granularity)
+        branches, num_steps, _, channels = self.statistics.moments.count.shape
         gain, offset = np.ones((num_steps, branches, channels)), np.zeros((num_steps, branches, channels))
         for step, source in enumerate(sources(mask)):
             if source != step:
                 gain[step], offset[step] = fit.gain[:, step, step - source - 1], fit.offset[:, step, step - source - 1]
-        return Rectification(gain=gain, offset=offset)
+        return Rectification(gain=gain, offset=offset, form=form)
 
-    def rectifier_r2(self, mask: Mask) -> np.ndarray:
+    def rectifier_r2(self, mask: Mask, granularity: str = "channel") -> np.ndarray:
         """Share of the error's variance that the rectifier explains, mean over branches and channels; NaN where computed."""
-        r2 = fit_linear(self.statistics.moments).r2.mean(axis=(0, 3))
+        r2 = self._fit(granularity).r2.mean(axis=(0, 3))
         return np.array([r2[i, i - c - 1] if c != i else np.nan for i, c in enumerate(sources(mask))])
+
+    def _fit(self, granularity: str) -> LinearRectifier:
+        moments = self.statistics.moments
+        return fit_linear(moments if _index("rectifier", granularity, RECTIFIERS) == 0 else moments.pooled())
 
     def merge(self, other: Calibration) -> Calibration:
         """Calibration over both sets of prompts; raises SignatureMismatch if they are not of one setup."""
@@ -156,20 +175,21 @@ class Calibration:
         record["seconds"] = self.record["seconds"] + other.record["seconds"]
         return Calibration(self.statistics.merge(other.statistics), self.signature, record)
 
-    def _mask(self, threshold: float | None, speedup: float | None, steps: int | None, policy: str) -> Mask:
+    def _mask(
+        self, rel_l1: np.ndarray, threshold: float | None, speedup: float | None, steps: int | None, policy: str
+    ) -> Mask:
         given = {"threshold": threshold, "speedup": speedup, "steps": steps}
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
             raise BudgetError(f"give exactly one of threshold, speedup and steps, not {', '.join(named) or 'none'}")
-        if policy not in POLICIES:
-            raise ErtaError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+        _index("policy", policy, POLICIES)
         if threshold is not None:
             if policy == "uniform":
                 raise BudgetError("the uniform policy has no threshold: give speedup or steps")
-            return threshold_mask(self.rel_l1, threshold)
+            return threshold_mask(rel_l1, threshold)
         count = steps if steps is not None else steps_for_speedup(self.num_steps, float(speedup or 0))
         check_count(count, self.num_steps)
-        return uniform_mask(self.num_steps, count) if policy == "uniform" else budget_mask(self.rel_l1, count)
+        return uniform_mask(self.num_steps, count) if policy == "uniform" else budget_mask(rel_l1, count)
 
     def save(self, path: str | Path) -> None:
         """Write tensors and JSON metadata as one safetensors file."""
@@ -190,7 +210,8 @@ class Calibration:
                     raise ErtaError(f"{path} is not a calibration of this version ({metadata.get('schema')!r})")
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             statistics = PairStatistics.from_arrays(arrays)
-            return cls(statistics, json.loads(metadata["signature"]), json.loads(metadata["record"]))
+            signature = {"site": "output", **json.loads(metadata["signature"])}
+            return cls(statistics, signature, json.loads(metadata["record"]))
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ErtaError(f"cannot read a calibration from {path}: {error}. Make it again.") from error
 
@@ -199,6 +220,7 @@ def calibrate(
     pipe: Any,
     prompts: Sequence[str],
     *,
+    site: str = "output",
     window: int = DEFAULT_WINDOW,
     seed: int = 0,
     on_prompt: Callable[[int, Calibration], None] | None = None,
@@ -209,6 +231,7 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline with one transformer and a scheduler with sigmas.
         prompts: at least one; the paper's appendix finds 20 as good as 1000.
+        site: where the residual lives, `output` or `blocks` (see `erta.site`); plans inherit it.
         window: how many steps apart a pair may be; longer reuse cannot be planned.
         seed: prompt k starts from the noise of a CPU generator seeded with seed + k.
         on_prompt: called after every prompt with its number and the calibration so far (progress, saving).
@@ -218,6 +241,7 @@ def calibrate(
     """
     if not prompts:
         raise ErtaError("calibration needs at least one prompt")
+    _index("site", site, SITES)
     if window < 1:
         raise ErtaError(f"window must be at least 1, not {window}")
     if pipeline_kwargs.get("num_videos_per_prompt", pipeline_kwargs.get("num_images_per_prompt", 1)) != 1:
@@ -227,7 +251,7 @@ def calibrate(
     calibration: Calibration | None = None
     for index, prompt in enumerate(prompts):
         try:
-            one = _calibrate_one(pipe, prompt, seed + index, window, pipeline_kwargs)
+            one = _calibrate_one(pipe, prompt, seed + index, site, window, pipeline_kwargs)
         except ErtaError as error:
             raise ErtaError(f"prompt {index + 1} ({prompt!r}): {error}") from error
         calibration = one if calibration is None else calibration.merge(one)
@@ -237,7 +261,9 @@ def calibrate(
     return calibration
 
 
-def _calibrate_one(pipe: Any, prompt: str, seed: int, window: int, pipeline_kwargs: dict[str, Any]) -> Calibration:
+def _calibrate_one(
+    pipe: Any, prompt: str, seed: int, site: str, window: int, pipeline_kwargs: dict[str, Any]
+) -> Calibration:
     transformer = find_denoiser(pipe)
     kwargs = {
         "output_type": "latent",
@@ -246,8 +272,9 @@ def _calibrate_one(pipe: Any, prompt: str, seed: int, window: int, pipeline_kwar
         "prompt": prompt,
     }
     scale = call_arguments(type(pipe), pipe, (), kwargs).get("guidance_scale")
-    observer = TrajectoryObserver(window, scale)
-    attach(transformer, ObserverHook(observer.observe, lambda: step_index(pipe.scheduler)), OBSERVER_NAME)
+    observer = TrajectoryObserver(window, scale, eager=site != "output")
+    hook = ObserverHook(observer, make_site(site, transformer), lambda: step_index(pipe.scheduler))
+    attach(transformer, hook, OBSERVER_NAME)
     started = time.perf_counter()
     try:
         pipe(**kwargs)
@@ -261,6 +288,7 @@ def _calibrate_one(pipe: Any, prompt: str, seed: int, window: int, pipeline_kwar
         "guidance_scale": None if scale is None else float(scale),
         "latent_shape": list(observer.latent_shape or ()),
         "branches": observer.branches,
+        "site": site,
     }
     record = {
         "prompts": [prompt],
@@ -272,3 +300,10 @@ def _calibrate_one(pipe: Any, prompt: str, seed: int, window: int, pipeline_kwar
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     return Calibration(statistics, signature, record)
+
+
+def _index(key: str, value: str, choices: tuple[str, ...]) -> int:
+    """Place of a choice; raises ErtaError for one that does not exist."""
+    if value not in choices:
+        raise ErtaError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+    return choices.index(value)

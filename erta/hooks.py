@@ -1,4 +1,4 @@
-"""The one place that touches a model: hooks on the root transformer, at the `output` site.
+"""The one place that touches a pipeline's forward: hooks on the root transformer.
 
 Both hooks replace the transformer's forward through diffusers' own hook registry and come off without a
 trace. The step comes from the scheduler, the guidance branch from the pipeline's `cache_context`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -17,10 +17,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
+from erta.guidance import branches_of
 from erta.plan import Plan, Rectification
+from erta.site import Site, channel_axis, latent_of
 from erta.trace import Trace
 
-HOOK_NAME = "erta_output_cache"
+HOOK_NAME = "erta_cache"
 OBSERVER_NAME = "erta_observer"
 SINGLE_BRANCH = "single"  # of pipelines that set no cache context
 
@@ -54,38 +56,35 @@ class _BranchHook(ModelHook):
         return module
 
 
-class OutputCacheHook(_BranchHook):
-    """Runs the transformer at computed steps; at reused steps returns `x + r`, rectified if the plan says so."""
+class CacheHook(_BranchHook):
+    """Runs the transformer at computed steps; at reused ones predicts from the last residual, rectified if planned."""
 
-    def __init__(self, plan: Plan, trace: Trace, current_step: Callable[[], int]) -> None:
+    def __init__(self, plan: Plan, trace: Trace, site: Site, current_step: Callable[[], int]) -> None:
         super().__init__()
-        self.plan, self.trace, self.current_step = plan, trace, current_step
+        self.plan, self.trace, self.site, self.current_step = plan, trace, site, current_step
         self.coefficients = _Coefficients(plan)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         entered = time.perf_counter()
-        x = _latent(args, kwargs)
+        x, forward = latent_of(args, kwargs), self.fn_ref.original_forward
         step, branch = self.current_step(), self.branch()
         self._check(x, step, branch)
         state = self.states.get_state()
         if self.plan.mask[step]:
             called = time.perf_counter()
             self.trace.transformer.start(x.device)
-            output = self.fn_ref.original_forward(*args, **kwargs)
+            output, kept = self.site.compute(forward, args, kwargs)
             self.trace.transformer.stop()
+            overhead_s = called - entered
             returned = time.perf_counter()
-            velocity = output[0]
-            state.value = velocity if self.plan.reuse == "velocity" else velocity - like_output(x, velocity)
-            overhead_s = time.perf_counter() - returned + called - entered
-            self.trace.computed(branch, step, state.value, overhead_s)
+            state.value = kept
+            self.trace.computed(branch, step, state.value, overhead_s + time.perf_counter() - returned)
             return output
         if state.value is None:
             raise ExecutionMismatch(
                 f"step {step} of branch {branch!r} is to be reused, but nothing was computed before"
             )
-        velocity = state.value
-        if self.plan.reuse == "residual":
-            velocity = like_output(x, velocity) + velocity
+        velocity = self.site.predict(forward, args, kwargs, state.value)
         velocity = self.coefficients.rectify(velocity, step, branch)
         self.trace.reused(branch, step, time.perf_counter() - entered)
         return Transformer2DModelOutput(sample=velocity) if kwargs.get("return_dict", True) else (velocity,)
@@ -96,67 +95,87 @@ class OutputCacheHook(_BranchHook):
             raise ExecutionMismatch(f"the scheduler is at step {step}, but the plan has {plan.num_steps} steps")
         if plan.latent_shape is not None and tuple(x.shape[1:]) != plan.latent_shape:
             raise SignatureMismatch("latent_shape", plan.latent_shape, tuple(x.shape[1:]))
-        if plan.branches is not None and branch not in plan.branches:
+        if plan.branches is not None and not set(branches_of(branch, plan.guidance_scale)) <= set(plan.branches):
             raise SignatureMismatch("branches", plan.branches, branch)
 
 
 class ObserverHook(_BranchHook):
-    """Runs the transformer as it is and hands `(step, branch, x, velocity)` to `observe`."""
+    """Runs the transformer as it is, and shows an observer every output and what a cache would have made of it."""
 
-    def __init__(
-        self, observe: Callable[[int, str, torch.Tensor, torch.Tensor], None], current_step: Callable[[], int]
-    ) -> None:
+    def __init__(self, observer: Observer, site: Site, current_step: Callable[[], int]) -> None:
         super().__init__()
-        self.observe, self.current_step = observe, current_step
+        self.observer, self.site, self.current_step = observer, site, current_step
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        velocity = output[0]
-        self.observe(self.current_step(), self.branch(), _latent(args, kwargs).detach(), velocity.detach())
+        forward = self.fn_ref.original_forward
+        step, branch = self.current_step(), self.branch()
+        output, kept = self.site.compute(forward, args, kwargs)
+        self.observer.observe(
+            step,
+            branch,
+            latent_of(args, kwargs).detach(),
+            output[0].detach(),
+            kept.detach(),
+            lambda earlier: self.site.predict(forward, args, kwargs, earlier).detach(),
+        )
         return output
 
 
+class Observer(Protocol):
+    """What `ObserverHook` calls once a forward, in order of the steps."""
+
+    def observe(
+        self,
+        step: int,
+        context: str,
+        x: torch.Tensor,
+        velocity: torch.Tensor,
+        residual: torch.Tensor,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """`predict(r)` is the velocity at this very input with the residual `r` of an earlier step."""
+
+
 class _Coefficients:
-    """The plan's rectification as tensors on the latent's device, laid out once."""
+    """The plan's rectification as tensors on the latent's device, laid out once a context."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.device: torch.device | None = None
         self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def rectify(self, velocity: torch.Tensor, step: int, branch: str) -> torch.Tensor:
-        """`gain * velocity + offset` with the coefficients of this step and branch, channel by channel."""
+    def rectify(self, velocity: torch.Tensor, step: int, context: str) -> torch.Tensor:
+        """`v_cached - err_hat` with the coefficients of this step, guidance branch and channel.
+
+        In float32, since a gain of 0.98 has no room in bfloat16.
+        """
         rect = self.plan.rectification
         if rect is None:
             return velocity
         if velocity.device != self.device:
-            self.device, self.tensors = velocity.device, self._lay_out(rect, velocity)
-        gain, offset = self.tensors[branch]
-        # in float32: a gain of 0.98 has no room in bfloat16
-        return torch.addcmul(offset[step], gain[step], velocity.float()).to(velocity.dtype)
+            self.device, self.tensors = velocity.device, {}
+        if context not in self.tensors:
+            self.tensors[context] = self._lay_out(rect, velocity, context)
+        gain, offset = self.tensors[context]
+        parts, value = gain.shape[1], velocity.float()
+        value = value.unflatten(0, (parts, -1))  # both branches in one batch: (branch, sample, …)
+        rectified = torch.addcmul(offset[step], gain[step], value)
+        if rect.form == "sigmoid":  # err_hat = sigmoid(K v + B), whose linearisation is v - rectified
+            rectified = value - torch.sigmoid(4 * (value - rectified) - 2)
+        return rectified.flatten(0, 1).to(velocity.dtype)
 
-    def _lay_out(self, rect: Rectification, velocity: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _lay_out(self, rect: Rectification, velocity: torch.Tensor, context: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gain and offset as (steps, branches in this context, 1, … channels …)."""
+        known = self.plan.branches or ()
+        picked = [known.index(branch) for branch in branches_of(context, self.plan.guidance_scale)]
         shape = [1] * velocity.ndim
         shape[channel_axis(velocity)] = -1
 
         def place(array: Any) -> torch.Tensor:
-            return torch.as_tensor(array).to(velocity.device, torch.float32).reshape(len(array), *shape)
+            table = torch.as_tensor(array[:, picked]).to(velocity.device, torch.float32)
+            return table.reshape(len(array), len(picked), *shape)
 
-        return {
-            branch: (place(rect.gain[:, index]), place(rect.offset[:, index]))
-            for index, branch in enumerate(self.plan.branches or ())
-        }
-
-
-def channel_axis(latent: torch.Tensor) -> int:
-    """The channel axis of a latent: the last one for packed tokens (b, n, c) as in FLUX, else 1 (b, c, …)."""
-    return latent.ndim - 1 if latent.ndim == 3 else 1
-
-
-def like_output(x: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
-    """The part of the input that the output answers to: its first channels (image-to-video appends others)."""
-    axis = channel_axis(velocity)
-    return x if x.shape[axis] == velocity.shape[axis] else x.narrow(axis, 0, velocity.shape[axis])
+        return place(rect.gain), place(rect.offset)
 
 
 def attach(transformer: nn.Module, hook: ModelHook, name: str) -> None:
@@ -190,7 +209,3 @@ def detach(transformer: nn.Module, name: str) -> None:
     own = transformer.__dict__.get("forward")
     if getattr(own, "__func__", None) is type(transformer).forward:
         del transformer.__dict__["forward"]  # the class's own forward again, as before the first hook
-
-
-def _latent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

@@ -12,6 +12,7 @@ import numpy as np
 from erta.errors import ErtaError
 from erta.grid import check_grid, computed_sigmas
 from erta.schedule import Mask
+from erta.site import SITES
 
 SCHEMA = "erta.plan/1"
 REUSE_FORMS = ("residual", "velocity")
@@ -19,10 +20,15 @@ REUSE_FORMS = ("residual", "velocity")
 
 @dataclass(frozen=True)
 class Rectification:
-    """`v_hat = gain * v_cached + offset` for each step, branch and channel: arrays (num_steps, branches, channels)."""
+    """`v_hat = gain * v_cached + offset` for each step, branch and channel: arrays (num_steps, branches, channels).
+
+    With `form="sigmoid"` the paper's formula is evaluated literally: `v_hat = v_cached - sigmoid(K v_cached + B)`,
+    whose linearisation the two arrays are.
+    """
 
     gain: np.ndarray
     offset: np.ndarray
+    form: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Plan:
         mask: True where the transformer is run, one entry a step.
         sigmas: the grid that is integrated, float32 (num_steps + 1,).
         nominal_sigmas: the scheduler's own grid that the plan was made for; None: any grid of that length.
+        site: where the residual lives, `output` or `blocks` (see `erta.site`).
         reuse: what a reused step returns before rectification: `residual` (x + r, the paper) or `velocity`.
         rectification: coefficients, or None.
         corrector_at_reused: whether a multistep solver may correct with a reused output (UniPC).
@@ -46,6 +53,7 @@ class Plan:
     mask: Mask
     sigmas: np.ndarray
     nominal_sigmas: np.ndarray | None = None
+    site: str = "output"
     reuse: str = "residual"
     rectification: Rectification | None = None
     corrector_at_reused: bool = True
@@ -60,8 +68,11 @@ class Plan:
             raise ErtaError("a plan must compute its first step: there is nothing to reuse before it")
         if len(self.sigmas) != len(self.mask) + 1:
             raise ErtaError(f"{len(self.mask)} steps need {len(self.mask) + 1} sigmas, not {len(self.sigmas)}")
-        if self.reuse not in REUSE_FORMS:
-            raise ErtaError(f"reuse must be one of {', '.join(REUSE_FORMS)}, not {self.reuse!r}")
+        for key, choices in (("site", SITES), ("reuse", REUSE_FORMS)):
+            if getattr(self, key) not in choices:
+                raise ErtaError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        if self.site != "output" and self.reuse != "residual":
+            raise ErtaError(f"reuse={self.reuse!r} is of the transformer's output: use site=output")
         check_grid(np.asarray(self.sigmas, dtype=np.float32))
 
     @property
@@ -92,9 +103,10 @@ class Plan:
             "steps": {"total": self.num_steps, "computed": self.num_computed, "mask": [int(m) for m in self.mask]},
             "sigmas": [float(s) for s in self.sigmas],
             "nominal_sigmas": None if self.nominal_sigmas is None else [float(s) for s in self.nominal_sigmas],
+            "site": self.site,
             "reuse": self.reuse,
             "corrector_at_reused": self.corrector_at_reused,
-            "rectification": rect and {"gain": rect.gain.tolist(), "offset": rect.offset.tolist()},
+            "rectification": rect and {"form": rect.form, "gain": rect.gain.tolist(), "offset": rect.offset.tolist()},
             "branches": self.branches and list(self.branches),
             "latent_shape": self.latent_shape and list(self.latent_shape),
             "guidance_scale": self.guidance_scale,
@@ -118,8 +130,9 @@ class Plan:
                 mask=tuple(bool(m) for m in data["steps"]["mask"]),
                 sigmas=np.array(data["sigmas"], dtype=np.float32),
                 nominal_sigmas=None if nominal is None else np.array(nominal, dtype=np.float32),
+                site=data["site"],
                 reuse=data["reuse"],
-                rectification=rect and Rectification(np.array(rect["gain"]), np.array(rect["offset"])),
+                rectification=rect and Rectification(np.array(rect["gain"]), np.array(rect["offset"]), rect["form"]),
                 corrector_at_reused=data["corrector_at_reused"],
                 branches=data["branches"] and tuple(data["branches"]),
                 latent_shape=data["latent_shape"] and tuple(data["latent_shape"]),

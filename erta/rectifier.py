@@ -1,12 +1,13 @@
 """Explicit error rectification in closed form (ERTACache): predict the cache error from the cached output.
 
-The paper models `err ≈ sigmoid(K v_cached + B)`, linearises the sigmoid and fits by least squares. We
-evaluate what was fitted, the linear form: `err_hat = mean(err) + (S_ve / S_vv) (v_cached - mean(v_cached))`.
+The paper models `err ≈ sigmoid(K v_cached + B)`, linearises the sigmoid and fits by least squares. By default
+we evaluate what was fitted, the linear form: `err_hat = mean(err) + (S_ve / S_vv) (v_cached - mean(v_cached))`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
 
 import numpy as np
 
@@ -37,6 +38,14 @@ class Moments:
             s_ve=self.s_ve + other.s_ve + dv * de * weight,
             s_ee=self.s_ee + other.s_ee + de * de * weight,
         )
+
+    def pooled(self) -> Moments:
+        """Moments over all channels together, on a last axis of length 1."""
+        parts = [
+            Moments(*(getattr(self, item.name)[..., k : k + 1] for item in fields(self)))
+            for k in range(self.count.shape[-1])
+        ]
+        return reduce(Moments.merge, parts)
 
 
 @dataclass(frozen=True)

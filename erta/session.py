@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from erta.errors import InstallError, SignatureMismatch
-from erta.hooks import HOOK_NAME, OutputCacheHook, attach, check_detachable, detach
+from erta.hooks import HOOK_NAME, CacheHook, attach, check_detachable, detach
 from erta.plan import Plan
 from erta.scheduler import planned_scheduler, step_index
 from erta.signature import check_signature, find_denoiser, model_signature
+from erta.site import make_site
 from erta.trace import Trace
 
 SESSION = "_erta_session"
@@ -49,7 +50,8 @@ def install(pipe: Any, plan: Plan) -> Trace:
             warnings.warn(f"the calibration was made in {made_in}, the model runs in {now}", stacklevel=3)
     scheduler = planned_scheduler(pipe.scheduler, plan)
     trace = Trace(plan)
-    hook = OutputCacheHook(plan, trace, lambda: step_index(pipe.scheduler))
+    site = make_site(plan.site, transformer, plan.reuse)
+    hook = CacheHook(plan, trace, site, lambda: step_index(pipe.scheduler))
     attach(transformer, hook, HOOK_NAME)
     session = _Session(pipe, plan, trace, hook)
     pipe.scheduler = scheduler
@@ -73,7 +75,7 @@ def uninstall(pipe: Any) -> None:
 class _Session:
     """What must be put back, and what happens around every call."""
 
-    def __init__(self, pipe: Any, plan: Plan, trace: Trace, hook: OutputCacheHook) -> None:
+    def __init__(self, pipe: Any, plan: Plan, trace: Trace, hook: CacheHook) -> None:
         self.pipe_class, self.scheduler = type(pipe), pipe.scheduler
         self.transformer = find_denoiser(pipe)
         self.plan, self.trace, self.hook = plan, trace, hook

@@ -21,6 +21,7 @@ MUST_MATCH = (
     "guidance_scale",
     "latent_shape",
     "branches",
+    "site",
 )
 
 

@@ -1,20 +1,25 @@
 """Statistics of all step pairs of uncached trajectories, streamed: no trajectory is ever stored.
 
-For a pair (c, i), `m = i - c` steps apart, on the same input x[i]: the cached output would be
-`v_cached = x[i] + r[c]`, so its error is `err = v_cached - v[i] = r[c] - r[i]`. Index [i, m - 1] holds it.
+For a pair (c, i), `m = i - c` steps apart, on the same input x[i]: the cached output would be `v_cached`, made
+from the residual r[c], and its error `err = v_cached - v[i]`. At the output site `v_cached = x[i] + r[c]` and
+`err = r[c] - r[i]`; at the blocks site r is the block stack's, and v_cached what the head makes of it.
+Index [i, m - 1] holds the pair.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 
 from erta.errors import ErtaError
-from erta.hooks import channel_axis, like_output
+from erta.guidance import branches_of, guide, split
 from erta.rectifier import Moments
+from erta.site import channel_axis
 
 REL_L1_DENOMINATORS = ("ground_truth", "cached")
 PHI_DENOMINATORS = ("velocity", "increment")
@@ -85,35 +90,61 @@ class PairStatistics:
         )
 
 
-class TrajectoryObserver:
-    """Collects the pair statistics of one prompt from `observe(step, branch, x, velocity)` calls."""
+@dataclass(frozen=True)
+class _Seen:
+    """One forward of the current step: its velocity, and its velocities as predicted from each earlier residual."""
 
-    def __init__(self, window: int, guidance_scale: float | None) -> None:
-        self.window, self.guidance_scale = window, guidance_scale
+    velocity: torch.Tensor
+    residual: torch.Tensor
+    predictions: list[Callable[[], torch.Tensor]]  # index gap - 1
+
+
+class TrajectoryObserver:
+    """Collects the pair statistics of one prompt from `observe` calls.
+
+    Keeps the residuals of `window` steps and nothing else of the trajectory. At the `output` site predictions
+    are made when they are needed; at `blocks` they need the forward at hand, so `eager` makes them at once.
+    """
+
+    def __init__(self, window: int, guidance_scale: float | None, eager: bool = False) -> None:
+        self.window, self.guidance_scale, self.eager = window, guidance_scale, eager
         self.branches: list[str] = []
         self.latent_shape: tuple[int, ...] | None = None
         self._residuals: dict[str, deque[torch.Tensor]] = {}
-        self._pending: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pending: dict[str, _Seen] = {}
         self._step = -1
         self._last_guided: torch.Tensor | None = None
+        self._per_channel, self._channels = 1.0, 1
         self._pairs: list[tuple[int, int, int, torch.Tensor, torch.Tensor]] = []  # branch, step, gap, ratios, sums
         self._phi: list[tuple[int, int, torch.Tensor]] = []
         self._finite: list[torch.Tensor] = []
 
-    def observe(self, step: int, branch: str, x: torch.Tensor, velocity: torch.Tensor) -> None:
-        """Take one transformer output. Steps come in order, each branch once a step."""
+    def observe(
+        self,
+        step: int,
+        context: str,
+        x: torch.Tensor,
+        velocity: torch.Tensor,
+        residual: torch.Tensor,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Take one forward. Steps come in order, each cache context once a step. See `erta.hooks.Observer`."""
         if step != self._step:
             self._close_step()
             if step != self._step + 1:
                 raise ErtaError(f"calibration saw step {step} after step {self._step}: steps must come in order")
             self._step = step
-        if branch in self._pending:
-            raise ErtaError(f"calibration saw branch {branch!r} twice at step {step}")
-        if branch not in self.branches:
-            self.branches.append(branch)
-            self._residuals[branch] = deque(maxlen=self.window)
+        if context in self._pending:
+            raise ErtaError(f"calibration saw branch {context!r} twice at step {step}")
+        if context not in self._residuals:
+            self.branches += branches_of(context, self.guidance_scale)
+            self._residuals[context] = deque(maxlen=self.window)
         self.latent_shape = tuple(x.shape[1:])
-        self._pending[branch] = (like_output(x, velocity).float(), velocity.float())
+        predictions: list[Callable[[], torch.Tensor]] = []
+        for earlier in reversed(self._residuals[context]):
+            make = partial(predict, earlier)
+            predictions.append(partial(_identity, make()) if self.eager else make)
+        self._pending[context] = _Seen(velocity, residual, predictions)
 
     def finish(self, num_steps: int) -> PairStatistics:
         """Statistics of the trajectory that ended. Raises ErtaError if it is incomplete or not finite."""
@@ -128,52 +159,42 @@ class TrajectoryObserver:
     def _close_step(self) -> None:
         if not self._pending:
             return
-        residuals = {}
-        for branch, (x, velocity) in self._pending.items():
-            residuals[branch] = velocity - x
-            self._finite.append(torch.isfinite(velocity).all())
-            for gap, old in enumerate(reversed(self._residuals[branch]), start=1):
-                self._add_pair(self.branches.index(branch), gap, x, old, residuals[branch])
-        self._add_phi(residuals)
-        for branch, residual in residuals.items():
-            self._residuals[branch].append(residual)
+        velocities: dict[str, torch.Tensor] = {}
+        for context, seen in self._pending.items():
+            velocities |= self._split(context, seen.velocity.float())
+        self._finite.append(torch.stack([torch.isfinite(value).all() for value in velocities.values()]).all())
+        guided = guide(velocities, self.guidance_scale)
+        axis = channel_axis(guided)
+        self._channels = guided.shape[axis]
+        self._per_channel = guided.numel() / self._channels
+        for gap in range(1, 1 + min(len(old) for old in self._residuals.values())):
+            predicted: dict[str, torch.Tensor] = {}
+            for context, seen in self._pending.items():
+                parts = self._split(context, seen.predictions[gap - 1]().float())
+                old = self._split(context, self._residuals[context][-gap].float())
+                new = self._split(context, seen.residual.float())
+                for branch, v_cached in parts.items():
+                    change = _l1(old[branch] - new[branch]) / torch.stack([_l1(new[branch]), _l1(old[branch])])
+                    sums = _moments(v_cached, v_cached - velocities[branch], axis)
+                    self._pairs.append((self.branches.index(branch), self._step, gap, change, sums))
+                predicted |= parts
+            self._add_phi(gap, guided, guide(predicted, self.guidance_scale))
+        self._last_guided = guided
+        for context, seen in self._pending.items():
+            self._residuals[context].append(seen.residual)
         self._pending = {}
 
-    def _add_pair(self, branch: int, gap: int, x: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
-        error = old - new
-        change = error.abs().sum(dtype=torch.float64)
-        sizes = torch.stack([new.abs().sum(dtype=torch.float64), old.abs().sum(dtype=torch.float64)])
-        axis = channel_axis(x)
-        v = (x + old).double().movedim(axis, 0).flatten(1)
-        e = error.double().movedim(axis, 0).flatten(1)
-        mean_v, mean_e = v.mean(1), e.mean(1)
-        v, e = v - mean_v[:, None], e - mean_e[:, None]
-        sums = torch.stack([mean_v, mean_e, (v * v).sum(1), (v * e).sum(1), (e * e).sum(1)])
-        self._pairs.append((branch, self._step, gap, change / sizes, sums))
-
-    def _add_phi(self, residuals: dict[str, torch.Tensor]) -> None:
+    def _add_phi(self, gap: int, guided: torch.Tensor, predicted: torch.Tensor) -> None:
         """Ratios of the guided output's cache error to `||v||` and to `||v - v_before||`, both L1."""
-        x = next(iter(self._pending.values()))[0]
-        guided = x + self._guide(residuals)
-        for gap in range(1, 1 + min(len(old) for old in self._residuals.values())):
-            error = self._guide({b: self._residuals[b][-gap] for b in residuals}) - self._guide(residuals)
-            assert self._last_guided is not None  # there is a gap, so there was a step before
-            sizes = torch.stack([guided.abs().sum(), (guided - self._last_guided).abs().sum()]).double()
-            self._phi.append((self._step, gap, error.abs().sum(dtype=torch.float64) / sizes))
-        self._last_guided = guided
+        assert self._last_guided is not None  # there is a gap, so there was a step before
+        sizes = torch.stack([_l1(guided), _l1(guided - self._last_guided)])
+        self._phi.append((self._step, gap, _l1(predicted - guided) / sizes))
 
-    def _guide(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        if len(values) == 1:
-            return next(iter(values.values()))
-        if set(values) != {"cond", "uncond"} or self.guidance_scale is None:
-            raise ErtaError(f"calibration does not know how the guidance branches {sorted(values)} are combined")
-        return values["uncond"] + self.guidance_scale * (values["cond"] - values["uncond"])
+    def _split(self, context: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return split(value, branches_of(context, self.guidance_scale))
 
     def _to_arrays(self, num_steps: int) -> PairStatistics:
-        branches, window = len(self.branches), self.window
-        channels = self._pairs[0][4].shape[1] if self._pairs else 1
-        latent = next(iter(self._residuals.values()))[-1]
-        per_channel = float(latent.numel() // latent.shape[channel_axis(latent)])
+        branches, window, channels = len(self.branches), self.window, self._channels
         ratio = np.zeros((branches, 2, num_steps, window))
         sums = np.zeros((5, branches, num_steps, window, channels))
         seen = np.zeros((num_steps, window))
@@ -190,5 +211,22 @@ class TrajectoryObserver:
         rel_l1 = Spread(count * 0, count * 0, count * 0)
         for branch in range(branches):
             rel_l1 = rel_l1.merge(Spread(count, ratio[branch], count * 0))
-        counts = np.broadcast_to(seen[None, :, :, None] * per_channel, sums.shape[1:]).copy()
+        counts = np.broadcast_to(seen[None, :, :, None] * self._per_channel, sums.shape[1:]).copy()
         return PairStatistics(rel_l1, Spread(count, phi, count * 0), Moments(counts, *sums))
+
+
+def _identity(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _l1(value: torch.Tensor) -> torch.Tensor:
+    return value.abs().sum(dtype=torch.float64)
+
+
+def _moments(v_cached: torch.Tensor, error: torch.Tensor, axis: int) -> torch.Tensor:
+    """Means and centred sums of squares and products by channel, float64 (5, channels), as `Moments` orders them."""
+    v = v_cached.double().movedim(axis, 0).flatten(1)
+    e = error.double().movedim(axis, 0).flatten(1)
+    mean_v, mean_e = v.mean(1), e.mean(1)
+    v, e = v - mean_v[:, None], e - mean_e[:, None]
+    return torch.stack([mean_v, mean_e, (v * v).sum(1), (v * e).sum(1), (e * e).sum(1)])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from erta.errors import ExecutionMismatch
+from erta.guidance import expand
 from erta.plan import Plan
 
 
@@ -54,7 +55,8 @@ class Trace:
     """Filled in by the hook during a call, and started anew at the next one.
 
     `forward_s` is the time inside the transformer at computed steps; `overhead_s` the hook's own at all steps,
-    as the CPU sees it (on a GPU, launching its few operations).
+    as the CPU sees it (on a GPU, launching its few operations). At the blocks site a reused step's embeddings
+    and head count as the hook's.
     """
 
     plan: Plan
@@ -89,7 +91,7 @@ class Trace:
 
     @property
     def forwards(self) -> dict[str, int]:
-        """Transformer forwards really made in the last call, by guidance branch."""
+        """Transformer forwards really made in the last call, by cache context (guidance branch, or both in one)."""
         return {branch: sum(computed for _, computed in steps) for branch, steps in self.executed.items()}
 
     def finish(self) -> None:
@@ -100,9 +102,10 @@ class Trace:
                 "the cache was installed but never called: its hook was dropped (model offload does that after the "
                 "first call) or the pipeline uses another transformer. This result was made without the cache."
             )
-        if plan.branches is not None and set(self.executed) != set(plan.branches):
+        used = expand(self.executed, plan.guidance_scale)
+        if plan.branches is not None and used != set(plan.branches):
             raise ExecutionMismatch(
-                f"the plan is for the guidance branches {sorted(plan.branches)}, the call used {sorted(self.executed)}"
+                f"the plan is for the guidance branches {sorted(plan.branches)}, the call used {sorted(used)}"
             )
         wanted = list(enumerate(plan.mask))
         for branch, steps in self.executed.items():

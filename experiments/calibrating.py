@@ -34,6 +34,7 @@ def expected_signature(cfg: DictConfig, pipe: Any) -> dict[str, Any]:
         **model_signature(pipe),
         "sigmas": [float(s) for s in scheduler_sigmas(pipe, cfg.model.num_inference_steps)],
         "guidance_scale": float(cfg.model.guidance_scale),
+        "site": cfg.cache.site,
     }
 
 
@@ -87,6 +88,7 @@ def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration
             made = erta.calibrate(
                 pipe,
                 prompts[start:],
+                site=cfg.cache.site,
                 window=cfg.calibration.window,
                 seed=CALIBRATION_SEED + start,
                 on_prompt=keep,

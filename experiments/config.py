@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from erta.errors import BudgetError, ErtaError
+from erta.site import SITES
 
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,12 +51,16 @@ class CacheConfig:
     threshold: float | None = None
     speedup: float | None = None
     steps: int | None = None
-    policy: str = "threshold"
+    site: str = "output"  # where the residual lives: output or blocks
+    policy: str = "threshold"  # or uniform
+    rel_l1_denominator: str = "ground_truth"  # of the policy; or cached
     adjust_time: bool = False
+    phi_denominator: str = "velocity"  # or increment
     rectify: bool = False
-    phi_denominator: str = "velocity"
+    rectifier: str = "channel"  # or scalar
+    rectifier_form: str = "linear"  # or sigmoid
     corrector_at_reused: bool = True
-    reuse: str = "residual"
+    reuse: str = "residual"  # or velocity
 
 
 @dataclass
@@ -164,6 +169,7 @@ def validate(cfg: DictConfig) -> None:
             raise ErtaError(f"{key} must be at least 1, not {value}")
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
+    _one_of("cache.site", cfg.cache.site, SITES)
     _one_of("model.dtype", cfg.model.dtype, DTYPES)
     _one_of("model.offload", cfg.model.offload, ("none", "model"))
     _one_of("wandb.mode", cfg.wandb.mode, WANDB_MODES)

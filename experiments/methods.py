@@ -14,6 +14,17 @@ from erta.schedule import steps_for_speedup, uniform_mask
 from experiments.config import DEFAULT_SPEEDUP, budget
 from experiments.models import call_kwargs, scheduler_sigmas
 
+PLAN_KEYS = (
+    "policy",
+    "rel_l1_denominator",
+    "adjust_time",
+    "phi_denominator",
+    "rectify",
+    "rectifier",
+    "rectifier_form",
+    "corrector_at_reused",
+    "reuse",
+)
 GetCalibration = Callable[[], erta.Calibration]
 
 
@@ -55,6 +66,7 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             mask=uniform_mask(cfg.model.num_inference_steps, _count(cfg)),
             sigmas=sigmas,
             nominal_sigmas=sigmas,
+            site=cache.site,
             reuse=cache.reuse,
             corrector_at_reused=cache.corrector_at_reused,
             report={"policy": "uniform"},
@@ -69,12 +81,7 @@ def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:
     chosen: dict[str, Any] = budget(cfg)
     return calibration.plan(
         **chosen,
-        policy=cache.policy,
-        adjust_time=cache.adjust_time,
-        rectify=cache.rectify,
-        phi_denominator=cache.phi_denominator,
-        corrector_at_reused=cache.corrector_at_reused,
-        reuse=cache.reuse,
+        **{key: cache[key] for key in PLAN_KEYS},
     )
 
 

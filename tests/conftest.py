@@ -10,6 +10,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -32,7 +33,11 @@ def euler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=5.0)
 
 
-SOLVERS = {"unipc": unipc, "euler": euler}
+def dpmpp() -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+
+
+SOLVERS = {"unipc": unipc, "euler": euler, "dpmpp": dpmpp}
 
 
 def build_pipe(solver: str = "unipc") -> WanPipeline:

@@ -8,6 +8,9 @@ import torch
 
 import erta
 from erta.calibration import Calibration
+from erta.hooks import _Coefficients
+from erta.rectifier import fit_linear
+from erta.site import like_output
 from erta.statistics import TrajectoryObserver
 from tests.conftest import CALL, PROMPTS, STEPS, build_pipe
 
@@ -142,6 +145,9 @@ def test_truncated_or_foreign_files(tmp_path, calibrations):
         ({"steps": 9}, "1 to 8"),
         ({"steps": 4, "policy": "best"}, "policy"),
         ({"steps": 4, "phi_denominator": "x"}, "phi_denominator"),
+        ({"steps": 4, "rel_l1_denominator": "x"}, "rel_l1_denominator"),
+        ({"steps": 4, "rectifier": "x"}, "rectifier must"),
+        ({"steps": 4, "rectifier_form": "x"}, "rectifier_form"),
         ({"steps": 4, "reuse": "velocity"}, "velocity"),
         ({"threshold": 0.1, "policy": "uniform"}, "no threshold"),
         ({"steps": 1, "policy": "uniform"}, "window"),
@@ -162,9 +168,75 @@ def test_extra_input_channels_belong_to_the_shape_but_not_to_the_residual():
     observer = TrajectoryObserver(2, None)
     torch.manual_seed(0)
     for step in range(3):
-        observer.observe(step, "cond", torch.randn(1, 20, 2, 4, 4), torch.randn(1, 16, 2, 4, 4))
+        x, v = torch.randn(1, 20, 2, 4, 4), torch.randn(1, 16, 2, 4, 4)
+        observer.observe(step, "cond", x, v, v - like_output(x, v), lambda r, x=x, v=v: like_output(x, v) + r)
     assert observer.latent_shape == (20, 2, 4, 4)
     assert observer.finish(3).moments.count.shape == (1, 3, 2, 16)
+
+
+def test_both_branches_in_one_batch_give_the_statistics_of_two_passes():
+    """CogVideoX and LTX run [uncond, cond] as one batch. Mutants: halves swapped, one branch for both."""
+    torch.manual_seed(0)
+    apart, together = (TrajectoryObserver(3, 4.0) for _ in range(2))
+    for step in range(5):
+        x, v = torch.randn(1, 16, 2, 4, 4), {name: torch.randn(1, 16, 2, 4, 4) for name in ("uncond", "cond")}
+        for name in v:
+            apart.observe(step, name, x, v[name], v[name] - x, lambda r, x=x: x + r)
+        both, x2 = torch.cat(list(v.values())), torch.cat([x, x])
+        together.observe(step, "cond_uncond", x2, both, both - x2, lambda r, x=x2: x + r)
+    assert together.branches == apart.branches == ["uncond", "cond"]
+    ours, wanted = together.finish(5).to_arrays(), apart.finish(5).to_arrays()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(ours[name], array, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_policy_denominators_differ(calibrations):
+    calibration = calibrations["unipc"]
+    truth, cached = (calibration.rel_l1(name) for name in ("ground_truth", "cached"))
+    assert np.isfinite(truth[3, :3]).all() and not np.allclose(truth[3, :3], cached[3, :3])
+    assert calibration.plan(steps=4, rel_l1_denominator="cached").report["rel_l1_denominator"] == "cached"
+
+
+def test_scalar_rectifier_is_the_fit_over_all_channels(calibrations, trajectories):
+    x, v = trajectories
+    r = v - x
+    mask = (True, True, True, True, False, False, True, True)
+    rectification = calibrations["unipc"].rectification(mask, "scalar")
+    slope, offset = np.polyfit((x[:, 5] + r[:, 3])[:, 0].ravel(), (r[:, 3] - r[:, 5])[:, 0].ravel(), 1)
+    np.testing.assert_allclose(rectification.gain[5, 0], 1 - slope, rtol=1e-4)
+    np.testing.assert_allclose(rectification.offset[5, 0], -offset, rtol=1e-3, atol=1e-6)
+    pooled = fit_linear(calibrations["unipc"].statistics.moments.pooled())
+    by_channel = fit_linear(calibrations["unipc"].statistics.moments)
+    assert pooled.r2[0, 5, 1, 0] < by_channel.r2[0, 5, 1].max()
+
+
+def test_literal_sigmoid_is_the_papers_formula(calibrations):
+    """K and B as the paper prints them; near sigmoid's centre it is the linear form, elsewhere biased."""
+    plan = calibrations["unipc"].plan(steps=4, adjust_time=False, rectifier_form="sigmoid")
+    step = plan.mask.index(False)
+    gap = step - max(k for k in range(step) if plan.mask[k])
+    moments = calibrations["unipc"].statistics.moments
+    branch = calibrations["unipc"].signature["branches"].index("cond")
+    s_ve, s_vv, mean_v, mean_e = (
+        torch.tensor(getattr(moments, name)[branch, step, gap - 1]).float().view(1, -1, 1, 1, 1)
+        for name in ("s_ve", "s_vv", "mean_v", "mean_e")
+    )
+    k = 4 * s_ve / s_vv
+    b = 4 * (mean_e - 0.5) - k * mean_v
+    v = torch.randn(1, 16, 2, 4, 4)
+    found = _Coefficients(plan).rectify(v, step, "cond")
+    torch.testing.assert_close(found, v - torch.sigmoid(k * v + b), rtol=1e-4, atol=1e-4)
+    linear = _Coefficients(calibrations["unipc"].plan(steps=4, adjust_time=False)).rectify(v, step, "cond")
+    assert (found - linear).abs().max() > 0.01
+
+
+def test_rectification_of_both_branches_in_one_batch(calibrations):
+    coefficients = _Coefficients(calibrations["unipc"].plan(steps=4))
+    step, v = coefficients.plan.mask.index(False), torch.randn(4, 16, 2, 4, 4)
+    both = coefficients.rectify(v, step, "cond_uncond")
+    torch.testing.assert_close(both[:2], coefficients.rectify(v[:2], step, "uncond"))
+    torch.testing.assert_close(both[2:], coefficients.rectify(v[2:], step, "cond"))
+    assert (both[2:] - coefficients.rectify(v[2:], step, "uncond")).abs().max() > 1e-4
 
 
 def test_bad_calls(pipe):

@@ -1,0 +1,221 @@
+"""Where the residual lives: the block stack of Wan and FLUX, and what both sites share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+import erta
+from erta.schedule import sources
+from erta.scheduler import nominal_sigmas
+from erta.site import SITES, BlocksSite
+from experiments.training.text import build_tokenizer
+from tests.conftest import CALL, PROMPTS, build_pipe
+
+MASK = (True, True, False, True, False, False)
+WAN_CALL = {**CALL, "num_inference_steps": len(MASK)}
+FLUX_CALL = dict(num_inference_steps=len(MASK), guidance_scale=3.5, height=64, width=64, max_sequence_length=16)
+
+
+def build_flux() -> FluxPipeline:
+    """A tiny random FluxPipeline: packed tokens, both kinds of blocks, guidance in the embedding."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    words = len(tokenizer)
+    clip = CLIPTextConfig(
+        vocab_size=words, hidden_size=20, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, eos_token_id=1, projection_dim=20,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=words, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    short = build_tokenizer()
+    short.model_max_length = 16
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=CLIPTextModel(clip).eval(),
+        tokenizer=short,
+        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_ltx() -> LTXPipeline:
+    """A tiny random LTXPipeline: both guidance branches in one batch."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=1,
+        caption_channels=24,
+    ).eval()
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    pipe = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=T5EncoderModel(t5).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+LTX_CALL = dict(
+    num_inference_steps=len(MASK), guidance_scale=3.0, height=64, width=64, num_frames=9, max_sequence_length=16
+)
+MODELS = {"wan": (build_pipe, WAN_CALL), "flux": (build_flux, FLUX_CALL)}
+
+
+def generate(pipe, kwargs, seed: int = 3) -> torch.Tensor:
+    """Final latents."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt=PROMPTS[0], generator=generator, output_type="latent", **kwargs)[0]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    build, kwargs = MODELS[request.param]
+    return build(), kwargs
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_calibrate_plan_run(model, site, tmp_path):
+    """One path for both sites and both models; nothing reused is bit-identical, and so is the pipeline afterwards."""
+    pipe, kwargs = model
+    keys, stacks = list(pipe.transformer.state_dict()), dict(pipe.transformer._modules)
+    before = generate(pipe, kwargs)
+    calibration = erta.calibrate(pipe, PROMPTS, site=site, window=4, **kwargs)
+    calibration.save(tmp_path / "c.safetensors")
+    plan = erta.Calibration.load(tmp_path / "c.safetensors").plan(steps=3)
+    plan.save(tmp_path / "plan.json")
+    assert plan.site == erta.Plan.load(tmp_path / "plan.json").site == site
+    with erta.cached(pipe, plan) as trace:
+        cached = generate(pipe, kwargs)
+        assert torch.equal(generate(pipe, kwargs), cached)
+    assert set(trace.forwards.values()) == {3} and torch.isfinite(cached).all()
+    assert 0 < (cached - before).abs().mean() < before.abs().mean()
+    with erta.cached(pipe, calibration.plan(steps=len(MASK))):
+        assert torch.equal(generate(pipe, kwargs), before)
+    assert torch.equal(generate(pipe, kwargs), before)
+    assert list(pipe.transformer.state_dict()) == keys and dict(pipe.transformer._modules) == stacks
+
+
+def test_blocks_by_hand(model):
+    """Tokens after the stack at a reused step are its own before plus the last computed difference.
+
+    Mutants: the residual of one block, tokens before swapped with after, blocks that still run.
+    """
+    pipe, kwargs = model
+    transformer = pipe.transformer
+    embed = getattr(transformer, "patch_embedding", None) or transformer.x_embedder
+    first = (transformer.blocks if hasattr(transformer, "blocks") else transformer.transformer_blocks)[0]
+    before, after, calls = [], [], []
+    embed.register_forward_hook(
+        lambda module, args, output: before.append(output.flatten(2).transpose(1, 2) if output.ndim > 3 else output)
+    )
+    transformer.norm_out.register_forward_pre_hook(lambda module, args: after.append(args[0]))
+    first.register_forward_hook(lambda *_: calls.append(1))
+    plan = blocks_plan(pipe, kwargs)
+    branches = len(calls) // len(MASK)
+    before.clear(), after.clear(), calls.clear()
+    with erta.cached(pipe, plan) as trace:
+        generate(pipe, kwargs)
+    assert len(calls) == branches * sum(MASK)
+    for step, source in enumerate(sources(MASK)):
+        for branch in range(branches):
+            own, at = step * branches + branch, source * branches + branch
+            torch.testing.assert_close(after[own], before[own] + (after[at] - before[at]), rtol=1e-6, atol=1e-6)
+    assert trace.cache_bytes == branches * before[0].numel() * 4
+
+
+def blocks_plan(pipe, kwargs) -> erta.Plan:
+    """MASK at the blocks site on whatever grid the pipeline uses: that of a first run."""
+    generate(pipe, kwargs)
+    sigmas = nominal_sigmas(pipe.scheduler)
+    return erta.Plan(mask=MASK, sigmas=sigmas, nominal_sigmas=sigmas, site="blocks")
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_statistics_describe_what_the_cache_would_return(site):
+    """The mean error that is calibrated is the one the hook makes at its first reused step. Mutant: another site's."""
+    pipe, errors = build_pipe(), {}
+    calibration = erta.calibrate(pipe, PROMPTS[:1], site=site, window=2, seed=3, **WAN_CALL)
+    mask = (True, True, False, True, True, True)
+    outputs = []
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0].double()))
+    plain = generate(pipe, WAN_CALL)
+    truth, _ = outputs[4:6], outputs.clear()
+    sigmas = nominal_sigmas(pipe.scheduler)
+    with erta.cached(pipe, erta.Plan(mask=mask, sigmas=sigmas, nominal_sigmas=sigmas, site=site)):
+        assert not torch.equal(generate(pipe, WAN_CALL), plain)
+    handle.remove()
+    for index, branch in enumerate(calibration.signature["branches"]):
+        errors[branch] = (outputs[4 + index] - truth[index]).mean((0, 2, 3, 4)).numpy()
+        found = calibration.statistics.moments.mean_e[index, 2, 0]
+        np.testing.assert_allclose(found, errors[branch], rtol=1e-3, atol=1e-6)
+
+
+def test_both_guidance_branches_in_one_batch():
+    """LTX: two branches are calibrated, one forward a step is counted. Mutant: the pair taken for one branch."""
+    pipe = build_ltx()
+    before = generate(pipe, LTX_CALL)
+    calibration = erta.calibrate(pipe, PROMPTS, window=4, **LTX_CALL)
+    assert calibration.signature["branches"] == ["uncond", "cond"]
+    with erta.cached(pipe, calibration.plan(steps=3)) as trace:
+        cached = generate(pipe, LTX_CALL)
+        with pytest.raises(erta.SignatureMismatch, match="guidance_scale"):
+            generate(pipe, {**LTX_CALL, "guidance_scale": 1.0})
+    assert trace.forwards == {"cond_uncond": 3} and 0 < (cached - before).abs().mean() < before.abs().mean()
+    unguided = {**LTX_CALL, "guidance_scale": 1.0}
+    calibration = erta.calibrate(pipe, PROMPTS[:1], window=4, **unguided)
+    assert calibration.signature["branches"] == ["cond"]
+    with erta.cached(pipe, calibration.plan(steps=3)) as trace:
+        generate(pipe, unguided)
+    with pytest.raises(erta.ErtaError, match="use site=output"):
+        erta.calibrate(pipe, PROMPTS[:1], site="blocks", window=4, **LTX_CALL)
+
+
+def test_unknown_blocks_are_refused():
+    class OtherTransformer(nn.Module):
+        pass
+
+    with pytest.raises(erta.InstallError, match="OtherTransformer.*use site=output"):
+        BlocksSite(OtherTransformer())
+
+
+def test_bad_sites(pipe):
+    with pytest.raises(erta.ErtaError, match="site must be one of"):
+        erta.calibrate(pipe, PROMPTS, site="middle", **CALL)
+    sigmas = np.linspace(1, 0, 4, dtype=np.float32)
+    with pytest.raises(erta.ErtaError, match="use site=output"):
+        erta.Plan(mask=(True,) * 3, sigmas=sigmas, site="blocks", reuse="velocity")
+    with pytest.raises(erta.ErtaError, match="site must be one of"):
+        erta.Plan(mask=(True,) * 3, sigmas=sigmas, site="middle")
