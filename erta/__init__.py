@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from erta.calibration import Calibration, calibrate
+    from erta.closed_loop import refit
+    from erta.diagnosis import Decomposition, decompose, propagation_gain
     from erta.errors import BudgetError, ErtaError, ExecutionMismatch, InstallError, SignatureMismatch
     from erta.plan import Plan, Rectification
     from erta.session import cached, install, uninstall
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BudgetError": "errors",
     "Calibration": "calibration",
+    "Decomposition": "diagnosis",
     "ErtaError": "errors",
     "ExecutionMismatch": "errors",
     "InstallError": "errors",
@@ -30,13 +33,17 @@ _HOME = {
     "Trace": "trace",
     "cached": "session",
     "calibrate": "calibration",
+    "decompose": "diagnosis",
     "install": "session",
+    "propagation_gain": "diagnosis",
+    "refit": "closed_loop",
     "uninstall": "session",
 }
 
 __all__ = [
     "BudgetError",
     "Calibration",
+    "Decomposition",
     "ErtaError",
     "ExecutionMismatch",
     "InstallError",
@@ -46,7 +53,10 @@ __all__ = [
     "Trace",
     "cached",
     "calibrate",
+    "decompose",
     "install",
+    "propagation_gain",
+    "refit",
     "uninstall",
 ]
 

@@ -25,6 +25,7 @@ from erta.trace import Trace
 HOOK_NAME = "erta_cache"
 OBSERVER_NAME = "erta_observer"
 SINGLE_BRANCH = "single"  # of pipelines that set no cache context
+OnReuse = Callable[[int, str, torch.Tensor, Callable[[], torch.Tensor]], None]
 
 
 class _BranchState(BaseState):
@@ -57,12 +58,17 @@ class _BranchHook(ModelHook):
 
 
 class CacheHook(_BranchHook):
-    """Runs the transformer at computed steps; at reused ones predicts from the last residual, rectified if planned."""
+    """Runs the transformer at computed steps; at reused ones predicts from the last residual, rectified if planned.
+
+    `on_reuse(step, context, v_cached, true_velocity)`, if set, sees every prediction before rectification, and
+    can run the transformer for what it stands in for: for diagnosis, since that costs what the cache saves.
+    """
 
     def __init__(self, plan: Plan, trace: Trace, site: Site, current_step: Callable[[], int]) -> None:
         super().__init__()
         self.plan, self.trace, self.site, self.current_step = plan, trace, site, current_step
-        self.coefficients = _Coefficients(plan)
+        self.coefficients = Coefficients(plan)
+        self.on_reuse: OnReuse | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         entered = time.perf_counter()
@@ -85,6 +91,8 @@ class CacheHook(_BranchHook):
                 f"step {step} of branch {branch!r} is to be reused, but nothing was computed before"
             )
         velocity = self.site.predict(forward, args, kwargs, state.value)
+        if self.on_reuse is not None:
+            self.on_reuse(step, branch, velocity, lambda: self.site.compute(forward, args, kwargs)[0][0])
         velocity = self.coefficients.rectify(velocity, step, branch)
         self.trace.reused(branch, step, time.perf_counter() - entered)
         return Transformer2DModelOutput(sample=velocity) if kwargs.get("return_dict", True) else (velocity,)
@@ -136,7 +144,7 @@ class Observer(Protocol):
         """`predict(r)` is the velocity at this very input with the residual `r` of an earlier step."""
 
 
-class _Coefficients:
+class Coefficients:
     """The plan's rectification as tensors on the latent's device, laid out once a context."""
 
     def __init__(self, plan: Plan) -> None:

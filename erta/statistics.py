@@ -175,7 +175,7 @@ class TrajectoryObserver:
                 new = self._split(context, seen.residual.float())
                 for branch, v_cached in parts.items():
                     change = _l1(old[branch] - new[branch]) / torch.stack([_l1(new[branch]), _l1(old[branch])])
-                    sums = _moments(v_cached, v_cached - velocities[branch], axis)
+                    sums = channel_moments(v_cached, v_cached - velocities[branch], axis)
                     self._pairs.append((self.branches.index(branch), self._step, gap, change, sums))
                 predicted |= parts
             self._add_phi(gap, guided, guide(predicted, self.guidance_scale))
@@ -223,7 +223,7 @@ def _l1(value: torch.Tensor) -> torch.Tensor:
     return value.abs().sum(dtype=torch.float64)
 
 
-def _moments(v_cached: torch.Tensor, error: torch.Tensor, axis: int) -> torch.Tensor:
+def channel_moments(v_cached: torch.Tensor, error: torch.Tensor, axis: int) -> torch.Tensor:
     """Means and centred sums of squares and products by channel, float64 (5, channels), as `Moments` orders them."""
     v = v_cached.double().movedim(axis, 0).flatten(1)
     e = error.double().movedim(axis, 0).flatten(1)

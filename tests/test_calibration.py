@@ -8,7 +8,7 @@ import torch
 
 import erta
 from erta.calibration import Calibration
-from erta.hooks import _Coefficients
+from erta.hooks import Coefficients
 from erta.rectifier import fit_linear
 from erta.site import like_output
 from erta.statistics import TrajectoryObserver
@@ -224,14 +224,14 @@ def test_literal_sigmoid_is_the_papers_formula(calibrations):
     k = 4 * s_ve / s_vv
     b = 4 * (mean_e - 0.5) - k * mean_v
     v = torch.randn(1, 16, 2, 4, 4)
-    found = _Coefficients(plan).rectify(v, step, "cond")
+    found = Coefficients(plan).rectify(v, step, "cond")
     torch.testing.assert_close(found, v - torch.sigmoid(k * v + b), rtol=1e-4, atol=1e-4)
-    linear = _Coefficients(calibrations["unipc"].plan(steps=4, adjust_time=False)).rectify(v, step, "cond")
+    linear = Coefficients(calibrations["unipc"].plan(steps=4, adjust_time=False)).rectify(v, step, "cond")
     assert (found - linear).abs().max() > 0.01
 
 
 def test_rectification_of_both_branches_in_one_batch(calibrations):
-    coefficients = _Coefficients(calibrations["unipc"].plan(steps=4))
+    coefficients = Coefficients(calibrations["unipc"].plan(steps=4))
     step, v = coefficients.plan.mask.index(False), torch.randn(4, 16, 2, 4, 4)
     both = coefficients.rectify(v, step, "cond_uncond")
     torch.testing.assert_close(both[:2], coefficients.rectify(v[:2], step, "uncond"))

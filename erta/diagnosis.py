@@ -1,0 +1,243 @@
+"""Where a cached run's error comes from: an exact split, and how much an error at each step grows.
+
+ERTACache, Eq. 11, speaks of a feature shift `err` and of its amplification by the steps. Here the measured
+difference of the final latents is split without approximation. A solver's step is linear in the sample and in
+the model's outputs (Euler, UniPC, DPM-Solver++), so a whole run is a linear map S of noise and outputs, and
+with u the outputs that the cached run used, v(xc) and v(x) the model's on the cached and uncached trajectory,
+
+    xc[N] - x[N] = S(0, u - v(xc))  +  S(0, v(xc) - v(x))  +  S(noise, v(x)) - S_nominal(noise, v(x))
+                      injected            propagated              grid
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from erta.guidance import branches_of, guide, split
+from erta.hooks import OBSERVER_NAME, Coefficients, ObserverHook, attach, detach
+from erta.plan import Plan
+from erta.scheduler import step_index
+from erta.session import SESSION, cached, call_arguments
+from erta.signature import find_denoiser
+from erta.site import make_site
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The split of one run's error. A share is a part's projection on the total, over the total: they sum to 1.
+
+    Attributes:
+        total_norm: L2 norm of `xc[N] - x[N]`.
+        norms, shares: of `injected`, `propagated` and `grid`.
+        injected_by_step, propagated_by_step: the shares of each step's outputs, (num_steps,).
+        open_loop_norm: of the errors that the same reuse makes on the *uncached* trajectory, carried to the end
+            by the solver alone. Another quantity: no part of the total.
+        closure: norm of what the parts leave over, relative to the total (rounding).
+    """
+
+    total_norm: float
+    norms: dict[str, float]
+    shares: dict[str, float]
+    injected_by_step: np.ndarray
+    propagated_by_step: np.ndarray
+    open_loop_norm: float
+    closure: float
+
+
+def decompose(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_kwargs: Any) -> Decomposition:
+    """Split the error of one cached run against the uncached run from the same noise.
+
+    Costs two uncached runs: at reused steps the model is evaluated as well. Raises what `erta.cached` raises.
+    """
+    uncached = _run_uncached(pipe, plan, prompt, seed, pipeline_kwargs)
+    reused = _run_cached(pipe, plan, prompt, seed, pipeline_kwargs)
+    steps = range(plan.num_steps)
+    injected = [reused.outputs[i] - reused.truth[i] for i in steps]
+    propagated = [reused.truth[i] - uncached.outputs[i] for i in steps]
+    zero = torch.zeros_like(uncached.noise)
+    total = reused.latents - uncached.latents
+    parts = {
+        "injected": reused.integrate(zero, injected),
+        "propagated": reused.integrate(zero, propagated),
+        "grid": reused.integrate(uncached.noise, uncached.outputs)
+        - uncached.integrate(uncached.noise, uncached.outputs),
+    }
+    size = total.norm().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def share(part: torch.Tensor) -> float:
+        return float((part * total).sum() / size**2)
+
+    def by_step(errors: list[torch.Tensor]) -> np.ndarray:
+        alone = ([error if i == k else zero for i, error in enumerate(errors)] for k in steps)
+        return np.array([share(reused.integrate(zero, errors)) for errors in alone])
+
+    return Decomposition(
+        total_norm=float(total.norm()),
+        norms={name: float(part.norm()) for name, part in parts.items()},
+        shares={name: share(part) for name, part in parts.items()},
+        injected_by_step=by_step(injected),
+        propagated_by_step=by_step(propagated),
+        open_loop_norm=float(reused.integrate(zero, uncached.open_loop_errors).norm()),
+        closure=float((total - sum(parts.values())).norm() / size),
+    )
+
+
+def propagation_gain(
+    pipe: Any,
+    prompt: str,
+    after_steps: list[int],
+    *,
+    seed: int = 0,
+    relative_size: float = 1e-3,
+    **pipeline_kwargs: Any,
+) -> np.ndarray:
+    """How much a small random error in the latent after each of `after_steps` has grown at the end, uncached.
+
+    Finite differences: one run for each step, with an error of `relative_size` of the latent's norm.
+    """
+
+    def final(changed: int | None) -> tuple[torch.Tensor, float]:
+        size = 1.0
+
+        def disturb(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            nonlocal size
+            if step != changed:
+                return {}
+            latents = values["latents"]
+            error = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(latents)
+            error *= relative_size * latents.norm() / error.norm()
+            size = float(error.norm())
+            return {"latents": latents + error}
+
+        call = {**pipeline_kwargs, "callback_on_step_end": disturb}
+        return _final_latents(pipe(**_call(prompt, seed, call))), size
+
+    undisturbed, _ = final(None)
+    gains = []
+    for step in after_steps:
+        disturbed, size = final(step)
+        gains.append(float((disturbed - undisturbed).norm()) / size)
+    return np.array(gains)
+
+
+class _Run:
+    """What the scheduler was given in one run, and the scheduler as it stood before the first step."""
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []  # guided, float64
+        self.truth: list[torch.Tensor] = []  # the model's own guided outputs at the same inputs
+        self.open_loop_errors: list[torch.Tensor] = []
+        self.scheduler: Any = None
+        self.noise = self.latents = torch.empty(0)
+
+    def integrate(self, noise: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """The solver alone over given outputs: linear in noise and outputs together."""
+        scheduler, x = copy.deepcopy(self.scheduler), noise
+        for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+            x = scheduler.step(output, timestep, x, return_dict=False)[0]
+        return x.double()
+
+
+@contextmanager
+def _recorded(pipe: Any, run: _Run) -> Iterator[None]:
+    """Note what the pipeline's scheduler is given at every step."""
+    scheduler, own_step = pipe.scheduler, pipe.scheduler.step
+
+    @functools.wraps(own_step)  # pipelines inspect its signature
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if run.scheduler is None:
+            del scheduler.step
+            run.scheduler = copy.deepcopy(scheduler)
+            scheduler.step = step
+            run.noise = sample.double()
+        run.outputs.append(model_output.double())
+        return own_step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+class _OpenLoop:
+    """Errors that a plan's reuse makes on the uncached trajectory, guided, one a step."""
+
+    def __init__(self, plan: Plan, guidance_scale: float | None) -> None:
+        self.plan, self.guidance_scale = plan, guidance_scale
+        self.coefficients = Coefficients(plan)
+        self.kept: dict[str, torch.Tensor] = {}
+        self.errors: list[dict[str, torch.Tensor]] = [{} for _ in plan.mask]
+
+    def observe(
+        self,
+        step: int,
+        context: str,
+        x: torch.Tensor,
+        velocity: torch.Tensor,
+        residual: torch.Tensor,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """See `erta.hooks.Observer`."""
+        if self.plan.mask[step]:
+            self.kept[context] = velocity if self.plan.reuse == "velocity" else residual
+            error = torch.zeros_like(velocity)
+        else:
+            error = self.coefficients.rectify(predict(self.kept[context]), step, context) - velocity
+        self.errors[step] |= split(error.double(), branches_of(context, self.guidance_scale))
+
+    def guided(self) -> list[torch.Tensor]:
+        """One error a step, as the solver sees it."""
+        return [guide(errors, self.guidance_scale) for errors in self.errors]
+
+
+def _run_uncached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> _Run:
+    run, transformer = _Run(), find_denoiser(pipe)
+    open_loop = _OpenLoop(plan, _guidance_scale(pipe, prompt, kwargs))
+    site = make_site(plan.site, transformer, plan.reuse)
+    attach(transformer, ObserverHook(open_loop, site, lambda: step_index(pipe.scheduler)), OBSERVER_NAME)
+    try:
+        with _recorded(pipe, run):
+            run.latents = _final_latents(pipe(**_call(prompt, seed, kwargs)))
+    finally:
+        detach(transformer, OBSERVER_NAME)
+    run.open_loop_errors = open_loop.guided()
+    return run
+
+
+def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> _Run:
+    run, scale = _Run(), _guidance_scale(pipe, prompt, kwargs)
+    true: dict[int, dict[str, torch.Tensor]] = {}
+
+    def note(step: int, context: str, v_cached: torch.Tensor, true_velocity: Callable[[], torch.Tensor]) -> None:
+        parts = split(true_velocity().double(), branches_of(context, scale))
+        true.setdefault(step, {}).update(parts)
+
+    with cached(pipe, plan):
+        pipe.__dict__[SESSION].hook.on_reuse = note
+        with _recorded(pipe, run):
+            run.latents = _final_latents(pipe(**_call(prompt, seed, kwargs)))
+    run.truth = [guide(true[i], scale) if i in true else output for i, output in enumerate(run.outputs)]
+    return run
+
+
+def _call(prompt: str, seed: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return {"output_type": "latent", "generator": generator, **kwargs, "prompt": prompt}
+
+
+def _guidance_scale(pipe: Any, prompt: str, kwargs: dict[str, Any]) -> float | None:
+    return call_arguments(type(pipe), pipe, (), {**kwargs, "prompt": prompt}).get("guidance_scale")
+
+
+def _final_latents(result: Any) -> torch.Tensor:
+    """Latents of a pipeline's result, float64, whatever the field is called."""
+    return result[0].double()
