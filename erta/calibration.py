@@ -152,7 +152,7 @@ class Calibration:
         """Coefficients of every reused step; computed steps hold the identity."""
         _index("rectifier_form", form, RECTIFIER_FORMS)
         fit = self._fit(granularity)
-        branches, num_steps, _, channels = self.statistics.moments.count.shape
+        branches, num_steps, _, channels = fit.gain.shape
         gain, offset = np.ones((num_steps, branches, channels)), np.zeros((num_steps, branches, channels))
         for step, source in enumerate(sources(mask)):
             if source != step:
@@ -168,11 +168,17 @@ class Calibration:
         moments = self.statistics.moments
         return fit_linear(moments if _index("rectifier", granularity, RECTIFIERS) == 0 else moments.pooled())
 
+    def break_even(self, num_computed: int) -> float:
+        """After how many generations with so many computed steps the calibration has cost less time than it saved."""
+        saved_s = self.record["forward_s"] / len(self.record["prompts"]) * (1 - num_computed / self.num_steps)
+        return self.record["seconds"] / saved_s if saved_s > 0 else float("inf")
+
     def merge(self, other: Calibration) -> Calibration:
         """Calibration over both sets of prompts; raises SignatureMismatch if they are not of one setup."""
         check_signature(self.signature, other.signature)
         record = {**self.record, "prompts": self.record["prompts"] + other.record["prompts"]}
-        record["seconds"] = self.record["seconds"] + other.record["seconds"]
+        for key in ("seconds", "forward_s"):
+            record[key] = self.record[key] + other.record[key]
         return Calibration(self.statistics.merge(other.statistics), self.signature, record)
 
     def _mask(
@@ -295,6 +301,7 @@ def _calibrate_one(
         "first_seed": seed,
         "window": window,
         "seconds": time.perf_counter() - started,
+        "forward_s": hook.transformer.seconds,
         "device": str(transformer.device),
         "dtype": str(transformer.dtype),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},

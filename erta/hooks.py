@@ -20,7 +20,7 @@ from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
 from erta.guidance import branches_of
 from erta.plan import Plan, Rectification
 from erta.site import Site, channel_axis, latent_of
-from erta.trace import Trace
+from erta.trace import Stopwatch, Trace
 
 HOOK_NAME = "erta_cache"
 OBSERVER_NAME = "erta_observer"
@@ -113,15 +113,19 @@ class ObserverHook(_BranchHook):
     def __init__(self, observer: Observer, site: Site, current_step: Callable[[], int]) -> None:
         super().__init__()
         self.observer, self.site, self.current_step = observer, site, current_step
+        self.transformer = Stopwatch()
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.fn_ref.original_forward
         step, branch = self.current_step(), self.branch()
+        x = latent_of(args, kwargs).detach()
+        self.transformer.start(x.device)
         output, kept = self.site.compute(forward, args, kwargs)
+        self.transformer.stop()
         self.observer.observe(
             step,
             branch,
-            latent_of(args, kwargs).detach(),
+            x,
             output[0].detach(),
             kept.detach(),
             lambda earlier: self.site.predict(forward, args, kwargs, earlier).detach(),

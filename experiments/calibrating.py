@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import erta
 from erta.errors import SignatureMismatch
+from erta.schedule import sources
 from erta.signature import check_signature, model_signature
 from experiments import console
 from experiments.models import ASSETS, call_kwargs, load_pipeline, scheduler_sigmas
 from experiments.prompts import calibration_prompts
-from experiments.record import mark_finished
+from experiments.record import mark_finished, write_json
 
 MADE_HERE = Path("outputs/calibrations")
 
@@ -101,36 +102,86 @@ def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration
     return done
 
 
+def closed_loop_plan(cfg: DictConfig, pipe: Any, plan: erta.Plan) -> erta.Plan:
+    """`plan` with its rectifier fitted along its own trajectory on the calibration prompts; kept for the next run."""
+    prompts = calibration_prompts(cfg)
+    key = hashlib.sha256(json.dumps([plan.to_json(), prompts, _size(cfg), cfg.cache.rectifier]).encode()).hexdigest()
+    path = MADE_HERE / f"{cfg.model.name}-closed-{key[:10]}.json"
+    if path.is_file():
+        return erta.Plan.load(path)
+    with progress_bar() as bar:
+        task = bar.add_task("fit the rectifier along the plan", total=len(prompts))
+        fitted = erta.refit(
+            pipe,
+            plan,
+            prompts,
+            seed=CALIBRATION_SEED,
+            rectifier=cfg.cache.rectifier,
+            on_prompt=lambda index: bar.advance(task),
+            **call_kwargs(cfg),
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fitted.save(path)
+    return fitted
+
+
 CALIBRATION_SEED = 1_000_000  # far from every test seed
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Calibrate, print what can be planned, and where the file is."""
+    """Calibrate; print and write what can be planned from it, how well it fits, and what it cost."""
     pipe = load_pipeline(cfg)
-    calibration = make_calibration(cfg, pipe, folder / "calibration.safetensors")
-    seconds = calibration.record["seconds"]
+    path = folder / "calibration.safetensors"
+    calibration = make_calibration(cfg, pipe, path)
     counts = sorted({max(1, calibration.num_steps * share // 100) for share in (20, 24, 34, 50, 70)})
-    rows = [_planned_row(calibration, steps) for steps in counts]
-    console.table(
-        "what can be planned", ["computed steps", "speed-up in forwards", "mean reuse error", "rectifier R²"], rows
-    )
+    planned = [_planned(calibration, steps) for steps in counts]
+    columns = [
+        "computed steps",
+        "speed-up in forwards",
+        "mean reuse error",
+        "± over prompts",
+        "rectifier R²",
+        "pays after",
+    ]
+    console.table("what can be planned", columns, [_shown(row) for row in planned])
+    write_json(folder / "calibration.json", {"record": calibration.record, "planned": planned})
     console.note(
-        f"{len(calibration.record['prompts'])} prompts, {seconds:.0f} s; "
-        f"use it with calibration.path={folder / 'calibration.safetensors'}"
+        f"{len(calibration.record['prompts'])} prompts, {calibration.record['seconds']:.0f} s, "
+        f"{path.stat().st_size / 1e6:.1f} MB; use it with calibration.path={path}"
     )
     mark_finished(folder)
 
 
-def _planned_row(calibration: erta.Calibration, steps: int) -> list[str]:
-    """What `steps` computed steps would give, or that the window is too short for them."""
-    speedup = f"{calibration.num_steps / steps:.2f}"
+def _planned(calibration: erta.Calibration, steps: int) -> dict[str, Any]:
+    """What `steps` computed steps would give, step by step where it fits; or why they cannot be had."""
+    row: dict[str, Any] = {"computed": steps, "speedup": calibration.num_steps / steps}
     try:
         plan = calibration.plan(steps=steps)
     except erta.BudgetError:
-        return [str(steps), speedup, "needs a larger calibration.window", ""]
-    reused = not all(plan.mask)
-    r2 = f"{np.nanmean(calibration.rectifier_r2(plan.mask)):.3f}" if reused else ""
-    return [str(steps), speedup, f"{plan.report['reuse_error_mean']:.4f}", r2]
+        return {**row, "missing": "needs a larger calibration.window"}
+    if all(plan.mask):
+        return {**row, "reuse_error": 0.0}
+    reused = [(step, step - source - 1) for step, source in enumerate(sources(plan.mask)) if step != source]
+    spread = calibration.statistics.rel_l1.std()[0]
+    r2 = calibration.rectifier_r2(plan.mask)
+    return {
+        **row,
+        "reuse_error": plan.report["reuse_error_mean"],
+        "reuse_error_std": float(np.mean([spread[pair] for pair in reused])),
+        "rectifier_r2": float(np.nanmean(r2)),
+        "rectifier_r2_by_step": [None if np.isnan(value) else float(value) for value in r2],
+        "break_even_generations": calibration.break_even(steps),
+    }
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    if "missing" in row:
+        return [str(row["computed"]), f"{row['speedup']:.2f}", row["missing"], "", "", ""]
+    cells = [str(row["computed"]), f"{row['speedup']:.2f}", f"{row['reuse_error']:.4f}"]
+    if "rectifier_r2" not in row:
+        return [*cells, "", "", ""]
+    generations = f"{row['break_even_generations']:.0f} generations"
+    return [*cells, f"{row['reuse_error_std']:.4f}", f"{row['rectifier_r2']:.3f}", generations]
 
 
 def _finished_part(path: Path, prompts: list[str], cfg: DictConfig, pipe: Any) -> erta.Calibration | None:

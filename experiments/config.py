@@ -59,6 +59,7 @@ class CacheConfig:
     rectify: bool = False
     rectifier: str = "channel"  # or scalar
     rectifier_form: str = "linear"  # or sigmoid
+    rectifier_fit: str = "open"  # along uncached trajectories; closed: along the plan's own
     corrector_at_reused: bool = True
     reuse: str = "residual"  # or velocity
 
@@ -88,7 +89,7 @@ class WandbConfig:
 @dataclass
 class ExperimentConfig:
     _target_: str = MISSING
-    seed: int = 0
+    seeds: int = 1  # noises a prompt, of tables
     until: str | None = None  # train_tiny: stop after this part (autoencoder, text or transformer)
     work_dir: str | None = None  # train_tiny: where checkpoints are kept
     install: bool = True  # train_tiny: put the finished weights into erta/assets
@@ -170,6 +171,9 @@ def validate(cfg: DictConfig) -> None:
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     _one_of("cache.site", cfg.cache.site, SITES)
+    _one_of("cache.rectifier_fit", cfg.cache.rectifier_fit, ("open", "closed"))
+    if cfg.experiment.seeds < 1:
+        raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
     _one_of("model.dtype", cfg.model.dtype, DTYPES)
     _one_of("model.offload", cfg.model.offload, ("none", "model"))
     _one_of("wandb.mode", cfg.wandb.mode, WANDB_MODES)

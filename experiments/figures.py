@@ -67,12 +67,29 @@ def psnr_per_prompt(rows: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def decomposition(by_step: dict[str, np.ndarray], growth: dict[int, float], path: Path) -> None:
+    """Each step's share of the final error, stacked by part; below, how much an error after a step has grown."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=[2, 1], layout="constrained")
+    colours = dict(zip(by_step, (REUSED, COMPUTED), strict=True))
+    above = below = np.zeros(len(next(iter(by_step.values()))))
+    for part, shares in by_step.items():
+        base = np.where(shares >= 0, above, below)
+        top.bar(np.arange(len(shares)), shares, bottom=base, width=0.9, color=colours[part], label=part)
+        above, below = above + np.maximum(shares, 0), below + np.minimum(shares, 0)
+    top.axhline(0, color=GREY, lw=0.8)
+    top.set(ylabel="share of the final error")
+    top.legend(frameon=False)
+    bottom.plot(list(growth), list(growth.values()), "o-", color=COMPUTED, ms=4)
+    bottom.set(xlabel="step", ylabel="growth until the end", yscale="log")
+    _save(figure, path)
+
+
 def contact_sheet(samples: Path, rows: list[dict[str, Any]], path: Path, columns: int = 2) -> None:
     """First, middle and last frame of every prompt, uncached to the left of cached, with what was asked for."""
     rows = rows[:SHEET_ROWS]
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(6.4 * columns, max(1.32 * lines, 2.6)), layout="constrained", squeeze=False
+        lines, columns, figsize=(6.4 * columns, 1.32 * lines + 0.4), layout="tight", squeeze=False
     )
     for axis in axes.flat:
         axis.set_axis_off()

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 import erta
 from erta.schedule import steps_for_speedup, uniform_mask
+from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
 from experiments.models import call_kwargs, scheduler_sigmas
 
@@ -72,7 +73,10 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             report={"policy": "uniform"},
         )
         return Arm(plan, call_kwargs(cfg))
-    return Arm(planned(cfg, get_calibration()), call_kwargs(cfg), get_calibration())
+    plan = planned(cfg, get_calibration())
+    if plan.rectification is not None and cache.rectifier_fit == "closed":
+        plan = closed_loop_plan(cfg, pipe, plan)
+    return Arm(plan, call_kwargs(cfg), get_calibration())
 
 
 def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:

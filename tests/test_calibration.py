@@ -112,6 +112,16 @@ def test_merge_of_shards_equals_one_run(calibrations):
     assert merged.record["prompts"] == PROMPTS
 
 
+def test_break_even_counts_generations(calibrations):
+    """20 s spent, 2 prompts of 4 s in the transformer: half the steps save 2 s a generation."""
+    calibration = calibrations["unipc"]
+    assert 0 < calibration.record["forward_s"] < calibration.record["seconds"]
+    made = Calibration(
+        calibration.statistics, calibration.signature, {**calibration.record, "seconds": 20.0, "forward_s": 8.0}
+    )
+    assert made.break_even(4) == pytest.approx(10) and made.break_even(8) == float("inf")
+
+
 def test_round_trip(tmp_path, calibrations):
     path = tmp_path / "c.safetensors"
     calibrations["unipc"].save(path)

@@ -60,6 +60,20 @@ def folders(tmp_path: Path) -> list[Path]:
     return sorted(path.parent for path in tmp_path.glob("outputs/*/*/state.json"))
 
 
+def test_every_variant_is_a_key(command, tmp_path):
+    """The plan that is run holds what was asked for, and a calibration of one site is not used at the other."""
+    variants = ["cache.rel_l1_denominator=cached", "cache.rectifier=scalar", "cache.rectifier_form=sigmoid"]
+    code, printed = command("bench=fidelity", "cache.site=blocks", *variants)
+    assert code == 0, printed
+    (folder,) = folders(tmp_path)
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["site"] == "blocks" and plan["report"]["rel_l1_denominator"] == "cached"
+    assert plan["rectification"]["form"] == "sigmoid" and len(plan["rectification"]["gain"][0][0]) == 1
+    (path,) = Path("outputs/calibrations").glob("*.safetensors")
+    code, printed = command("bench=fidelity", f"calibration.path={path}")
+    assert code == 1 and "site was 'blocks'" in printed
+
+
 @pytest.mark.parametrize("cache", ["none", "uniform", "fewer_steps", "plan_grid", "ertacache"])
 def test_main_job(command, tmp_path, cache):
     code, printed = command(f"cache={cache}", "bench=fidelity")
@@ -124,10 +138,60 @@ def test_calibration_is_reused_and_resumed(command, tmp_path, monkeypatch):
     assert code == 1 and "size was" in printed
 
 
+def test_tables_of_rows(command, tmp_path, monkeypatch):
+    """Each row is run by its own overrides and compared in pairs; a second call takes up what is there."""
+    from experiments import budgets, table3_ablation
+
+    monkeypatch.setattr(budgets, "SHARES", (0.5,))
+    monkeypatch.setattr(budgets, "ROWS", budgets.ROWS[:4])
+    code, printed = command("experiment=budgets", "bench.num_prompts=2", "calibration.window=5")
+    assert code == 0, printed
+    (folder,) = folders(tmp_path)
+    rows = read_lines(folder / "rows.jsonl")
+    assert len(rows) == 2 * 5 and {r["row"]: r["forwards"] for r in rows} == {
+        "uncached, again": 12, "fewer steps (3)": 6, "plan grid, no cache (3)": 6, "uniform (3)": 6, "policy (3)": 6,
+    }  # fmt: skip
+    assert rows[0]["psnr_db"] is None and rows[-1]["psnr_db"] > 0
+    table = (folder / "table.md").read_text()
+    assert "identical" in table and len(table.splitlines()) == 2 + 1 + 5
+
+    monkeypatch.setattr(table3_ablation, "SHARES", (0.5,))
+    monkeypatch.setattr(table3_ablation, "VARIANTS", table3_ablation.VARIANTS[5:6])
+    monkeypatch.setattr(table3_ablation, "OUTPUT_ONLY", ())
+    arguments = ("experiment=table3_ablation", "experiment.seeds=2", "bench.num_prompts=2", "hydra.run.dir=outputs/t/3")
+    code, printed = command(*arguments)
+    assert code == 0, printed
+    record = json.loads(Path("outputs/t/3/record.json").read_text())
+    assert len(record["verdicts"]) == 6 and len(record["seeds"]) == len(set(record["seeds"])) == 4
+    for verdict in record["verdicts"]:
+        assert any(word in verdict for word in ("reproduced", "contradicted", "not decidable here"))
+    rows = read_lines(Path("outputs/t/3/rows.jsonl"))
+    assert len(rows) == 4 * 5 * 2 and {r["forwards"] for r in rows} == {6}
+    by_site = {site: [r["psnr_db"] for r in rows if r["row"] == f"policy ({site}, 3)"] for site in ("output", "blocks")}
+    assert by_site["output"] != by_site["blocks"]
+    closed = [r["psnr_db"] for r in rows if r["row"] == "policy + closed-loop rectification (output, 3)"]
+    assert closed and closed != by_site["output"] and "13.76" in Path("outputs/t/3/table.md").read_text()
+
+
+def test_decomposition_command(command, tmp_path):
+    code, printed = command("experiment=decomposition", "bench.num_prompts=2", "cache=policy")
+    assert code == 0 and "injected" in printed, printed
+    (folder,) = folders(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    assert sum(record["shares"].values()) == pytest.approx(1, abs=1e-3) and record["shares"]["grid"] == 0
+    assert len(record["propagation_gain"]) == 6 and (folder / "figures" / "decomposition.png").stat().st_size > 5000
+    code, printed = command("experiment=decomposition", "cache=none")
+    assert code == 1 and "no error to split" in printed
+
+
 def test_calibrate_command(command, tmp_path):
     code, printed = command("experiment=calibrate")
-    assert code == 0 and "what can be planned" in printed
-    assert list(tmp_path.glob("outputs/*/*/calibration.safetensors"))
+    assert code == 0 and "what can be planned" in printed and "generations" in printed
+    (path,) = tmp_path.glob("outputs/*/*/calibration.safetensors")
+    planned = json.loads(path.with_suffix(".json").read_text())["planned"]
+    half = next(row for row in planned if row["computed"] == 3)
+    assert [value is None for value in half["rectifier_r2_by_step"]].count(True) == 3
+    assert half["reuse_error_std"] > 0 and half["break_even_generations"] > 0
 
 
 BAD = {
@@ -135,6 +199,9 @@ BAD = {
     "unknown choice": (["cache=magic"], "magic"),
     "unknown key": (["cache.treshold=0.1"], "did you mean cache.threshold?"),
     "added key": (["+cache.treshold=0.1"], "cannot be added"),
+    "unknown site": (["cache.site=middle"], "cache.site must be one of output, blocks"),
+    "unknown rectifier": (["cache.rectifier=matrix"], "rectifier must be one of channel, scalar"),
+    "velocity at the blocks": (["cache=policy", "cache.site=blocks", "cache.reuse=velocity"], "use site=output"),
     "not a number": (["cache.threshold=abc"], "abc"),
     "negative threshold": (["cache.threshold=-1"], "must be ≥ 0"),
     "two budgets": (["cache.threshold=0.1", "cache.steps=3"], "two budgets"),

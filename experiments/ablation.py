@@ -1,0 +1,204 @@
+"""Rows of a table on the same prompts and noise: sampled once, resumable, compared in pairs.
+
+A row is a list of command-line overrides, so each one can be run alone by `python run.py` with them. Every row
+is compared with the same uncached clips, paired by prompt and seed; forwards are counted, not assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method
+from omegaconf import DictConfig
+
+from erta.calibration import Calibration
+from experiments import config, console
+from experiments.calibrating import get_calibration, progress_bar
+from experiments.metrics import Interval, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
+from experiments.models import call_kwargs, load_pipeline, scheduler_sigmas
+from experiments.prompts import Prompt, test_prompts
+from experiments.record import append_line, check_inputs, describe_inputs, read_lines
+from experiments.sampling import generate
+
+SEED_STRIDE = 100_000  # between the noises of one prompt
+COLUMNS = (
+    "row",
+    "forwards",
+    "PSNR dB, ± std",
+    "against {reference} (95 %)",
+    "SSIM",
+    "scene, all",
+    "against uncached (95 %)",
+    "last sigma step",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A label and what is typed after `python run.py` for it. `computed` is the number of computed steps.
+
+    Rows are compared with the reference row of their own group: same `computed`, same `site` if that is named.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+    computed: int | None = None
+    site: str | None = None
+
+    @property
+    def group(self) -> str:
+        where = ", ".join(str(part) for part in (self.site, self.computed) if part is not None)
+        return f" ({where})" if where else ""
+
+    @property
+    def key(self) -> str:
+        return self.label + self.group
+
+
+@dataclass(frozen=True)
+class Results:
+    """All samples of a table: per row a list over seeds and prompts in the order of `prompts`."""
+
+    prompts: list[Prompt]
+    seeds: int
+    rows: dict[str, list[dict[str, Any]]]
+    groups: dict[str, str]  # row key → what follows the label in the keys of its group
+    uncached_scene: list[dict[str, bool] | None]
+
+    def values(self, key: str, metric: str) -> np.ndarray:
+        """A metric of a row by prompt, mean over seeds; NaN where clips are identical to the uncached ones."""
+        values = [np.nan if row[metric] is None else row[metric] for row in self.rows[key]]
+        return np.array(values, float).reshape(self.seeds, -1).mean(0)
+
+    def psnr_gain(self, key: str, reference: str) -> Interval | None:
+        """Paired gain in decibels over another row, 95 % over prompts; None where a clip is identical."""
+        differences = self.values(key, "psnr_db") - self.values(reference, "psnr_db")
+        return None if np.isnan(differences).any() else paired_interval(differences)
+
+
+def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) -> Results:
+    """Sample every row on every prompt and seed. What `rows.jsonl` in `folder` already holds is not made again."""
+    once, pipe = test_prompts(cfg), load_pipeline(cfg)
+    prompts = [replace(p, seed=p.seed + SEED_STRIDE * s) for s in range(seeds) for p in once]
+    calibrations: dict[str, Calibration] = {}
+
+    def calibration_of(row_cfg: DictConfig) -> Calibration:
+        site = row_cfg.cache.site
+        if site not in calibrations:
+            calibrations[site] = get_calibration(row_cfg, pipe)
+        return calibrations[site]
+
+    check_inputs(folder, describe_inputs(pipe, prompts, calibration_of(cfg)))
+    path = folder / "rows.jsonl"
+    done = {(row["row"], row["index"]): row for row in read_lines(path)}
+    references = _uncached(pipe, cfg, prompts, folder)
+    with progress_bar() as bar:
+        task = bar.add_task("rows", total=len(rows) * len(prompts), completed=len(done))
+        for row in rows:
+            missing = [k for k in range(len(prompts)) if (row.key, k) not in done]
+            if not missing:
+                continue
+            bar.update(task, description=row.key)
+            row_cfg = compose_row(row)
+            arm = get_method(row_cfg.cache._target_)(row_cfg, pipe, lambda row_cfg=row_cfg: calibration_of(row_cfg))
+            grid = arm.plan.sigmas if arm.plan else scheduler_sigmas(pipe, arm.kwargs["num_inference_steps"])
+            for index in missing:
+                sample = generate(pipe, prompts[index].text, prompts[index].seed, arm.kwargs, arm.plan)
+                done[row.key, index] = {
+                    "row": row.key,
+                    "index": index,
+                    "forwards": sample.forwards,
+                    "denoise_s": sample.denoise_s,
+                    "psnr_db": psnr_db(sample.frames, references[index]),
+                    "ssim": ssim(sample.frames, references[index]),
+                    "scene": scene_agreement(prompts[index], sample.frames),
+                    "last_step": float(grid[-2]),
+                }
+                append_line(path, done[row.key, index])
+                bar.advance(task)
+    return Results(
+        prompts=prompts,
+        seeds=seeds,
+        rows={row.key: [done[row.key, k] for k in range(len(prompts))] for row in rows},
+        groups={row.key: row.group for row in rows},
+        uncached_scene=[scene_agreement(p, frames) for p, frames in zip(prompts, references, strict=True)],
+    )
+
+
+def compose_row(row: Row) -> DictConfig:
+    """The configuration of this run with a row's overrides in place of what was said about the cache."""
+    typed = [item for item in HydraConfig.get().overrides.task if not item.startswith(("cache=", "cache."))]
+    budget = [] if row.computed is None else [f"cache.steps={row.computed}"]
+    cfg = compose("config", overrides=[*typed, *row.overrides, *budget])
+    config.validate(cfg)
+    return cfg
+
+
+def tabulate(results: Results, reference: str) -> list[list[str]]:
+    """Table rows in the order of `COLUMNS`. `reference` is the label that rows of equal budget are compared with."""
+    table = []
+    known = [scene["all"] for scene in results.uncached_scene if scene]
+    if known:
+        table.append(["uncached", "", "", "", "", f"{np.mean(known):.1%}", "", ""])
+    for key, samples in results.rows.items():
+        values = [row["psnr_db"] for row in samples]
+        mean, gain = mean_psnr(values), ""
+        against = f"{reference} {key[key.rindex('(') :]}" if "(" in key else ""
+        if against in results.rows and key != against:
+            gain = _interval(results.psnr_gain(key, against), "+.2f")
+        scenes = [row["scene"]["all"] for row in samples if row["scene"]]
+        change = ""
+        if scenes and len(known) == len(scenes):
+            by_prompt = (np.array(scenes, float) - np.array(known, float)).reshape(results.seeds, -1).mean(0)
+            change = _interval(paired_interval(by_prompt), "+.1%")
+        table.append(
+            [
+                key,
+                "/".join(str(count) for count in sorted({row["forwards"] for row in samples})),
+                "identical" if mean is None else f"{mean:.2f} ± {np.std([v for v in values if v is not None]):.2f}",
+                gain,
+                f"{np.mean([row['ssim'] for row in samples]):.4f}",
+                f"{np.mean(scenes):.1%}" if scenes else "",
+                change,
+                f"{samples[0]['last_step']:.3f}",
+            ]
+        )
+    return table
+
+
+def columns(reference: str) -> list[str]:
+    """Headings of `tabulate`."""
+    return [name.format(reference=reference) for name in COLUMNS]
+
+
+def write_markdown(path: Path, headings: list[str], table: list[list[str]], below: str = "") -> None:
+    """A table, and text below it, as Markdown."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(row) + " |" for row in table]
+    path.write_text("\n".join(lines) + "\n" + (f"\n{below.strip()}\n" if below else ""), encoding="utf-8")
+    console.note(f"table: {path}")
+
+
+def _interval(interval: Interval | None, form: str) -> str:
+    return "" if interval is None else f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _uncached(pipe: Any, cfg: DictConfig, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
+    """Uncached clips, kept beside the rows so that a continued run compares with the same ones."""
+    clips = []
+    store = folder / "uncached"
+    store.mkdir(exist_ok=True)
+    with progress_bar() as bar:
+        for index, prompt in enumerate(bar.track(prompts, description="uncached clips")):
+            path = store / f"{index:03d}.npy"
+            if not path.is_file():
+                partial = path.with_suffix(".partial.npy")
+                np.save(partial, generate(pipe, prompt.text, prompt.seed, call_kwargs(cfg)).frames)
+                partial.replace(path)
+            clips.append(np.load(path))
+    return clips
