@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from erta.errors import BudgetError, ErtaError
+from erta.errors import BudgetError, ErtaError, NonFiniteError
 from erta.grid import adjusted_sigmas, step_scale
 from erta.hooks import OBSERVER_NAME, ObserverHook, attach, detach
 from erta.plan import Plan, Rectification
@@ -176,8 +176,8 @@ class Calibration:
     def merge(self, other: Calibration) -> Calibration:
         """Calibration over both sets of prompts; raises SignatureMismatch if they are not of one setup."""
         check_signature(self.signature, other.signature)
-        record = {**self.record, "prompts": self.record["prompts"] + other.record["prompts"]}
-        for key in ("seconds", "forward_s"):
+        record = dict(self.record)
+        for key in ("prompts", "skipped", "seconds", "forward_s"):
             record[key] = self.record[key] + other.record[key]
         return Calibration(self.statistics.merge(other.statistics), self.signature, record)
 
@@ -243,7 +243,9 @@ def calibrate(
         on_prompt: called after every prompt with its number and the calibration so far (progress, saving).
         pipeline_kwargs: go to the pipeline: num_inference_steps, guidance_scale, height, width, ...
 
-    Raises ErtaError for no prompts, outputs that are not finite, or guidance that cannot be told apart.
+    A prompt with an output that is not finite is left out, with a warning that names prompt and step.
+
+    Raises ErtaError for no prompts, none left, or guidance that cannot be told apart.
     """
     if not prompts:
         raise ErtaError("calibration needs at least one prompt")
@@ -255,14 +257,24 @@ def calibrate(
     if SESSION in pipe.__dict__:
         raise ErtaError("calibrate without a cache: call erta.uninstall(pipe) first")
     calibration: Calibration | None = None
+    skipped: list[str] = []
     for index, prompt in enumerate(prompts):
         try:
             one = _calibrate_one(pipe, prompt, seed + index, site, window, pipeline_kwargs)
+        except NonFiniteError as error:
+            skipped.append(prompt)
+            named = f"prompt {index + 1} ({prompt!r}): {error}"
+            if index == len(prompts) - 1 and calibration is None:
+                raise NonFiniteError(f"{named}; no prompt is left") from error
+            warnings.warn(f"{named}; it is left out of the calibration", stacklevel=2)
         except ErtaError as error:
             raise ErtaError(f"prompt {index + 1} ({prompt!r}): {error}") from error
-        calibration = one if calibration is None else calibration.merge(one)
-        if on_prompt is not None:
-            on_prompt(index, calibration)
+        else:
+            calibration = one if calibration is None else calibration.merge(one)
+        if calibration is not None:
+            calibration = replace(calibration, record={**calibration.record, "skipped": skipped.copy()})
+            if on_prompt is not None:
+                on_prompt(index, calibration)
     assert calibration is not None
     return calibration
 
@@ -298,6 +310,7 @@ def _calibrate_one(
     }
     record = {
         "prompts": [prompt],
+        "skipped": [],
         "first_seed": seed,
         "window": window,
         "seconds": time.perf_counter() - started,

@@ -31,3 +31,7 @@ class InstallError(ErtaError):
 def _short(value: object, limit: int = 90) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class NonFiniteError(ErtaError):
+    """A transformer output holds NaN or infinity."""

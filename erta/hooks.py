@@ -39,9 +39,10 @@ class _BranchState(BaseState):
 
 
 class _BranchHook(ModelHook):
-    """Knows the current guidance branch."""
+    """Knows the current guidance branch, and the forward under which it was attached."""
 
     _is_stateful = True
+    attached_as: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ class Coefficients:
         return place(rect.gain), place(rect.offset)
 
 
-def attach(transformer: nn.Module, hook: ModelHook, name: str) -> None:
+def attach(transformer: nn.Module, hook: _BranchHook, name: str) -> None:
     """Register a hook; raises InstallError if a cache is on this transformer already."""
     if getattr(transformer, "is_cache_enabled", False):
         raise InstallError(
@@ -201,6 +202,16 @@ def attach(transformer: nn.Module, hook: ModelHook, name: str) -> None:
         if registry.get_hook(taken) is not None:
             raise InstallError("erta is installed on this transformer already: call erta.uninstall(pipe) first")
     registry.register_hook(hook, name)
+    hook.attached_as = transformer.__dict__["forward"]
+
+
+def attach_again_if_dropped(transformer: nn.Module, hook: _BranchHook) -> None:
+    """Put our forward back on top of accelerate's, which model offload renews after every pipeline call."""
+    current = transformer.__dict__.get("forward")
+    renewed = hasattr(transformer, "_hf_hook") and transformer._old_forward is not hook.attached_as
+    if renewed and current is not hook.attached_as:
+        hook.fn_ref.original_forward = current
+        transformer.forward = hook.attached_as
 
 
 def check_detachable(transformer: nn.Module, name: str) -> None:
@@ -209,6 +220,10 @@ def check_detachable(transformer: nn.Module, name: str) -> None:
     order = registry._hook_order
     if name in order and order[-1] != name:
         raise InstallError(f"the hook {order[-1]!r} was put on top of erta's: remove that one first")
+    if name in order and getattr(transformer, "_old_forward", None) is registry.hooks[name].attached_as:
+        raise InstallError(
+            "model offload was enabled after erta was installed: call pipe.remove_all_hooks(), then erta.uninstall(pipe)"
+        )
 
 
 def detach(transformer: nn.Module, name: str) -> None:

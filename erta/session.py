@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from erta.errors import InstallError, SignatureMismatch
-from erta.hooks import HOOK_NAME, CacheHook, attach, check_detachable, detach
+from erta.hooks import HOOK_NAME, CacheHook, attach, attach_again_if_dropped, check_detachable, detach
 from erta.plan import Plan
 from erta.scheduler import planned_scheduler, step_index
 from erta.signature import check_signature, find_denoiser, model_signature
@@ -83,6 +83,7 @@ class _Session:
     def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call, with the state cleared before and what was executed checked after."""
         self._check_arguments(pipe, args, kwargs)
+        attach_again_if_dropped(self.transformer, self.hook)
         self.hook.reset_state(self.transformer)  # after an exception the last call's state survives
         self.trace.begin()
         result = self.pipe_class.__call__(pipe, *args, **kwargs)

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from erta.errors import ErtaError
+from erta.errors import ErtaError, NonFiniteError
 from erta.guidance import branches_of, guide, split
 from erta.rectifier import Moments
 from erta.site import channel_axis
@@ -153,7 +153,7 @@ class TrajectoryObserver:
             raise ErtaError(f"calibration saw {self._step + 1} of {num_steps} steps")
         finite = torch.stack(self._finite).cpu().numpy()
         if not finite.all():
-            raise ErtaError(f"the transformer's output is not finite at step {int(np.flatnonzero(~finite)[0])}")
+            raise NonFiniteError(f"the transformer's output is not finite at step {int(np.flatnonzero(~finite)[0])}")
         return self._to_arrays(num_steps)
 
     def _close_step(self) -> None:

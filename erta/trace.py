@@ -99,8 +99,8 @@ class Trace:
         plan = self.plan
         if not self.executed:
             raise ExecutionMismatch(
-                "the cache was installed but never called: its hook was dropped (model offload does that after the "
-                "first call) or the pipeline uses another transformer. This result was made without the cache."
+                "the cache was installed but never called: something put the transformer's own forward back, or the "
+                "pipeline uses another transformer. This result was made without the cache."
             )
         used = expand(self.executed, plan.guidance_scale)
         if plan.branches is not None and used != set(plan.branches):

@@ -66,7 +66,7 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
             if path == made_here and not isinstance(error, SignatureMismatch):
                 console.note(f"{path} cannot be used: {error}")
             continue
-        if calibration.record["prompts"] == wanted and calibration.record["window"] == cfg.calibration.window:
+        if _tried(calibration, wanted) == len(wanted) and calibration.record["window"] == cfg.calibration.window:
             console.note(f"calibration: {path} ({len(wanted)} prompts)")
             return calibration
     return make_calibration(cfg, pipe, made_here)
@@ -77,7 +77,7 @@ def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration
     prompts = calibration_prompts(cfg)
     partial = path.with_name(path.stem + ".unfinished.safetensors")
     done = _finished_part(partial, prompts, cfg, pipe)
-    start = len(done.record["prompts"]) if done is not None else 0
+    start = _tried(done, prompts) if done is not None else 0
     with progress_bar() as bar:
         task = bar.add_task("calibrate", total=len(prompts), completed=start)
 
@@ -192,8 +192,14 @@ def _finished_part(path: Path, prompts: list[str], cfg: DictConfig, pipe: Any) -
         check_fits(part, cfg, pipe)
     except erta.ErtaError:
         return None
-    done = part.record["prompts"]
-    return part if done == prompts[: len(done)] and part.record["window"] == cfg.calibration.window else None
+    return part if _tried(part, prompts) and part.record["window"] == cfg.calibration.window else None
+
+
+def _tried(calibration: erta.Calibration, prompts: list[str]) -> int:
+    """How many of these prompts, from the first on, a calibration is made of or had to leave out; 0 if of others."""
+    made_of, skipped = calibration.record["prompts"], calibration.record["skipped"]
+    count = len(made_of) + len(skipped)
+    return count if [p for p in prompts[:count] if p not in skipped] == made_of else 0
 
 
 def _size(cfg: DictConfig) -> list[int | None]:

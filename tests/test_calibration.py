@@ -256,9 +256,29 @@ def test_bad_calls(pipe):
         erta.calibrate(pipe, PROMPTS, num_videos_per_prompt=2, **CALL)
     with torch.no_grad():
         pipe.transformer.proj_out.bias.fill_(float("nan"))
-    with pytest.raises(erta.ErtaError, match=r"prompt 1 .*not finite at step 0"):
+    with pytest.raises(erta.ErtaError, match="no prompt is left"), pytest.warns(UserWarning, match="prompt 1 "):
         erta.calibrate(pipe, PROMPTS, **CALL)
     assert "forward" not in pipe.transformer.__dict__
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_prompt_that_is_not_finite_is_named_and_left_out(pipe, bad):
+    """Mutant: the NaN reaches the statistics, or the good prompt is lost with the bad one."""
+    steps, forwards = STEPS * 2, []
+
+    def spoil(module, args, output):
+        forwards.append(1)
+        return output * float("nan") if len(forwards) == steps * bad + 7 else output
+
+    handle = pipe.transformer.proj_out.register_forward_hook(spoil)
+    seen: list[int] = []
+    with pytest.warns(UserWarning, match=rf"prompt {bad + 1} .*not finite at step 3; it is left out"):
+        calibration = erta.calibrate(pipe, PROMPTS, window=6, on_prompt=lambda k, c: seen.append(k), **CALL)
+    handle.remove()
+    assert calibration.record["prompts"] == [PROMPTS[1 - bad]] and calibration.record["skipped"] == [PROMPTS[bad]]
+    alone = erta.calibrate(pipe, [PROMPTS[1 - bad]], window=6, seed=1 - bad, **CALL)
+    np.testing.assert_allclose(calibration.rel_l1(), alone.rel_l1(), rtol=1e-6)
+    assert seen == ([0, 1] if bad else [1])
 
 
 def test_guidance_off_has_one_branch(pipe):

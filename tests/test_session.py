@@ -153,13 +153,41 @@ def test_an_exception_in_one_call_does_not_spoil_the_next():
 
 
 def test_a_dropped_hook_is_noticed():
-    """Model offload replaces the transformer's forward after the first call: the second runs uncached."""
+    """A forward that was put back makes an uncached run: it must not pass for a cached one."""
     pipe = build_pipe()
     with erta.cached(pipe, bare_plan(pipe)):
         run(pipe)
         del pipe.transformer.__dict__["forward"]
         with pytest.raises(erta.ExecutionMismatch, match="without the cache"):
             run(pipe)
+
+
+def test_model_offload_over_several_calls():
+    """Offload renews its own forward after every call, which drops ours. Mutant: no second attaching."""
+    pipe = build_pipe()
+    with erta.cached(pipe, bare_plan(pipe)):
+        wanted = run(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    before = run(pipe)
+    with erta.cached(pipe, bare_plan(pipe)) as trace:
+        for _ in range(3):
+            assert torch.equal(run(pipe), wanted)
+    assert trace.calls == 3 and trace.forwards == {"cond": 4, "uncond": 4}
+    assert torch.equal(run(pipe), before)
+
+
+def test_offload_on_top_of_the_cache_is_named():
+    pipe = build_pipe()
+    plan = bare_plan(pipe)
+    erta.install(pipe, plan)
+    pipe.enable_model_cpu_offload(device="cpu")
+    first = run(pipe)
+    assert torch.equal(run(pipe), first)
+    with pytest.raises(erta.InstallError, match="remove_all_hooks"):
+        erta.uninstall(pipe)
+    pipe.remove_all_hooks()
+    erta.uninstall(pipe)
+    assert "_erta_session" not in pipe.__dict__
 
 
 def test_an_interrupted_pipeline_is_noticed():
