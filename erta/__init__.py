@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from erta.closed_loop import refit
     from erta.diagnosis import Decomposition, decompose, propagation_gain
     from erta.errors import BudgetError, ErtaError, ExecutionMismatch, InstallError, SignatureMismatch
+    from erta.interpolation import interpolate
     from erta.plan import Plan, Rectification
     from erta.session import cached, install, uninstall
     from erta.trace import Trace
@@ -35,6 +36,7 @@ _HOME = {
     "calibrate": "calibration",
     "decompose": "diagnosis",
     "install": "session",
+    "interpolate": "interpolation",
     "propagation_gain": "diagnosis",
     "refit": "closed_loop",
     "uninstall": "session",
@@ -55,6 +57,7 @@ __all__ = [
     "calibrate",
     "decompose",
     "install",
+    "interpolate",
     "propagation_gain",
     "refit",
     "uninstall",

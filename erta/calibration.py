@@ -137,6 +137,7 @@ class Calibration:
                 "rel_l1_denominator": rel_l1_denominator,
                 "phi_denominator": phi_denominator if adjust_time else None,
                 "phi": [None if m else float(p) for m, p in zip(mask, phi, strict=True)] if adjust_time else None,
+                "interpolated_from_steps": self.record.get("interpolated_from_steps"),
                 "reuse_error_mean": float(errors.sum() / max(1, mask.count(False))),
                 "reuse_error_max": float(errors.max()),
             },

@@ -52,6 +52,10 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
     """The calibration file that was named, else the shipped one, else one made earlier here, else a new one."""
     if cfg.calibration.path is not None:
         calibration = erta.Calibration.load(cfg.calibration.path)
+        sigmas = scheduler_sigmas(pipe, cfg.model.num_inference_steps)
+        if cfg.calibration.allow_interpolation and len(sigmas) - 1 != calibration.num_steps:
+            console.note(f"calibration: interpolated from {calibration.num_steps} to {len(sigmas) - 1} steps")
+            calibration = erta.interpolate(calibration, sigmas)
         check_fits(calibration, cfg, pipe)
         return calibration
     wanted = calibration_prompts(cfg)

@@ -78,6 +78,7 @@ class CalibrationConfig:
     num_prompts: int = 20
     window: int = 16
     path: str | None = None
+    allow_interpolation: bool = False
 
 
 @dataclass

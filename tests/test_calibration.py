@@ -10,6 +10,7 @@ import erta
 from erta.calibration import Calibration
 from erta.hooks import Coefficients
 from erta.rectifier import fit_linear
+from erta.scheduler import nominal_sigmas
 from erta.site import like_output
 from erta.statistics import TrajectoryObserver
 from tests.conftest import CALL, PROMPTS, STEPS, build_pipe
@@ -247,6 +248,40 @@ def test_rectification_of_both_branches_in_one_batch(calibrations):
     torch.testing.assert_close(both[:2], coefficients.rectify(v[:2], step, "uncond"))
     torch.testing.assert_close(both[2:], coefficients.rectify(v[2:], step, "cond"))
     assert (both[2:] - coefficients.rectify(v[2:], step, "uncond")).abs().max() > 1e-4
+
+
+def test_interpolation_gives_back_what_is_known(calibrations):
+    """On its own grid nothing changes; on every second sigma, pairs are those of twice the gap. Mutants: c for i."""
+    calibration = calibrations["unipc"]
+    sigmas = np.array(calibration.signature["sigmas"], np.float32)
+    same = erta.interpolate(calibration, sigmas)
+    mask = (True, True, True, False, False, True, False, True)
+    np.testing.assert_allclose(same.rel_l1(), calibration.rel_l1(), rtol=1e-9)
+    np.testing.assert_allclose(same.phi(mask), calibration.phi(mask), rtol=1e-9)
+    for name in ("gain", "offset"):
+        np.testing.assert_allclose(
+            getattr(same.rectification(mask), name),
+            getattr(calibration.rectification(mask), name),
+            rtol=1e-6,
+            atol=1e-9,
+        )
+    half = erta.interpolate(calibration, np.append(sigmas[:-1:2], sigmas[-1]))
+    np.testing.assert_allclose(half.rel_l1()[3, :3], calibration.rel_l1()[6, 1:6:2], rtol=1e-9)
+    assert np.isnan(half.rel_l1()[1, 1:]).all() and half.num_steps == STEPS // 2
+    between = erta.interpolate(calibration, np.append(np.linspace(sigmas[0], sigmas[-2], 11), 0)).rel_l1()[5, :3]
+    assert (np.diff(between) > 0).all() and between[0] < calibration.rel_l1()[4, 0]
+
+
+def test_interpolated_plan_runs_and_says_so(calibrations):
+    pipe = build_pipe()
+    pipe.scheduler.set_timesteps(6)
+    plan = erta.interpolate(calibrations["unipc"], nominal_sigmas(pipe.scheduler)).plan(steps=3)
+    assert plan.report["interpolated_from_steps"] == STEPS
+    with erta.cached(pipe, plan) as trace:
+        pipe(prompt=PROMPTS[0], output_type="latent", **{**CALL, "num_inference_steps": 6})
+    assert trace.forwards == {"cond": 3, "uncond": 3}
+    with pytest.raises(erta.ErtaError, match="not extrapolated"):
+        erta.interpolate(calibrations["unipc"], np.array([1.0, 0.5, 1e-4, 0.0]))
 
 
 def test_bad_calls(pipe):

@@ -136,6 +136,12 @@ def test_calibration_is_reused_and_resumed(command, tmp_path, monkeypatch):
     assert code == 1 and "scheduler was" in printed
     code, printed = command(f"calibration.path={path}", "bench=fidelity", "model.height=32")
     assert code == 1 and "size was" in printed
+    other = (f"calibration.path={path}", "bench=fidelity", "model.num_inference_steps=5", "cache.steps=3")
+    code, printed = command(*other)
+    assert code == 1 and "sigmas was" in printed and "experiment=calibrate" in printed
+    code, printed = command(*other, "calibration.allow_interpolation=true", "hydra.run.dir=outputs/z/other")
+    assert code == 0 and "interpolated from 6 to 5 steps" in printed, printed
+    assert json.loads(Path("outputs/z/other/record.json").read_text())["plan_report"]["interpolated_from_steps"] == 6
 
 
 def test_tables_of_rows(command, tmp_path, monkeypatch):
