@@ -31,10 +31,10 @@ from erta.schedule import (
     threshold_mask,
     uniform_mask,
 )
-from erta.scheduler import nominal_sigmas, step_index
+from erta.scheduler import counting, has_sigmas, nominal_sigmas, step_index
 from erta.session import SESSION, call_arguments
 from erta.signature import check_signature, find_denoiser, model_signature
-from erta.site import SITES, make_site
+from erta.site import SITES, make_site, model_name
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
 
 SCHEMA = "erta.calibration/1"
@@ -111,6 +111,11 @@ class Calibration:
             )
         if reuse == "velocity" and (rectify or adjust_time):
             raise ErtaError("adjust_time and rectify are fitted for reuse='residual': switch them off for 'velocity'")
+        if adjust_time and self.signature["grid"] != "sigmas":
+            raise ErtaError(
+                f"{self.signature['scheduler'].split()[0]} has no sigmas to move: plan with adjust_time=False "
+                "(policy and rectification work)"
+            )
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
         phi = self.phi(mask, phi_denominator)
         errors = reuse_errors(rel_l1, mask)
@@ -217,7 +222,7 @@ class Calibration:
                     raise ErtaError(f"{path} is not a calibration of this version ({metadata.get('schema')!r})")
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             statistics = PairStatistics.from_arrays(arrays)
-            signature = {"site": "output", **json.loads(metadata["signature"])}
+            signature = {"site": "output", "grid": "sigmas", **json.loads(metadata["signature"])}
             return cls(statistics, signature, json.loads(metadata["record"]))
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ErtaError(f"cannot read a calibration from {path}: {error}. Make it again.") from error
@@ -291,15 +296,18 @@ def _calibrate_one(
         "prompt": prompt,
     }
     scale = call_arguments(type(pipe), pipe, (), kwargs).get("guidance_scale")
-    observer = TrajectoryObserver(window, scale, eager=site != "output")
-    hook = ObserverHook(observer, make_site(site, transformer), lambda: step_index(pipe.scheduler))
+    observer = TrajectoryObserver(window, scale, model_name(transformer), eager=site != "output")
+    scheduler = counting(pipe.scheduler)
+    hook = ObserverHook(observer, make_site(site, transformer), lambda: step_index(scheduler))
     attach(transformer, hook, OBSERVER_NAME)
+    own_scheduler, pipe.scheduler = pipe.scheduler, scheduler
     started = time.perf_counter()
     try:
         pipe(**kwargs)
     finally:
+        pipe.scheduler = own_scheduler
         detach(transformer, OBSERVER_NAME)
-    sigmas = nominal_sigmas(pipe.scheduler)
+    sigmas = nominal_sigmas(scheduler)
     statistics = observer.finish(len(sigmas) - 1)
     signature = {
         **model_signature(pipe),
@@ -308,6 +316,7 @@ def _calibrate_one(
         "latent_shape": list(observer.latent_shape or ()),
         "branches": observer.branches,
         "site": site,
+        "grid": "sigmas" if has_sigmas(scheduler) else "timesteps",
     }
     record = {
         "prompts": [prompt],

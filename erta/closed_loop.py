@@ -19,7 +19,8 @@ from erta.guidance import branches_of, split
 from erta.plan import Plan, Rectification
 from erta.rectifier import Moments, fit_linear
 from erta.session import SESSION, cached
-from erta.site import channel_axis
+from erta.signature import find_denoiser
+from erta.site import channel_axis, model_name
 from erta.statistics import channel_moments
 
 
@@ -71,13 +72,13 @@ def refit(
 def _observe(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> Moments:
     """Moments (num_steps, branches, channels) of one cached run; empty at computed steps."""
     found: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
-    branches = plan.branches or ()
+    branches, model = plan.branches or (), model_name(find_denoiser(pipe))
 
     def note(step: int, context: str, v_cached: torch.Tensor, true_velocity: Callable[[], torch.Tensor]) -> None:
         names = branches_of(context, plan.guidance_scale)
         truth = split(true_velocity().float(), names)
         for name, value in split(v_cached.float(), names).items():
-            axis = channel_axis(value)
+            axis = channel_axis(value, model)
             sums = channel_moments(value, value - truth[name], axis)
             found[step, branches.index(name)] = sums, value.numel() // value.shape[axis]
 

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from erta.errors import ErtaError
 from erta.guidance import branches_of, guide, split
 from erta.hooks import OBSERVER_NAME, Coefficients, ObserverHook, attach, detach
 from erta.plan import Plan
 from erta.scheduler import step_index
 from erta.session import SESSION, cached, call_arguments
 from erta.signature import find_denoiser
-from erta.site import make_site
+from erta.site import make_site, model_name
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Decomposition:
 def decompose(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_kwargs: Any) -> Decomposition:
     """Split the error of one cached run against the uncached run from the same noise.
 
-    Costs two uncached runs: at reused steps the model is evaluated as well. Raises what `erta.cached` raises.
+    Costs two uncached runs: at reused steps the model is evaluated as well. Raises what `erta.cached` raises, and
+    ErtaError for schedulers without sigmas.
     """
+    if not hasattr(pipe.scheduler, "step_index"):
+        raise ErtaError(f"{type(pipe.scheduler).__name__} does not step along sigmas: its error is not split")
     uncached = _run_uncached(pipe, plan, prompt, seed, pipeline_kwargs)
     reused = _run_cached(pipe, plan, prompt, seed, pipeline_kwargs)
     steps = range(plan.num_steps)
@@ -171,9 +175,9 @@ def _recorded(pipe: Any, run: _Run) -> Iterator[None]:
 class _OpenLoop:
     """Errors that a plan's reuse makes on the uncached trajectory, guided, one a step."""
 
-    def __init__(self, plan: Plan, guidance_scale: float | None) -> None:
+    def __init__(self, plan: Plan, guidance_scale: float | None, model: str) -> None:
         self.plan, self.guidance_scale = plan, guidance_scale
-        self.coefficients = Coefficients(plan)
+        self.coefficients = Coefficients(plan, model)
         self.kept: dict[str, torch.Tensor] = {}
         self.errors: list[dict[str, torch.Tensor]] = [{} for _ in plan.mask]
 
@@ -201,7 +205,7 @@ class _OpenLoop:
 
 def _run_uncached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> _Run:
     run, transformer = _Run(), find_denoiser(pipe)
-    open_loop = _OpenLoop(plan, _guidance_scale(pipe, prompt, kwargs))
+    open_loop = _OpenLoop(plan, _guidance_scale(pipe, prompt, kwargs), model_name(transformer))
     site = make_site(plan.site, transformer, plan.reuse)
     attach(transformer, ObserverHook(open_loop, site, lambda: step_index(pipe.scheduler)), OBSERVER_NAME)
     try:

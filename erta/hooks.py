@@ -19,7 +19,7 @@ from torch import nn
 from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
 from erta.guidance import branches_of
 from erta.plan import Plan, Rectification
-from erta.site import Site, channel_axis, latent_of
+from erta.site import Site, channel_axis, latent_of, model_name
 from erta.trace import Stopwatch, Trace
 
 HOOK_NAME = "erta_cache"
@@ -68,7 +68,7 @@ class CacheHook(_BranchHook):
     def __init__(self, plan: Plan, trace: Trace, site: Site, current_step: Callable[[], int]) -> None:
         super().__init__()
         self.plan, self.trace, self.site, self.current_step = plan, trace, site, current_step
-        self.coefficients = Coefficients(plan)
+        self.coefficients: Coefficients | None = None
         self.on_reuse: OnReuse | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +94,8 @@ class CacheHook(_BranchHook):
         velocity = self.site.predict(forward, args, kwargs, state.value)
         if self.on_reuse is not None:
             self.on_reuse(step, branch, velocity, lambda: self.site.compute(forward, args, kwargs)[0][0])
+        if self.coefficients is None:
+            self.coefficients = Coefficients(self.plan, model_name(module))
         velocity = self.coefficients.rectify(velocity, step, branch)
         self.trace.reused(branch, step, time.perf_counter() - entered)
         return Transformer2DModelOutput(sample=velocity) if kwargs.get("return_dict", True) else (velocity,)
@@ -152,8 +154,8 @@ class Observer(Protocol):
 class Coefficients:
     """The plan's rectification as tensors on the latent's device, laid out once a context."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, model: str) -> None:
+        self.plan, self.model = plan, model
         self.device: torch.device | None = None
         self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -182,7 +184,7 @@ class Coefficients:
         known = self.plan.branches or ()
         picked = [known.index(branch) for branch in branches_of(context, self.plan.guidance_scale)]
         shape = [1] * velocity.ndim
-        shape[channel_axis(velocity)] = -1
+        shape[channel_axis(velocity, self.model)] = -1
 
         def place(array: Any) -> torch.Tensor:
             table = torch.as_tensor(array[:, picked]).to(velocity.device, torch.float32)

@@ -23,20 +23,52 @@ def step_index(scheduler: Any) -> int:
     """The step that the scheduler will carry out next. Counting calls would go wrong with two transformers."""
     index = scheduler.step_index
     if index is None:
-        index = scheduler.begin_index
+        index = scheduler.begin_index  # before the first step
     return 0 if index is None else int(index)
 
 
-def nominal_sigmas(scheduler: Any) -> np.ndarray:
-    """The grid of a scheduler after `set_timesteps`, float32 (num_steps + 1,).
+def has_sigmas(scheduler: Any) -> bool:
+    """Whether a scheduler, after `set_timesteps`, integrates over sigmas, one a step and the end."""
+    sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
+    return sigmas is not None and timesteps is not None and len(sigmas) == len(timesteps) + 1
 
-    Raises ErtaError for schedulers that have none (CogVideoX's DDIM and DPM).
+
+def nominal_sigmas(scheduler: Any) -> np.ndarray:
+    """The grid of a scheduler after `set_timesteps`, float32 (num_steps + 1,), strictly decreasing.
+
+    Schedulers without sigmas (CogVideoX's DDIM and DPM) give `(timestep + 1) / training timesteps` and 0: good to
+    tell grids apart, not to be moved. Raises ErtaError before `set_timesteps`.
     """
-    sigmas = getattr(scheduler, "sigmas", None)
+    if has_sigmas(scheduler):
+        return np.asarray(torch.as_tensor(scheduler.sigmas).detach().float().cpu())
     timesteps = getattr(scheduler, "timesteps", None)
-    if sigmas is None or timesteps is None or len(sigmas) != len(timesteps) + 1:
-        raise ErtaError(f"{type(scheduler).__name__} has no grid of sigmas, one a step; flow-matching schedulers do")
-    return np.asarray(torch.as_tensor(sigmas).detach().float().cpu())
+    if timesteps is None or (hasattr(scheduler, "step_index") and scheduler.num_inference_steps is None):
+        raise ErtaError(f"{type(scheduler).__name__} has no grid of steps yet")
+    times = (torch.as_tensor(timesteps).detach().float().cpu() + 1) / scheduler.config.num_train_timesteps
+    return np.append(times.numpy(), np.float32(0))
+
+
+def counting(scheduler: Any) -> Any:
+    """The scheduler itself if it counts its steps, else a copy that does (CogVideoX's keep no index)."""
+    if hasattr(scheduler, "step_index"):
+        return scheduler
+    base = type(scheduler)
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.set_timesteps(self, *args, **kwargs)
+        self.step_index = 0
+
+    @functools.wraps(base.step)  # pipelines inspect its signature
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = base.step(self, *args, **kwargs)
+        self.step_index += 1
+        return result
+
+    counted = copy.deepcopy(scheduler)
+    methods = {"set_timesteps": set_timesteps, "step": step, "step_index": 0, "__module__": base.__module__}
+    counted.__class__ = type(base.__name__, (base,), methods)
+    return counted
 
 
 def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
@@ -44,6 +76,7 @@ def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
 
     Raises InstallError if the corrector is to be switched off at reused steps and the solver has none to switch.
     """
+    scheduler = counting(scheduler)
     base = type(scheduler)
 
     @functools.wraps(base.set_timesteps)  # pipelines inspect the signature for `sigmas`
@@ -73,6 +106,8 @@ def _write_grid(scheduler: Any, plan: Plan) -> None:
     changed = np.asarray(plan.sigmas, np.float32) != nominal
     if not changed.any():
         return
+    if not has_sigmas(scheduler):
+        raise InstallError(f"{type(scheduler).__name__} has no sigmas to move: plan without adjusting the grid")
     train_steps = scheduler.config.num_train_timesteps
     sigmas, timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
     for step in np.flatnonzero(changed).tolist():

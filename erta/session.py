@@ -51,7 +51,7 @@ def install(pipe: Any, plan: Plan) -> Trace:
     scheduler = planned_scheduler(pipe.scheduler, plan)
     trace = Trace(plan)
     site = make_site(plan.site, transformer, plan.reuse)
-    hook = CacheHook(plan, trace, site, lambda: step_index(pipe.scheduler))
+    hook = CacheHook(plan, trace, site, lambda: step_index(scheduler))
     attach(transformer, hook, HOOK_NAME)
     session = _Session(pipe, plan, trace, hook)
     pipe.scheduler = scheduler

@@ -17,6 +17,7 @@ from torch import nn
 from erta.errors import InstallError
 
 SITES = ("output", "blocks")
+CHANNEL_AXIS = {"CogVideoXTransformer3DModel": 2}  # (b, frames, channels, height, width)
 Forward = Callable[..., Any]
 
 
@@ -28,21 +29,25 @@ class OutputSite:
 
     name = "output"
 
-    def __init__(self, reuse: str = "residual") -> None:
-        self.reuse = reuse
+    def __init__(self, model: str, reuse: str = "residual") -> None:
+        self.model, self.reuse = model, reuse
 
     def compute(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The model's output as it is, and what to keep of it."""
         output = forward(*args, **kwargs)
         velocity = output[0]
-        kept = velocity if self.reuse == "velocity" else velocity - like_output(latent_of(args, kwargs), velocity)
+        kept = (
+            velocity
+            if self.reuse == "velocity"
+            else velocity - like_output(latent_of(args, kwargs), velocity, self.model)
+        )
         return output, kept
 
     def predict(
         self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], kept: torch.Tensor
     ) -> torch.Tensor:
         """The velocity at this input with what was kept of an earlier step."""
-        return kept if self.reuse == "velocity" else like_output(latent_of(args, kwargs), kept) + kept
+        return kept if self.reuse == "velocity" else like_output(latent_of(args, kwargs), kept, self.model) + kept
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,10 @@ class BlocksSite:
     name = "blocks"
 
     def __init__(self, transformer: nn.Module) -> None:
-        stack = BLOCK_STACKS.get(type(transformer).__name__)
+        stack = BLOCK_STACKS.get(model_name(transformer))
         if stack is None:
             raise InstallError(
-                f"site=blocks does not know the blocks of {type(transformer).__name__} (it knows "
+                f"site=blocks does not know the blocks of {model_name(transformer)} (it knows "
                 f"{', '.join(BLOCK_STACKS)}): use site=output, which works on every transformer"
             )
         self.transformer = transformer
@@ -147,7 +152,7 @@ Site = OutputSite | BlocksSite
 
 def make_site(name: str, transformer: nn.Module, reuse: str = "residual") -> Site:
     """The site called `name`, one of `SITES`."""
-    return OutputSite(reuse) if name == "output" else BlocksSite(transformer)
+    return OutputSite(model_name(transformer), reuse) if name == "output" else BlocksSite(transformer)
 
 
 def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -155,12 +160,17 @@ def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
-def channel_axis(latent: torch.Tensor) -> int:
-    """The channel axis of a latent: the last one for packed tokens (b, n, c) as in FLUX, else 1 (b, c, …)."""
-    return latent.ndim - 1 if latent.ndim == 3 else 1
+def model_name(transformer: nn.Module) -> str:
+    """Class name of a transformer, compiled or not."""
+    return type(getattr(transformer, "_orig_mod", transformer)).__name__
 
 
-def like_output(x: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+def channel_axis(latent: torch.Tensor, model: str) -> int:
+    """The channel axis of a model's latent: the last one for packed tokens (b, n, c) as in FLUX, else mostly 1."""
+    return latent.ndim - 1 if latent.ndim == 3 else CHANNEL_AXIS.get(model, 1)
+
+
+def like_output(x: torch.Tensor, velocity: torch.Tensor, model: str) -> torch.Tensor:
     """The part of the input that the output answers to: its first channels (image-to-video appends others)."""
-    axis = channel_axis(velocity)
+    axis = channel_axis(velocity, model)
     return x if x.shape[axis] == velocity.shape[axis] else x.narrow(axis, 0, velocity.shape[axis])

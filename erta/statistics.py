@@ -106,8 +106,8 @@ class TrajectoryObserver:
     are made when they are needed; at `blocks` they need the forward at hand, so `eager` makes them at once.
     """
 
-    def __init__(self, window: int, guidance_scale: float | None, eager: bool = False) -> None:
-        self.window, self.guidance_scale, self.eager = window, guidance_scale, eager
+    def __init__(self, window: int, guidance_scale: float | None, model: str, eager: bool = False) -> None:
+        self.window, self.guidance_scale, self.model, self.eager = window, guidance_scale, model, eager
         self.branches: list[str] = []
         self.latent_shape: tuple[int, ...] | None = None
         self._residuals: dict[str, deque[torch.Tensor]] = {}
@@ -164,7 +164,7 @@ class TrajectoryObserver:
             velocities |= self._split(context, seen.velocity.float())
         self._finite.append(torch.stack([torch.isfinite(value).all() for value in velocities.values()]).all())
         guided = guide(velocities, self.guidance_scale)
-        axis = channel_axis(guided)
+        axis = channel_axis(guided, self.model)
         self._channels = guided.shape[axis]
         self._per_channel = guided.numel() / self._channels
         for gap in range(1, 1 + min(len(old) for old in self._residuals.values())):

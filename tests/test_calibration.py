@@ -176,11 +176,13 @@ def test_a_threshold_that_reuses_nothing_is_said(calibrations):
 
 def test_extra_input_channels_belong_to_the_shape_but_not_to_the_residual():
     """Image-to-video models append channels to the latent: the first ones answer to the output."""
-    observer = TrajectoryObserver(2, None)
+    observer = TrajectoryObserver(2, None, "Wan")
     torch.manual_seed(0)
     for step in range(3):
         x, v = torch.randn(1, 20, 2, 4, 4), torch.randn(1, 16, 2, 4, 4)
-        observer.observe(step, "cond", x, v, v - like_output(x, v), lambda r, x=x, v=v: like_output(x, v) + r)
+        observer.observe(
+            step, "cond", x, v, v - like_output(x, v, "Wan"), lambda r, x=x, v=v: like_output(x, v, "Wan") + r
+        )
     assert observer.latent_shape == (20, 2, 4, 4)
     assert observer.finish(3).moments.count.shape == (1, 3, 2, 16)
 
@@ -188,7 +190,7 @@ def test_extra_input_channels_belong_to_the_shape_but_not_to_the_residual():
 def test_both_branches_in_one_batch_give_the_statistics_of_two_passes():
     """CogVideoX and LTX run [uncond, cond] as one batch. Mutants: halves swapped, one branch for both."""
     torch.manual_seed(0)
-    apart, together = (TrajectoryObserver(3, 4.0) for _ in range(2))
+    apart, together = (TrajectoryObserver(3, 4.0, "LTX") for _ in range(2))
     for step in range(5):
         x, v = torch.randn(1, 16, 2, 4, 4), {name: torch.randn(1, 16, 2, 4, 4) for name in ("uncond", "cond")}
         for name in v:
@@ -235,14 +237,14 @@ def test_literal_sigmoid_is_the_papers_formula(calibrations):
     k = 4 * s_ve / s_vv
     b = 4 * (mean_e - 0.5) - k * mean_v
     v = torch.randn(1, 16, 2, 4, 4)
-    found = Coefficients(plan).rectify(v, step, "cond")
+    found = Coefficients(plan, "Wan").rectify(v, step, "cond")
     torch.testing.assert_close(found, v - torch.sigmoid(k * v + b), rtol=1e-4, atol=1e-4)
-    linear = Coefficients(calibrations["unipc"].plan(steps=4, adjust_time=False)).rectify(v, step, "cond")
+    linear = Coefficients(calibrations["unipc"].plan(steps=4, adjust_time=False), "Wan").rectify(v, step, "cond")
     assert (found - linear).abs().max() > 0.01
 
 
 def test_rectification_of_both_branches_in_one_batch(calibrations):
-    coefficients = Coefficients(calibrations["unipc"].plan(steps=4))
+    coefficients = Coefficients(calibrations["unipc"].plan(steps=4), "Wan")
     step, v = coefficients.plan.mask.index(False), torch.randn(4, 16, 2, 4, 4)
     both = coefficients.rectify(v, step, "cond_uncond")
     torch.testing.assert_close(both[:2], coefficients.rectify(v[:2], step, "uncond"))

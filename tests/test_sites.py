@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -201,6 +205,65 @@ def test_both_guidance_branches_in_one_batch():
         generate(pipe, unguided)
     with pytest.raises(erta.ErtaError, match="use site=output"):
         erta.calibrate(pipe, PROMPTS[:1], site="blocks", window=4, **LTX_CALL)
+
+
+def build_cogvideox(scheduler) -> CogVideoXPipeline:
+    """A tiny random CogVideoXPipeline: both branches in one batch, channels after frames, no sigmas."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=24,
+        num_layers=1,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=16,
+        use_rotary_positional_embeddings=True,
+    ).eval()
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    pipe = CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(t5).eval(),
+        vae=None,
+        transformer=transformer,
+        scheduler=scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+COG_CALL = dict(
+    num_inference_steps=len(MASK), guidance_scale=3.0, height=64, width=64, num_frames=9, max_sequence_length=16
+)
+
+
+@pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_schedulers_without_sigmas(kind):
+    """Policy and rectification work, by channel of a latent whose second axis is time; the grid is not moved."""
+    pipe = build_cogvideox(kind(prediction_type="v_prediction", timestep_spacing="trailing"))
+    before = generate(pipe, COG_CALL)
+    calibration = erta.calibrate(pipe, PROMPTS, window=4, **COG_CALL)
+    assert calibration.statistics.moments.count.shape[3] == 4  # channels, not frames
+    with pytest.raises(erta.ErtaError, match="no sigmas to move"):
+        calibration.plan(steps=3)
+    plan = calibration.plan(steps=3, adjust_time=False)
+    with erta.cached(pipe, plan) as trace:
+        cached = generate(pipe, COG_CALL)
+        assert torch.equal(generate(pipe, COG_CALL), cached)
+    assert trace.forwards == {"cond_uncond": 3} and 0 < (cached - before).abs().mean() < before.abs().mean()
+    with erta.cached(pipe, calibration.plan(steps=len(MASK), adjust_time=False)):
+        assert torch.equal(generate(pipe, COG_CALL), before)
+    assert type(pipe.scheduler) is kind and torch.equal(generate(pipe, COG_CALL), before)
+    grid = plan.grid_only()
+    with erta.cached(pipe, grid), pytest.raises(erta.InstallError, match="no sigmas to move"):
+        generate(pipe, {**COG_CALL, "num_inference_steps": 3})
+    with pytest.raises(erta.ErtaError, match="does not step along sigmas"):
+        erta.decompose(pipe, plan, PROMPTS[0], **COG_CALL)
 
 
 def test_unknown_blocks_are_refused():
