@@ -194,10 +194,15 @@ class Coefficients:
 
 
 def attach(transformer: nn.Module, hook: _BranchHook, name: str) -> None:
-    """Register a hook; raises InstallError if a cache is on this transformer already."""
+    """Register a hook; raises InstallError if a cache is on this transformer already, or it was compiled whole."""
     if getattr(transformer, "is_cache_enabled", False):
         raise InstallError(
             "diffusers' own cache is enabled on this transformer: call transformer.disable_cache() before installing erta"
+        )
+    if getattr(transformer, "_compiled_call_impl", None) is not None:
+        raise InstallError(
+            "this transformer was compiled whole (transformer.compile()): a cache inside it would compile anew at every "
+            "step. Use transformer.compile_repeated_blocks(fullgraph=True), which a cache leaves alone"
         )
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     for taken in (HOOK_NAME, OBSERVER_NAME):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -201,6 +204,19 @@ def test_both_branches_in_one_batch_give_the_statistics_of_two_passes():
     ours, wanted = together.finish(5).to_arrays(), apart.finish(5).to_arrays()
     for name, array in wanted.items():
         np.testing.assert_allclose(ours[name], array, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_calibration_holds_its_window_and_no_trajectory():
+    """Latents alive after many steps, by weak references: `window` residuals and the last guided output a branch."""
+    observer, alive = TrajectoryObserver(3, None, "Wan"), []
+    for step in range(10):
+        x, v = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 2, 4, 4)
+        r = v - x
+        alive += [weakref.ref(tensor) for tensor in (x, v, r)]
+        observer.observe(step, "cond", x, v, r, lambda old, x=x: x + old)
+        del x, v, r
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) <= 3 + 2 + 2  # and the step that is still open
 
 
 def test_policy_denominators_differ(calibrations):

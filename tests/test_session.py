@@ -13,6 +13,7 @@ import erta
 from erta.grid import adjusted_sigmas
 from erta.schedule import sources
 from erta.scheduler import nominal_sigmas
+from erta.site import SITES
 from tests.conftest import CALL, PROMPTS, SOLVERS, STEPS, build_pipe, run
 
 ALL = (True,) * STEPS
@@ -228,6 +229,36 @@ def test_on_top_of_diffusers_own_cache(pipe):
     assert "_erta_session" not in pipe.__dict__
     pipe.transformer.disable_cache()
     erta.install(pipe, plan)
+
+
+def test_a_transformer_that_was_compiled_whole_is_refused(pipe):
+    plan = bare_plan(pipe)
+    pipe.transformer.compile()
+    with pytest.raises(erta.InstallError, match="compile_repeated_blocks"):
+        erta.install(pipe, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", SITES)
+def test_compiled_blocks_are_not_compiled_anew(site):
+    """The number of graphs stays what it is after the second step, at both sites. Mutant: hooks on the blocks."""
+    pipe, graphs = build_pipe(), []
+    plan = bare_plan(pipe, site=site)
+    with erta.cached(pipe, plan):
+        wanted = run(pipe)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+    def count(pipe, step, timestep, values):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return {}
+
+    torch._dynamo.utils.counters.clear()
+    with erta.cached(pipe, plan):
+        found = run(pipe, callback_on_step_end=count)
+        again = run(pipe, callback_on_step_end=count)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found, again) and graphs[1] > 0 and set(graphs[1:]) == {graphs[1]}
 
 
 def test_a_foreign_hook_on_top_is_named(pipe):
