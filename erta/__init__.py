@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from erta.calibration import Calibration, calibrate
     from erta.closed_loop import refit
     from erta.diagnosis import Decomposition, decompose, propagation_gain
-    from erta.errors import BudgetError, ErtaError, ExecutionMismatch, InstallError, SignatureMismatch
+    from erta.errors import BudgetError, ErtaError, ExecutionMismatch, InstallError, NonFiniteError, SignatureMismatch
     from erta.interpolation import interpolate
     from erta.plan import Plan, Rectification
     from erta.session import cached, install, uninstall
@@ -28,6 +28,7 @@ _HOME = {
     "ErtaError": "errors",
     "ExecutionMismatch": "errors",
     "InstallError": "errors",
+    "NonFiniteError": "errors",
     "Plan": "plan",
     "Rectification": "plan",
     "SignatureMismatch": "errors",
@@ -49,6 +50,7 @@ __all__ = [
     "ErtaError",
     "ExecutionMismatch",
     "InstallError",
+    "NonFiniteError",
     "Plan",
     "Rectification",
     "SignatureMismatch",

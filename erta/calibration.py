@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 
 from erta.errors import BudgetError, ErtaError, NonFiniteError
 from erta.grid import adjusted_sigmas, step_scale
+from erta.guidance import guidance_scale_of
 from erta.hooks import OBSERVER_NAME, ObserverHook, attach, detach
 from erta.plan import Plan, Rectification
-from erta.rectifier import LinearRectifier, fit_linear
+from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
 from erta.schedule import (
     Mask,
     budget_mask,
@@ -37,11 +38,9 @@ from erta.signature import check_signature, find_denoiser, model_signature
 from erta.site import SITES, make_site, model_name
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
 
-SCHEMA = "erta.calibration/1"
+SCHEMA = "erta.calibration/2"
 DEFAULT_WINDOW = 16
 POLICIES = ("threshold", "uniform")
-RECTIFIERS = ("channel", "scalar")
-RECTIFIER_FORMS = ("linear", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,15 @@ class Calibration:
                 f"{self.signature['scheduler'].split()[0]} has no sigmas to move: plan with adjust_time=False "
                 "(policy and rectification work)"
             )
+        if adjust_time and phi_denominator == "increment" and "interpolated_from_steps" in self.record:
+            raise ErtaError("phi by increment depends on the step length: calibrate with this number of steps")
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
         phi = self.phi(mask, phi_denominator)
         errors = reuse_errors(rel_l1, mask)
+        if not np.isfinite(errors).all():
+            raise BudgetError(
+                "this plan reuses over more of the grid than the calibration's window: ask for more steps"
+            )
         return Plan(
             mask=mask,
             sigmas=adjusted_sigmas(sigmas, mask, phi) if adjust_time else sigmas,
@@ -222,8 +227,7 @@ class Calibration:
                     raise ErtaError(f"{path} is not a calibration of this version ({metadata.get('schema')!r})")
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             statistics = PairStatistics.from_arrays(arrays)
-            signature = {"site": "output", "grid": "sigmas", **json.loads(metadata["signature"])}
-            return cls(statistics, signature, json.loads(metadata["record"]))
+            return cls(statistics, json.loads(metadata["signature"]), json.loads(metadata["record"]))
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ErtaError(f"cannot read a calibration from {path}: {error}. Make it again.") from error
 
@@ -241,7 +245,7 @@ def calibrate(
     """Run `pipe` uncached over `prompts` and profile its residuals.
 
     Args:
-        pipe: a diffusers pipeline with one transformer and a scheduler with sigmas.
+        pipe: a diffusers pipeline with one transformer.
         prompts: at least one; the paper's appendix finds 20 as good as 1000.
         site: where the residual lives, `output` or `blocks` (see `erta.site`); plans inherit it.
         window: how many steps apart a pair may be; longer reuse cannot be planned.
@@ -295,7 +299,7 @@ def _calibrate_one(
         **pipeline_kwargs,
         "prompt": prompt,
     }
-    scale = call_arguments(type(pipe), pipe, (), kwargs).get("guidance_scale")
+    scale = guidance_scale_of(call_arguments(type(pipe), pipe, (), kwargs))
     observer = TrajectoryObserver(window, scale, model_name(transformer), eager=site != "output")
     scheduler = counting(pipe.scheduler)
     hook = ObserverHook(observer, make_site(site, transformer), lambda: step_index(scheduler))

@@ -8,16 +8,16 @@ and the coefficients are fitted to what is found there. Costs one uncached run a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from erta.errors import ErtaError
+from erta.errors import ErtaError, NonFiniteError
 from erta.guidance import branches_of, split
 from erta.plan import Plan, Rectification
-from erta.rectifier import Moments, fit_linear
+from erta.rectifier import RECTIFIERS, Moments, fit_linear
 from erta.session import SESSION, cached
 from erta.signature import find_denoiser
 from erta.site import channel_axis, model_name
@@ -48,12 +48,16 @@ def refit(
         raise ErtaError("fitting needs at least one prompt")
     if plan.branches is None or all(plan.mask):
         raise ErtaError("only a plan from a calibration, with reused steps, can be fitted again")
+    if rectifier not in RECTIFIERS:
+        raise ErtaError(f"rectifier must be one of {', '.join(RECTIFIERS)}, not {rectifier!r}")
     moments: Moments | None = None
     for index, prompt in enumerate(prompts):
         one = _observe(pipe, plan, prompt, seed + index, pipeline_kwargs)
         moments = one if moments is None else moments.merge(one)
         if on_prompt is not None:
             on_prompt(index)
+        if not all(np.isfinite(getattr(moments, item.name)).all() for item in fields(moments)):
+            raise NonFiniteError(f"prompt {index + 1} ({prompt!r}): an output along the plan is not finite")
     assert moments is not None
     fit = fit_linear(moments.pooled() if rectifier == "scalar" else moments)
     reused = ~np.array(plan.mask)[:, None, None] & np.ones_like(fit.gain, dtype=bool)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from erta.errors import ErtaError
-from erta.guidance import branches_of, guide, split
+from erta.guidance import branches_of, guidance_scale_of, guide, split
 from erta.hooks import OBSERVER_NAME, Coefficients, ObserverHook, attach, detach
 from erta.plan import Plan
 from erta.scheduler import step_index
@@ -61,8 +61,8 @@ def decompose(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_k
     """
     if not hasattr(pipe.scheduler, "step_index"):
         raise ErtaError(f"{type(pipe.scheduler).__name__} does not step along sigmas: its error is not split")
+    reused = _run_cached(pipe, plan, prompt, seed, pipeline_kwargs)  # first, since it checks the call against the plan
     uncached = _run_uncached(pipe, plan, prompt, seed, pipeline_kwargs)
-    reused = _run_cached(pipe, plan, prompt, seed, pipeline_kwargs)
     steps = range(plan.num_steps)
     injected = [reused.outputs[i] - reused.truth[i] for i in steps]
     propagated = [reused.truth[i] - uncached.outputs[i] for i in steps]
@@ -109,7 +109,7 @@ def propagation_gain(
     """
 
     def final(changed: int | None) -> tuple[torch.Tensor, float]:
-        size = 1.0
+        size = 0.0
 
         def disturb(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             nonlocal size
@@ -117,12 +117,15 @@ def propagation_gain(
                 return {}
             latents = values["latents"]
             error = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(latents)
-            error *= relative_size * latents.norm() / error.norm()
-            size = float(error.norm())
-            return {"latents": latents + error}
+            changed_latents = latents + error * (relative_size * latents.norm() / error.norm())
+            size = float((changed_latents - latents).float().norm())  # after rounding to the latents' dtype
+            return {"latents": changed_latents}
 
         call = {**pipeline_kwargs, "callback_on_step_end": disturb}
-        return _final_latents(pipe(**_call(prompt, seed, call))), size
+        latents = _final_latents(pipe(**_call(prompt, seed, call)))
+        if changed is not None and size == 0:
+            raise ErtaError(f"there is no step {changed} to disturb, or {relative_size:g} is lost in rounding")
+        return latents, size
 
     undisturbed, _ = final(None)
     gains = []
@@ -239,7 +242,7 @@ def _call(prompt: str, seed: int, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _guidance_scale(pipe: Any, prompt: str, kwargs: dict[str, Any]) -> float | None:
-    return call_arguments(type(pipe), pipe, (), {**kwargs, "prompt": prompt}).get("guidance_scale")
+    return guidance_scale_of(call_arguments(type(pipe), pipe, (), {**kwargs, "prompt": prompt}))
 
 
 def _final_latents(result: Any) -> torch.Tensor:

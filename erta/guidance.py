@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from erta.errors import ErtaError
 
-BATCHED = "cond_uncond"  # of pipelines that run both branches as one batch (CogVideoX, LTX, Mochi)
+BATCHED = "cond_uncond"  # of pipelines that run both branches as one batch (CogVideoX, LTX)
 BATCH_ORDER = ("uncond", "cond")
+SINGLE_BRANCH = "single"  # of pipelines that set no cache context
+
+
+def guidance_scale_of(arguments: dict[str, Any]) -> float | None:
+    """The scale of a pipeline call, from its arguments with defaults filled in.
+
+    Raises ErtaError for true guidance beside an embedded one (FLUX with a negative prompt): not built yet.
+    """
+    negative = any(arguments.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))
+    if negative and (arguments.get("true_cfg_scale") or 1) > 1:
+        raise ErtaError("true_cfg_scale with a negative prompt is not supported: leave one of them out")
+    return arguments.get("guidance_scale")
 
 
 def branches_of(context: str, guidance_scale: float | None) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class _Tables:
         earlier = np.full((steps, window), np.nan)
         for gap in range(1, min(window, steps - 1) + 1):
             earlier[gap:, gap - 1] = places[:-gap]
-        self.known = np.isfinite(earlier) & (later - earlier <= window)
+        self.known = np.isfinite(earlier) & (np.ceil(later) - np.floor(earlier) <= window)
         self.later, self.earlier = later, np.where(self.known, earlier, later)
 
     def carry(self, table: np.ndarray, axis: int, zero: bool = True) -> np.ndarray:
@@ -83,8 +83,9 @@ class _Tables:
         return np.moveaxis(total, (0, 1), (axis, axis + 1))
 
     def _at(self, table: np.ndarray, i: np.ndarray, c: np.ndarray, zero: bool) -> np.ndarray:
-        later, earlier = np.maximum(i, c), np.minimum(i, c)  # a change is as large there as back
-        gap = later - earlier
+        later, gap = np.maximum(i, c), np.abs(i - c)
         value = table[np.maximum(later, 1), np.clip(gap, 1, self.window) - 1]
-        same = (gap == 0).reshape(*gap.shape, *[1] * (table.ndim - 2))
-        return np.where(same & zero, 0.0, value)
+        if not zero:
+            return value
+        # a change vanishes at one step and has the other sign on the way back
+        return np.sign(i - c).reshape(*gap.shape, *[1] * (table.ndim - 2)) * value

@@ -42,7 +42,7 @@ def nominal_sigmas(scheduler: Any) -> np.ndarray:
     if has_sigmas(scheduler):
         return np.asarray(torch.as_tensor(scheduler.sigmas).detach().float().cpu())
     timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None or (hasattr(scheduler, "step_index") and scheduler.num_inference_steps is None):
+    if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
         raise ErtaError(f"{type(scheduler).__name__} has no grid of steps yet")
     times = (torch.as_tensor(timesteps).detach().float().cpu() + 1) / scheduler.config.num_train_timesteps
     return np.append(times.numpy(), np.float32(0))

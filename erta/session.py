@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from erta.errors import InstallError, SignatureMismatch
+from erta.guidance import guidance_scale_of
 from erta.hooks import HOOK_NAME, CacheHook, attach, attach_again_if_dropped, check_detachable, detach
 from erta.plan import Plan
 from erta.scheduler import planned_scheduler, step_index
@@ -92,7 +93,7 @@ class _Session:
 
     def _check_arguments(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = call_arguments(self.pipe_class, pipe, args, kwargs)
-        steps, scale = bound.get("num_inference_steps"), bound.get("guidance_scale")
+        steps, scale = bound.get("num_inference_steps"), guidance_scale_of(bound)
         if steps is not None and steps != self.plan.num_steps:
             raise SignatureMismatch("num_inference_steps", self.plan.num_steps, steps)
         if self.plan.guidance_scale is not None and scale is not None and scale != self.plan.guidance_scale:

@@ -62,6 +62,7 @@ class BlockStack:
     output_index: int | None
 
 
+CONTROLS = ("controlnet_block_samples", "controlnet_single_block_samples")
 BLOCK_STACKS = {
     "WanTransformer3DModel": BlockStack(("blocks",), None),
     "FluxTransformer2DModel": BlockStack(("transformer_blocks", "single_transformer_blocks"), 1),
@@ -118,6 +119,8 @@ class BlocksSite:
 
     def compute(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The model's output as it is, and the residual of its block stack, (batch, tokens, width)."""
+        if any(kwargs.get(name) is not None for name in CONTROLS):
+            raise InstallError("a ControlNet adds to single blocks, which site=blocks exchanges: use site=output")
         with self._stack(self.watched):
             output = forward(*args, **kwargs)
         assert self.before.tokens is not None and self.after.tokens is not None
@@ -161,8 +164,8 @@ def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def model_name(transformer: nn.Module) -> str:
-    """Class name of a transformer, compiled or not."""
-    return type(getattr(transformer, "_orig_mod", transformer)).__name__
+    """Class name of a transformer."""
+    return type(transformer).__name__
 
 
 def channel_axis(latent: torch.Tensor, model: str) -> int:

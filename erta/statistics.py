@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from erta.errors import ErtaError, NonFiniteError
-from erta.guidance import branches_of, guide, split
+from erta.guidance import SINGLE_BRANCH, branches_of, guide, split
 from erta.rectifier import Moments
 from erta.site import channel_axis
 
@@ -136,6 +136,11 @@ class TrajectoryObserver:
             self._step = step
         if context in self._pending:
             raise ErtaError(f"calibration saw branch {context!r} twice at step {step}")
+        if context == SINGLE_BRANCH and velocity.shape[0] != 1:
+            raise ErtaError(
+                f"one sample gave a batch of {velocity.shape[0]}: this pipeline runs its guidance branches in one batch "
+                "and does not name them, so they cannot be told apart. Calibrate it with guidance off."
+            )
         if context not in self._residuals:
             self.branches += branches_of(context, self.guidance_scale)
             self._residuals[context] = deque(maxlen=self.window)

@@ -17,6 +17,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig
 
 from erta.calibration import Calibration
+from erta.errors import ErtaError
 from experiments import config, console
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.metrics import Interval, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
@@ -25,6 +26,7 @@ from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, read_lines
 from experiments.sampling import generate
 
+NO_CORRECTOR = "cache.corrector_at_reused=false"
 SEED_STRIDE = 100_000  # between the noises of one prompt
 COLUMNS = (
     "row",
@@ -83,7 +85,11 @@ class Results:
 
 def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) -> Results:
     """Sample every row on every prompt and seed. What `rows.jsonl` in `folder` already holds is not made again."""
+    _refuse_what_rows_decide(cfg)
     once, pipe = test_prompts(cfg), load_pipeline(cfg)
+    if not hasattr(pipe.scheduler, "disable_corrector"):
+        rows = [row for row in rows if NO_CORRECTOR not in row.overrides]
+        console.note(f"{type(pipe.scheduler).__name__} has no corrector: rows with the corrector off are left out")
     prompts = [replace(p, seed=p.seed + SEED_STRIDE * s) for s in range(seeds) for p in once]
     calibrations: dict[str, Calibration] = {}
 
@@ -130,9 +136,17 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
     )
 
 
+def _refuse_what_rows_decide(cfg: DictConfig) -> None:
+    typed = [item for item in HydraConfig.get().overrides.task if item.startswith(("cache=", "cache."))]
+    if typed:
+        raise ErtaError(f"{', '.join(typed)}: the rows of this table decide about the cache; leave it out")
+    if cfg.calibration.path is not None:
+        raise ErtaError("calibration.path: a table may need several calibrations; they are found, or made and kept")
+
+
 def compose_row(row: Row) -> DictConfig:
-    """The configuration of this run with a row's overrides in place of what was said about the cache."""
-    typed = [item for item in HydraConfig.get().overrides.task if not item.startswith(("cache=", "cache."))]
+    """The configuration of this run with a row's overrides."""
+    typed = HydraConfig.get().overrides.task
     budget = [] if row.computed is None else [f"cache.steps={row.computed}"]
     cfg = compose("config", overrides=[*typed, *row.overrides, *budget])
     config.validate(cfg)
@@ -148,7 +162,7 @@ def tabulate(results: Results, reference: str) -> list[list[str]]:
     for key, samples in results.rows.items():
         values = [row["psnr_db"] for row in samples]
         mean, gain = mean_psnr(values), ""
-        against = f"{reference} {key[key.rindex('(') :]}" if "(" in key else ""
+        against = reference + results.groups[key]
         if against in results.rows and key != against:
             gain = _interval(results.psnr_gain(key, against), "+.2f")
         scenes = [row["scene"]["all"] for row in samples if row["scene"]]
@@ -200,5 +214,5 @@ def _uncached(pipe: Any, cfg: DictConfig, prompts: list[Prompt], folder: Path) -
                 partial = path.with_suffix(".partial.npy")
                 np.save(partial, generate(pipe, prompt.text, prompt.seed, call_kwargs(cfg)).frames)
                 partial.replace(path)
-            clips.append(np.load(path))
+            clips.append(np.load(path, mmap_mode="c"))
     return clips

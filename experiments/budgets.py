@@ -12,13 +12,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments import console
-from experiments.ablation import Row, columns, sample_rows, tabulate, write_markdown
+from experiments.ablation import NO_CORRECTOR, Row, columns, sample_rows, tabulate, write_markdown
 from experiments.config import as_plain
 from experiments.record import SCHEMA, config_hash, environment, finish
 
 SHARES = (0.50, 0.34, 0.24)  # of the steps are computed: 25, 17 and 12 of 50
 REFERENCE = "policy"
-NO_CORRECTOR = "cache.corrector_at_reused=false"
 ROWS = (
     ("fewer steps", ("cache=fewer_steps",)),
     ("plan grid, no cache", ("cache=plan_grid",)),

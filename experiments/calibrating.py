@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,22 @@ def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration
             bar.advance(task)
 
         if start < len(prompts):
-            made = erta.calibrate(
-                pipe,
-                prompts[start:],
-                site=cfg.cache.site,
-                window=cfg.calibration.window,
-                seed=CALIBRATION_SEED + start,
-                on_prompt=keep,
-                **call_kwargs(cfg),
-            )
-            done = _with_size(done.merge(made) if done is not None else made, cfg)
+            try:
+                made = erta.calibrate(
+                    pipe,
+                    prompts[start:],
+                    site=cfg.cache.site,
+                    window=cfg.calibration.window,
+                    seed=CALIBRATION_SEED + start,
+                    on_prompt=keep,
+                    **call_kwargs(cfg),
+                )
+                done = _with_size(done.merge(made) if done is not None else made, cfg)
+            except erta.NonFiniteError:
+                if done is None:
+                    raise
+                left_out = [*done.record["skipped"], *prompts[start:]]
+                done = replace(done, record={**done.record, "skipped": left_out})
     assert done is not None
     done.save(path)
     partial.unlink(missing_ok=True)
@@ -143,7 +150,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "computed steps",
         "speed-up in forwards",
         "mean reuse error",
-        "± over prompts",
+        "± over prompts and branches",
         "rectifier R²",
         "pays after",
     ]

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from erta.site import SITES
 from experiments import console
-from experiments.ablation import Results, Row, columns, sample_rows, tabulate, write_markdown
+from experiments.ablation import NO_CORRECTOR, Results, Row, columns, sample_rows, tabulate, write_markdown
 from experiments.config import as_plain
 from experiments.record import SCHEMA, config_hash, environment, finish
 
@@ -33,13 +33,13 @@ VARIANTS = (
     ("policy + scalar rectification", ("cache=policy", "cache.rectify=true", "cache.rectifier=scalar")),
     ("policy + literal sigmoid", ("cache=policy", "cache.rectify=true", "cache.rectifier_form=sigmoid")),
     ("policy + closed-loop rectification", ("cache=policy", "cache.rectify=true", "cache.rectifier_fit=closed")),
-    ("policy, corrector off", ("cache=policy", "cache.corrector_at_reused=false")),
-    ("all three, corrector off", ("cache=ertacache", "cache.corrector_at_reused=false")),
+    ("policy, corrector off", ("cache=policy", NO_CORRECTOR)),
+    ("all three, corrector off", ("cache=ertacache", NO_CORRECTOR)),
     ("plan grid, no cache", ("cache=plan_grid",)),
 )
 OUTPUT_ONLY = (
     ("velocity reuse", ("cache=policy", "cache.reuse=velocity")),
-    ("velocity reuse, corrector off", ("cache=policy", "cache.reuse=velocity", "cache.corrector_at_reused=false")),
+    ("velocity reuse, corrector off", ("cache=policy", "cache.reuse=velocity", NO_CORRECTOR)),
     ("fewer steps", ("cache=fewer_steps",)),
 )
 CLAIMS = (

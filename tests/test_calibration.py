@@ -12,6 +12,7 @@ import torch
 import erta
 from erta.calibration import Calibration
 from erta.hooks import Coefficients
+from erta.interpolation import _Tables
 from erta.rectifier import fit_linear
 from erta.scheduler import nominal_sigmas
 from erta.site import like_output
@@ -290,6 +291,21 @@ def test_interpolation_gives_back_what_is_known(calibrations):
     assert (np.diff(between) > 0).all() and between[0] < calibration.rel_l1()[4, 0]
 
 
+def test_interpolation_to_a_finer_grid_is_linear():
+    """Closed form: statistics that grow with the distance of two steps come back as the distance of their places.
+
+    Mutant: the same sign for a pair that is looked up the other way round.
+    """
+    steps, window = 8, 6
+    gaps = np.broadcast_to(np.arange(1.0, window + 1), (steps, window))
+    places = np.array([0.0, 0.4, 0.8, 1.4, 1.6, 2.5, 3.7, 6.1, 7.0])
+    tables = _Tables(places, window)
+    found = tables.carry(gaps, axis=0)
+    for step, gap in [(1, 1), (2, 1), (2, 2), (4, 1), (4, 3), (7, 2), (8, 1)]:
+        assert found[step, gap - 1] == pytest.approx(places[step] - places[step - gap]), (step, gap)
+    assert not tables.known[8, 5] and not tables.known[1, 1]  # farther apart than the window; before the first step
+
+
 def test_interpolated_plan_runs_and_says_so(calibrations):
     pipe = build_pipe()
     pipe.scheduler.set_timesteps(6)
@@ -298,6 +314,10 @@ def test_interpolated_plan_runs_and_says_so(calibrations):
     with erta.cached(pipe, plan) as trace:
         pipe(prompt=PROMPTS[0], output_type="latent", **{**CALL, "num_inference_steps": 6})
     assert trace.forwards == {"cond": 3, "uncond": 3}
+    with pytest.raises(erta.ErtaError, match="phi by increment"):
+        erta.interpolate(calibrations["unipc"], nominal_sigmas(pipe.scheduler)).plan(
+            steps=3, phi_denominator="increment"
+        )
     with pytest.raises(erta.ErtaError, match="not extrapolated"):
         erta.interpolate(calibrations["unipc"], np.array([1.0, 0.5, 1e-4, 0.0]))
 
@@ -312,6 +332,13 @@ def test_bad_calls(pipe):
     with pytest.raises(erta.ErtaError, match="no prompt is left"), pytest.warns(UserWarning, match="prompt 1 "):
         erta.calibrate(pipe, PROMPTS, **CALL)
     assert "forward" not in pipe.transformer.__dict__
+
+
+def test_unnamed_guidance_batches_are_refused():
+    """SD3 or Sana run both branches in one batch without saying so: they must not pass for one branch."""
+    observer, v = TrajectoryObserver(2, 4.0, "Sana"), torch.randn(2, 16, 4, 4)
+    with pytest.raises(erta.ErtaError, match="guidance off"):
+        observer.observe(0, "single", v, v, v, lambda old: old)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

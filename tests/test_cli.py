@@ -169,14 +169,43 @@ def test_tables_of_rows(command, tmp_path, monkeypatch):
     assert code == 0, printed
     record = json.loads(Path("outputs/t/3/record.json").read_text())
     assert len(record["verdicts"]) == 6 and len(record["seeds"]) == len(set(record["seeds"])) == 4
-    for verdict in record["verdicts"]:
-        assert any(word in verdict for word in ("reproduced", "contradicted", "not decidable here"))
     rows = read_lines(Path("outputs/t/3/rows.jsonl"))
     assert len(rows) == 4 * 5 * 2 and {r["forwards"] for r in rows} == {6}
     by_site = {site: [r["psnr_db"] for r in rows if r["row"] == f"policy ({site}, 3)"] for site in ("output", "blocks")}
     assert by_site["output"] != by_site["blocks"]
     closed = [r["psnr_db"] for r in rows if r["row"] == "policy + closed-loop rectification (output, 3)"]
     assert closed and closed != by_site["output"] and "13.76" in Path("outputs/t/3/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [([1.0, 1.2, 0.8], "reproduced (+1.00"), ([-1.0, -1.2, -0.8], "contradicted (-1.00"), ([1.0, -1.0, 0.1], "not")],
+)
+def test_verdicts(gains, said):
+    """Mutants: better and worse swapped, the verdicts swapped, an interval that holds zero taken for a result."""
+    from experiments.ablation import Results, Row
+    from experiments.table3_ablation import CLAIMS, SHARES, verdicts
+
+    def samples(values):
+        return [{"psnr_db": value} for value in values]
+
+    rows = {}
+    for site in ("output", "blocks"):
+        for share in SHARES:
+            for label in {label for claim in CLAIMS for label in claim[1:]}:
+                rows[Row(label, (), round(share * 6), site).key] = samples([30.0, 20.0, 25.0])
+            rows[Row("policy", (), round(share * 6), site).key] = samples([30 + gains[0], 20 + gains[1], 25 + gains[2]])
+    lines = verdicts(Results([], 1, rows, {}, []), 6)
+    policy = [line for line in lines if line.startswith("the policy helps")]
+    assert len(policy) == 4 and all(f": {said}" in line for line in policy), policy
+    assert all("not decidable here (+0.00" in line for line in lines if line.startswith("rectification"))
+
+
+def test_tables_refuse_what_their_rows_decide(command):
+    code, printed = command("experiment=budgets", "cache.steps=3")
+    assert code == 1 and "cache.steps=3: the rows of this table decide" in printed
+    code, printed = command("experiment=table3_ablation", "calibration.path=x.safetensors")
+    assert code == 1 and "several calibrations" in printed
 
 
 def test_decomposition_command(command, tmp_path):

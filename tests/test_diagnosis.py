@@ -71,6 +71,13 @@ def test_propagation_gain(pipe):
     gains = erta.propagation_gain(pipe, PROMPTS[0], [0, 4, STEPS - 1], **CALL)
     assert gains[-1] == pytest.approx(1, rel=1e-3) and np.isfinite(gains).all()
     assert abs(gains[0] - 1) > 1e-3
+    with pytest.raises(erta.ErtaError, match=f"no step {STEPS}"):
+        erta.propagation_gain(pipe, PROMPTS[0], [STEPS], **CALL)
+
+
+def test_decompose_checks_the_call(pipe, calibrations):
+    with pytest.raises(erta.SignatureMismatch, match="num_inference_steps"):
+        erta.decompose(pipe, calibrations["unipc"].plan(steps=4), PROMPTS[0], **{**CALL, "num_inference_steps": 5})
 
 
 def test_closed_loop_fit_sees_the_cached_trajectory(calibrations):
@@ -93,5 +100,7 @@ def test_closed_loop_fit_sees_the_cached_trajectory(calibrations):
 def test_bad_refits(pipe, calibrations):
     with pytest.raises(erta.ErtaError, match="at least one prompt"):
         erta.refit(pipe, calibrations["unipc"].plan(steps=4), [], **CALL)
+    with pytest.raises(erta.ErtaError, match="rectifier must be"):
+        erta.refit(pipe, calibrations["unipc"].plan(steps=4), PROMPTS, rectifier="matrix", **CALL)
     with pytest.raises(erta.ErtaError, match="reused steps"):
         erta.refit(pipe, calibrations["unipc"].plan(steps=STEPS), PROMPTS, **CALL)

@@ -236,6 +236,10 @@ def test_a_transformer_that_was_compiled_whole_is_refused(pipe):
     pipe.transformer.compile()
     with pytest.raises(erta.InstallError, match="compile_repeated_blocks"):
         erta.install(pipe, plan)
+    wrapped = build_pipe()
+    wrapped.transformer = torch.compile(wrapped.transformer)
+    with pytest.raises(erta.InstallError, match="compile_repeated_blocks"):
+        erta.install(wrapped, plan)
 
 
 @pytest.mark.slow
