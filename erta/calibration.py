@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from erta.errors import BudgetError, ErtaError, NonFiniteError
+from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
 from erta.grid import adjusted_sigmas, step_scale
 from erta.guidance import guidance_scale_of
 from erta.hooks import OBSERVER_NAME, ObserverHook, attach, detach
@@ -33,7 +32,7 @@ from erta.schedule import (
     uniform_mask,
 )
 from erta.scheduler import counting, has_sigmas, nominal_sigmas, step_index
-from erta.session import SESSION, call_arguments
+from erta.session import SESSION, call_arguments, latent_call
 from erta.signature import check_signature, find_denoiser, model_signature
 from erta.site import SITES, make_site, model_name
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
@@ -60,7 +59,7 @@ class Calibration:
 
         `||r[c] - r[i]||_1` over `||r[i]||_1` (ground_truth) or over `||r[c]||_1` (cached).
         """
-        index = _index("rel_l1_denominator", denominator, REL_L1_DENOMINATORS)
+        index = choice_index("rel_l1_denominator", denominator, REL_L1_DENOMINATORS)
         return np.where(self.statistics.rel_l1.count[index] > 0, self.statistics.rel_l1.mean[index], np.nan)
 
     def plan(
@@ -155,13 +154,13 @@ class Calibration:
 
     def phi(self, mask: Mask, denominator: str = "velocity") -> np.ndarray:
         """Step scale of every step under a mask, (num_steps,): 1 where computed."""
-        ratio = self.statistics.phi_ratio.mean[_index("phi_denominator", denominator, PHI_DENOMINATORS)]
+        ratio = self.statistics.phi_ratio.mean[choice_index("phi_denominator", denominator, PHI_DENOMINATORS)]
         gaps = [step - source for step, source in enumerate(sources(mask))]
         return np.array([step_scale(ratio[i, gap - 1]) if gap else 1.0 for i, gap in enumerate(gaps)], dtype=np.float64)
 
     def rectification(self, mask: Mask, granularity: str = "channel", form: str = "linear") -> Rectification:
         """Coefficients of every reused step; computed steps hold the identity."""
-        _index("rectifier_form", form, RECTIFIER_FORMS)
+        choice_index("rectifier_form", form, RECTIFIER_FORMS)
         fit = self._fit(granularity)
         branches, num_steps, _, channels = fit.gain.shape
         gain, offset = np.ones((num_steps, branches, channels)), np.zeros((num_steps, branches, channels))
@@ -177,7 +176,7 @@ class Calibration:
 
     def _fit(self, granularity: str) -> LinearRectifier:
         moments = self.statistics.moments
-        return fit_linear(moments if _index("rectifier", granularity, RECTIFIERS) == 0 else moments.pooled())
+        return fit_linear(moments if choice_index("rectifier", granularity, RECTIFIERS) == 0 else moments.pooled())
 
     def break_even(self, num_computed: int) -> float:
         """After how many generations with so many computed steps the calibration has cost less time than it saved."""
@@ -199,7 +198,7 @@ class Calibration:
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
             raise BudgetError(f"give exactly one of threshold, speedup and steps, not {', '.join(named) or 'none'}")
-        _index("policy", policy, POLICIES)
+        choice_index("policy", policy, POLICIES)
         if threshold is not None:
             if policy == "uniform":
                 raise BudgetError("the uniform policy has no threshold: give speedup or steps")
@@ -259,7 +258,7 @@ def calibrate(
     """
     if not prompts:
         raise ErtaError("calibration needs at least one prompt")
-    _index("site", site, SITES)
+    choice_index("site", site, SITES)
     if window < 1:
         raise ErtaError(f"window must be at least 1, not {window}")
     if pipeline_kwargs.get("num_videos_per_prompt", pipeline_kwargs.get("num_images_per_prompt", 1)) != 1:
@@ -293,12 +292,7 @@ def _calibrate_one(
     pipe: Any, prompt: str, seed: int, site: str, window: int, pipeline_kwargs: dict[str, Any]
 ) -> Calibration:
     transformer = find_denoiser(pipe)
-    kwargs = {
-        "output_type": "latent",
-        "generator": torch.Generator("cpu").manual_seed(seed),
-        **pipeline_kwargs,
-        "prompt": prompt,
-    }
+    kwargs = latent_call(prompt, seed, pipeline_kwargs)
     scale = guidance_scale_of(call_arguments(type(pipe), pipe, (), kwargs))
     observer = TrajectoryObserver(window, scale, model_name(transformer), eager=site != "output")
     scheduler = counting(pipe.scheduler)
@@ -334,10 +328,3 @@ def _calibrate_one(
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     return Calibration(statistics, signature, record)
-
-
-def _index(key: str, value: str, choices: tuple[str, ...]) -> int:
-    """Place of a choice; raises ErtaError for one that does not exist."""
-    if value not in choices:
-        raise ErtaError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
-    return choices.index(value)

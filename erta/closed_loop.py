@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from erta.errors import ErtaError, NonFiniteError
+from erta.errors import ErtaError, NonFiniteError, choice_index
 from erta.guidance import branches_of, split
 from erta.plan import Plan, Rectification
 from erta.rectifier import RECTIFIERS, Moments, fit_linear
-from erta.session import SESSION, cached
+from erta.session import SESSION, cached, latent_call
 from erta.signature import find_denoiser
 from erta.site import channel_axis, model_name
 from erta.statistics import channel_moments
@@ -48,8 +48,7 @@ def refit(
         raise ErtaError("fitting needs at least one prompt")
     if plan.branches is None or all(plan.mask):
         raise ErtaError("only a plan from a calibration, with reused steps, can be fitted again")
-    if rectifier not in RECTIFIERS:
-        raise ErtaError(f"rectifier must be one of {', '.join(RECTIFIERS)}, not {rectifier!r}")
+    choice_index("rectifier", rectifier, RECTIFIERS)
     moments: Moments | None = None
     for index, prompt in enumerate(prompts):
         one = _observe(pipe, plan, prompt, seed + index, pipeline_kwargs)
@@ -86,10 +85,9 @@ def _observe(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, An
             sums = channel_moments(value, value - truth[name], axis)
             found[step, branches.index(name)] = sums, value.numel() // value.shape[axis]
 
-    generator = torch.Generator("cpu").manual_seed(seed)
     with cached(pipe, plan):
         pipe.__dict__[SESSION].hook.on_reuse = note
-        pipe(**{"output_type": "latent", "generator": generator, **kwargs, "prompt": prompt})
+        pipe(**latent_call(prompt, seed, kwargs))
     channels = next(iter(found.values()))[0].shape[1]
     arrays = np.zeros((6, plan.num_steps, len(branches), channels))
     for (step, branch), (sums, count) in found.items():

@@ -26,7 +26,7 @@ from erta.guidance import branches_of, guidance_scale_of, guide, split
 from erta.hooks import OBSERVER_NAME, Coefficients, ObserverHook, attach, detach
 from erta.plan import Plan
 from erta.scheduler import step_index
-from erta.session import SESSION, cached, call_arguments
+from erta.session import SESSION, cached, call_arguments, latent_call
 from erta.signature import find_denoiser
 from erta.site import make_site, model_name
 
@@ -122,7 +122,7 @@ def propagation_gain(
             return {"latents": changed_latents}
 
         call = {**pipeline_kwargs, "callback_on_step_end": disturb}
-        latents = _final_latents(pipe(**_call(prompt, seed, call)))
+        latents = _final_latents(pipe(**latent_call(prompt, seed, call)))
         if changed is not None and size == 0:
             raise ErtaError(f"there is no step {changed} to disturb, or {relative_size:g} is lost in rounding")
         return latents, size
@@ -213,7 +213,7 @@ def _run_uncached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[st
     attach(transformer, ObserverHook(open_loop, site, lambda: step_index(pipe.scheduler)), OBSERVER_NAME)
     try:
         with _recorded(pipe, run):
-            run.latents = _final_latents(pipe(**_call(prompt, seed, kwargs)))
+            run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
     finally:
         detach(transformer, OBSERVER_NAME)
     run.open_loop_errors = open_loop.guided()
@@ -231,14 +231,9 @@ def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str,
     with cached(pipe, plan):
         pipe.__dict__[SESSION].hook.on_reuse = note
         with _recorded(pipe, run):
-            run.latents = _final_latents(pipe(**_call(prompt, seed, kwargs)))
+            run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
     run.truth = [guide(true[i], scale) if i in true else output for i, output in enumerate(run.outputs)]
     return run
-
-
-def _call(prompt: str, seed: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return {"output_type": "latent", "generator": generator, **kwargs, "prompt": prompt}
 
 
 def _guidance_scale(pipe: Any, prompt: str, kwargs: dict[str, Any]) -> float | None:

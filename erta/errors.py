@@ -28,6 +28,13 @@ class InstallError(ErtaError):
     """The cache cannot be put on, or taken off, this pipeline."""
 
 
+def choice_index(key: str, value: str, choices: tuple[str, ...]) -> int:
+    """Place of a choice; raises ErtaError for one that does not exist."""
+    if value not in choices:
+        raise ErtaError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+    return choices.index(value)
+
+
 def _short(value: object, limit: int = 90) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

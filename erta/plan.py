@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from erta.errors import ErtaError
+from erta.errors import ErtaError, choice_index
 from erta.grid import check_grid, computed_sigmas
 from erta.schedule import Mask
 from erta.site import SITES
@@ -68,9 +68,8 @@ class Plan:
             raise ErtaError("a plan must compute its first step: there is nothing to reuse before it")
         if len(self.sigmas) != len(self.mask) + 1:
             raise ErtaError(f"{len(self.mask)} steps need {len(self.mask) + 1} sigmas, not {len(self.sigmas)}")
-        for key, choices in (("site", SITES), ("reuse", REUSE_FORMS)):
-            if getattr(self, key) not in choices:
-                raise ErtaError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        choice_index("site", self.site, SITES)
+        choice_index("reuse", self.reuse, REUSE_FORMS)
         if self.site != "output" and self.reuse != "residual":
             raise ErtaError(f"reuse={self.reuse!r} is of the transformer's output: use site=output")
         check_grid(np.asarray(self.sigmas, dtype=np.float32))

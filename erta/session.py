@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from erta.errors import InstallError, SignatureMismatch
 from erta.guidance import guidance_scale_of
 from erta.hooks import HOOK_NAME, CacheHook, attach, attach_again_if_dropped, check_detachable, detach
@@ -98,6 +100,12 @@ class _Session:
             raise SignatureMismatch("num_inference_steps", self.plan.num_steps, steps)
         if self.plan.guidance_scale is not None and scale is not None and scale != self.plan.guidance_scale:
             raise SignatureMismatch("guidance_scale", self.plan.guidance_scale, scale)
+
+
+def latent_call(prompt: str, seed: int, pipeline_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline call that ends in latents, from the noise of a CPU generator."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return {"output_type": "latent", "generator": generator, **pipeline_kwargs, "prompt": prompt}
 
 
 def call_arguments(pipe_class: type, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from omegaconf import DictConfig
 
 from experiments import console
 from experiments.ablation import NO_CORRECTOR, Row, columns, sample_rows, tabulate, write_markdown
-from experiments.config import as_plain
-from experiments.record import SCHEMA, config_hash, environment, finish
+from experiments.record import describe_run, finish
 
 SHARES = (0.50, 0.34, 0.24)  # of the steps are computed: 25, 17 and 12 of 50
 REFERENCE = "policy"
@@ -49,12 +48,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
     finish(
         folder,
         {
-            "schema": SCHEMA,
-            **environment(),
-            "config": as_plain(cfg),
-            "config_hash": config_hash(cfg),
-            "seeds": [prompt.seed for prompt in results.prompts],
-            "prompts": [prompt.text for prompt in results.prompts],
+            **describe_run(
+                cfg, [prompt.seed for prompt in results.prompts], [prompt.text for prompt in results.prompts]
+            ),
             "table": {"columns": headings, "rows": table},
         },
     )

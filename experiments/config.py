@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from erta.errors import BudgetError, ErtaError
+from erta.errors import BudgetError, ErtaError, choice_index
 from erta.site import SITES
 
 DEFAULT_SPEEDUP = 2.0
@@ -171,20 +171,15 @@ def validate(cfg: DictConfig) -> None:
             raise ErtaError(f"{key} must be at least 1, not {value}")
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
-    _one_of("cache.site", cfg.cache.site, SITES)
-    _one_of("cache.rectifier_fit", cfg.cache.rectifier_fit, ("open", "closed"))
+    choice_index("cache.site", cfg.cache.site, SITES)
+    choice_index("cache.rectifier_fit", cfg.cache.rectifier_fit, ("open", "closed"))
     if cfg.experiment.seeds < 1:
         raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
-    _one_of("model.dtype", cfg.model.dtype, DTYPES)
-    _one_of("model.offload", cfg.model.offload, ("none", "model"))
-    _one_of("wandb.mode", cfg.wandb.mode, WANDB_MODES)
+    choice_index("model.dtype", cfg.model.dtype, DTYPES)
+    choice_index("model.offload", cfg.model.offload, ("none", "model"))
+    choice_index("wandb.mode", cfg.wandb.mode, WANDB_MODES)
 
 
 def as_plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain data, interpolations resolved."""
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
-
-
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ErtaError(f"{key} must be one of {', '.join(choices)}, not {value!r}")

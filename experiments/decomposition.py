@@ -18,19 +18,9 @@ import erta
 from erta.errors import ErtaError
 from experiments import console, figures
 from experiments.calibrating import get_calibration, progress_bar
-from experiments.config import as_plain
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import test_prompts
-from experiments.record import (
-    SCHEMA,
-    append_line,
-    check_inputs,
-    config_hash,
-    describe_inputs,
-    environment,
-    finish,
-    read_lines,
-)
+from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
 
 GAIN_STEPS = 10  # steps after which the growth of an error is measured, on the first prompt
 PARTS = ("injected", "propagated", "grid")
@@ -69,12 +59,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     finish(
         folder,
         {
-            "schema": SCHEMA,
-            **environment(),
-            "config": as_plain(cfg),
-            "config_hash": config_hash(cfg),
-            "seeds": [prompt.seed for prompt in prompts],
-            "prompts": [prompt.text for prompt in prompts],
+            **describe_run(cfg, [prompt.seed for prompt in prompts], [prompt.text for prompt in prompts]),
             "shares": summary,
             "open_loop_over_total": open_loop,
             "propagation_gain": growth,

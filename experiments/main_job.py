@@ -17,21 +17,11 @@ from erta.errors import ErtaError
 from experiments import console, figures, report, tracking
 from experiments import vbench_runner as vbench
 from experiments.calibrating import get_calibration, progress_bar
-from experiments.config import as_plain
 from experiments.methods import Arm, profile
 from experiments.metrics import Lpips, mean_psnr, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, check_vocabulary, load_pipeline, scheduler_sigmas
 from experiments.prompts import Prompt, test_prompts
-from experiments.record import (
-    SCHEMA,
-    append_line,
-    check_inputs,
-    config_hash,
-    describe_inputs,
-    environment,
-    finish,
-    read_lines,
-)
+from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
 from experiments.sampling import Sample, generate
 from experiments.scenes import CHANCE_LEVEL
 
@@ -182,12 +172,7 @@ def _summarise(
     mask = [1] * arm.kwargs["num_inference_steps"] if plan is None else [int(m) for m in plan.mask]
     sigmas = scheduler_sigmas(pipe, arm.kwargs["num_inference_steps"]) if plan is None else plan.sigmas
     return {
-        "schema": SCHEMA,
-        **environment(),
-        "config": as_plain(cfg),
-        "config_hash": config_hash(cfg),
-        "seeds": [row["seed"] for row in rows],
-        "prompts": [row["prompt"] for row in rows],
+        **describe_run(cfg, [row["seed"] for row in rows], [row["prompt"] for row in rows]),
         "steps": {
             "total": len(mask),
             "computed": arm.num_computed,

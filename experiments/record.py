@@ -172,6 +172,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def describe_run(cfg: DictConfig, seeds: list[int], prompts: list[str]) -> dict[str, Any]:
+    """What every record begins with."""
+    return {
+        "schema": SCHEMA,
+        **environment(),
+        "config": as_plain(cfg),
+        "config_hash": config_hash(cfg),
+        "seeds": seeds,
+        "prompts": prompts,
+    }
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

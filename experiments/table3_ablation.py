@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from erta.site import SITES
 from experiments import console
 from experiments.ablation import NO_CORRECTOR, Results, Row, columns, sample_rows, tabulate, write_markdown
-from experiments.config import as_plain
-from experiments.record import SCHEMA, config_hash, environment, finish
+from experiments.record import describe_run, finish
 
 SHARES = (0.50, 0.34)  # of the steps are computed: about 2x and 3x
 REFERENCE = "policy"
@@ -64,12 +63,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
     finish(
         folder,
         {
-            "schema": SCHEMA,
-            **environment(),
-            "config": as_plain(cfg),
-            "config_hash": config_hash(cfg),
-            "seeds": [prompt.seed for prompt in results.prompts],
-            "prompts": [prompt.text for prompt in results.prompts],
+            **describe_run(
+                cfg, [prompt.seed for prompt in results.prompts], [prompt.text for prompt in results.prompts]
+            ),
             "table": {"columns": headings, "rows": table},
             "verdicts": said,
             "paper": paper,

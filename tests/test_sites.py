@@ -31,6 +31,12 @@ WAN_CALL = {**CALL, "num_inference_steps": len(MASK)}
 FLUX_CALL = dict(num_inference_steps=len(MASK), guidance_scale=3.5, height=64, width=64, max_sequence_length=16)
 
 
+def tiny_t5(tokenizer) -> T5EncoderModel:
+    """A random T5 encoder of width 24 for a tokenizer's words."""
+    config = T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval()
+
+
 def build_flux() -> FluxPipeline:
     """A tiny random FluxPipeline: packed tokens, both kinds of blocks, guidance in the embedding."""
     tokenizer = build_tokenizer()
@@ -51,7 +57,6 @@ def build_flux() -> FluxPipeline:
         vocab_size=words, hidden_size=20, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, eos_token_id=1, projection_dim=20,
     )  # fmt: skip
-    t5 = T5Config(vocab_size=words, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     short = build_tokenizer()
     short.model_max_length = 16
     pipe = FluxPipeline(
@@ -59,7 +64,7 @@ def build_flux() -> FluxPipeline:
         vae=None,
         text_encoder=CLIPTextModel(clip).eval(),
         tokenizer=short,
-        text_encoder_2=T5EncoderModel(t5).eval(),
+        text_encoder_2=tiny_t5(tokenizer),
         tokenizer_2=tokenizer,
         transformer=transformer,
     )
@@ -80,11 +85,10 @@ def build_ltx() -> LTXPipeline:
         num_layers=1,
         caption_channels=24,
     ).eval()
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     pipe = LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=None,
-        text_encoder=T5EncoderModel(t5).eval(),
+        text_encoder=tiny_t5(tokenizer),
         tokenizer=tokenizer,
         transformer=transformer,
     )
@@ -225,10 +229,9 @@ def build_cogvideox(scheduler) -> CogVideoXPipeline:
         max_text_seq_length=16,
         use_rotary_positional_embeddings=True,
     ).eval()
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     pipe = CogVideoXPipeline(
         tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(t5).eval(),
+        text_encoder=tiny_t5(tokenizer),
         vae=None,
         transformer=transformer,
         scheduler=scheduler,
