@@ -31,6 +31,7 @@ from experiments.scenes.attributes import (
     split_of,
 )
 from experiments.scenes.captions import words_of
+from experiments.scenes.render import EXTENT, LATTICE_PX, MAX_GAP_PX, MIN_GAP_PX, TRAVEL_PX, start_positions
 
 COUNT = 60
 NOISE = 10 ** (-25 / 20)  # 25 dB
@@ -99,6 +100,25 @@ def test_checker_says_no_when_one_attribute_differs(clips):
     assert np.mean(wrong) <= 0.02
 
 
+def blob(rng: np.random.Generator, radius_px: float) -> np.ndarray:
+    """A still clip of one red outline dented at random, by up to 45 % of the radius."""
+    axis = np.arange(64) + 0.5 - 32
+    angle, distance = np.arctan2(axis[:, None], axis[None, :]), np.hypot(axis[:, None], axis[None, :])
+    waves = sum(np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4))
+    alpha = np.clip(0.5 + radius_px * (1 + 0.15 * waves) - distance, 0, 1)[..., None]
+    return np.repeat((0.84 * (1 - alpha) + alpha * np.array(COLOURS["red"]))[None], 9, axis=0)
+
+
+def test_a_blob_has_no_shape():
+    """Mutant: the best template names the shape however badly it fits."""
+    rng = np.random.default_rng(0)
+    readings = [read_clip(blob(rng, radius)) for radius in RADII_PX.values() for _ in range(12)]
+    assert all([o.colour for o in reading.objects] in (["red"], []) for reading in readings)
+    assert np.mean([bool(reading.objects) for reading in readings]) > 0.9
+    named = [o.shape for reading in readings for o in reading.objects if o.shape is not None]
+    assert len(named) <= 0.1 * len(readings), named
+
+
 def test_no_object_on_noise_and_grey():
     rng = np.random.default_rng(0)
     for frames in [
@@ -121,6 +141,24 @@ def test_every_attribute_occurs_and_two_objects_are_common():
     seen.update(s.relation for s in scenes if s.relation)
     assert set(seen) == {*SHAPES, *COLOURS, *RADII_PX, *BACKGROUNDS, *MOTIONS, *RELATIONS}
     assert min(seen.values()) > 50
+
+
+@pytest.mark.parametrize("relation", [None, *RELATIONS])
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_objects_start_on_the_lattice_and_stay_apart_and_inside(motion, relation):
+    """Mutants: the motion forgotten in the bounds, the gap without the second object's reach."""
+    rng = np.random.default_rng(0)
+    for sizes in [(size,) for size in RADII_PX] if relation is None else [("small", "medium"), ("medium", "small")]:
+        things = tuple(Object("star", colour, size) for colour, size in zip(COLOURS, sizes, strict=False))
+        for _ in range(10):
+            starts = np.array(start_positions(Scene(things, "dark", motion, relation), rng))
+            assert (starts % LATTICE_PX == 0).all()
+            reach = EXTENT * np.array([RADII_PX[size] for size in sizes])[:, None]
+            for places in (starts, starts + TRAVEL_PX * np.array(MOTIONS[motion])):
+                assert (places - reach > 0).all() and (places + reach < 64).all()
+            if relation is not None:
+                apart = np.dot(starts[0] - starts[1], RELATIONS[relation]) - reach.sum()
+                assert MIN_GAP_PX <= apart <= MAX_GAP_PX
 
 
 def test_split_is_by_attributes_and_stable():

@@ -9,17 +9,20 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from safetensors.torch import load_file
 from torch import nn
 
-from experiments.scenes import caption, sample_scene
+from experiments.scenes import Object, Scene, caption, render, sample_scene
 from experiments.scenes.captions import words_of
 from experiments.training.loop import StageSettings, Trainer
 from experiments.training.muon import Muon, orthogonalise
 from experiments.training.text import MAX_WORDS, TEXT_DIM, as_seen, build_text_encoder, build_tokenizer, encode_words
 from experiments.training.transformer import (
+    OBJECT_WEIGHT,
     TEXT_LENGTH,
     PadCountAttention,
     attend_to_words,
     build_transformer,
     encode_clips,
+    flow_loss,
+    object_cells,
 )
 from experiments.training.vae import build_vae, set_latent_statistics
 
@@ -123,14 +126,46 @@ def test_latents_are_encoded_once_and_on_one_scale(tmp_path, monkeypatch):
     encode = vae.encode
     monkeypatch.setattr(vae, "encode", lambda clips: calls.append(len(clips)) or encode(clips))
     encode_clips(vae, tmp_path / "latents.safetensors", 2, seed=0)
-    resumed, scenes = encode_clips(vae, tmp_path / "latents.safetensors", 4, seed=0)
+    resumed, objects, scenes = encode_clips(vae, tmp_path / "latents.safetensors", 4, seed=0)
     assert calls == [2, 2] and len(scenes) == 4
-    whole, same_scenes = encode_clips(vae, tmp_path / "whole.safetensors", 4, seed=0)
+    whole, same_objects, same_scenes = encode_clips(vae, tmp_path / "whole.safetensors", 4, seed=0)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    assert torch.equal(objects, same_objects) and objects.shape == (4, 1, 3, 8, 8)
     assert scenes == same_scenes and resumed.shape == (4, 16, 3, 8, 8)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     raw = load_file(tmp_path / "whole.safetensors")["latents"].float()
     torch.testing.assert_close(whole * vae.config.latents_std[0] + mean, raw, rtol=1e-4, atol=1e-5)
+
+
+def test_cells_with_objects_are_found():
+    """Mutant: the frames pooled in fours from the first one on."""
+    scene = Scene((Object("square", "red", "small"),), "striped", "right")
+    frames = render(scene, np.random.default_rng(0))
+    (cells,) = object_cells(torch.from_numpy(frames).permute(3, 0, 1, 2)[None] * 2 - 1)
+    red = (frames.max(-1) - frames.min(-1) > 0.15).reshape(9, 8, 8, 8, 8).any(axis=(2, 4))
+    wanted = np.stack([red[0], red[1:5].any(0), red[5:].any(0)])
+    np.testing.assert_array_equal(cells[0].numpy(), wanted)
+    assert 0.02 < wanted.mean() < 0.2 and (wanted[0] != wanted[2]).any()
+
+
+def test_objects_count_more_where_they_can_be_seen():
+    """Mutants: the weight at every noise level, not normalised, or on the background."""
+    objects = torch.zeros(1, 1, 3, 8, 8, dtype=torch.bool)
+    objects[..., :2] = True  # a quarter of the cells
+    latents, text = torch.zeros(1, 16, 3, 8, 8), torch.zeros(1, 1, 64)
+
+    def loss_of(error_at: torch.Tensor, sigma: float) -> tuple[float, float]:
+        torch.manual_seed(0)
+        noise = torch.randn_like(latents)
+        torch.manual_seed(0)  # flow_loss draws the same noise: the velocity that it wants
+        loss, per_sample = flow_loss(lambda **_: (noise + error_at,), latents, objects, text, torch.tensor([sigma]))
+        return loss.item(), per_sample.item()
+
+    here, elsewhere = objects.float(), (~objects).float()
+    share = (1 + OBJECT_WEIGHT) / (1 + OBJECT_WEIGHT / 4)
+    assert loss_of(here, 0.5) == pytest.approx((share / 4, 0.25))
+    assert loss_of(elsewhere, 0.5) == pytest.approx((1 - share / 4, 0.75))
+    assert loss_of(here, 0.9) == pytest.approx((0.25, 0.25))
 
 
 def test_captions_fit_the_training_length():

@@ -19,7 +19,13 @@ BLUR_PX = 0.8  # before segmentation, against noise
 TEMPLATE_BLURS_PX = (BLUR_PX, 1.4)
 MIN_SATURATION = 0.22  # max - min of RGB: grey backgrounds stay below
 MIN_AREA_PX = 35  # the smallest shape, a small star, covers about 75 pixels
-MIN_OVERLAP = 0.60  # mean intersection over union with the best template
+MIN_OVERLAP = 0.60  # mean intersection over union with the best template: below, it is no object
+MIN_SHAPE_OVERLAP = {  # below, it is an object of no known shape; renders reach 0.90, decoded stars 0.77
+    "circle": 0.80,
+    "square": 0.80,
+    "triangle": 0.75,
+    "star": 0.75,
+}
 MIN_FRAME_SHARE = 0.6  # of the frames in which an object must be seen
 STILL_BELOW_PX = 4.0  # way from first to last frame; a moving object goes 12
 CHANCE_LEVEL = {
@@ -34,9 +40,12 @@ CHANCE_LEVEL = {
 
 @dataclass(frozen=True)
 class SeenObject:
-    """An object that was found; `centre` (x, y) is its mean position, `overlap` how well its template fits."""
+    """An object that was found; `centre` (x, y) is its mean position, `overlap` how well its template fits.
 
-    shape: str
+    `shape` is None if the best template fits too badly: a blob is no star, though a star fits it best.
+    """
+
+    shape: str | None
     colour: str
     size: str
     centre: tuple[float, float]
@@ -127,7 +136,8 @@ def _read_object(mask: np.ndarray, saturation: np.ndarray, colour: str) -> SeenO
         return None
     travel = np.polyfit(times, centres, 1)[0] * (len(mask) - 1) if len(times) > 1 else np.zeros(2)
     x, y = centres.mean(0).tolist()
-    return SeenObject(best[1], colour, best[2], (x, y), (float(travel[0]), float(travel[1])), float(best[0]))
+    shape = best[1] if best[0] >= MIN_SHAPE_OVERLAP[best[1]] else None
+    return SeenObject(shape, colour, best[2], (x, y), (float(travel[0]), float(travel[1])), float(best[0]))
 
 
 def _coverage(part: np.ndarray, saturation: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Draw a scene as frames: anti-aliased shapes over a grey textured background.
 
-Only the attributes are fixed by the scene; positions, stripe phases and the background's soft texture are
-free, so one caption has many right pictures, as for a real text-to-video model.
+Only the attributes are fixed by the scene; positions (on a lattice), stripe phases and the background's soft
+texture are free, so one caption has many right pictures, as for a real text-to-video model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ SIZE_PX = 64
 NUM_FRAMES = 9
 TRAVEL_PX = 12.0  # way of a moving object from the first frame to the last
 EXTENT = 1.25  # of every shape, in radii: nothing is drawn farther from the centre
-GAP_PX = 4.0  # between two objects
+LATTICE_PX = 4.0  # of the centres in the first frame: half a cell of the latents, few enough places to learn
+MIN_GAP_PX, MAX_GAP_PX = 1.5, 10.0  # between two objects
 MARGIN_PX = 0.5  # to the frame's edge
 
 
@@ -22,7 +23,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Frames of a scene: float32 (NUM_FRAMES, SIZE_PX, SIZE_PX, 3) in [0, 1]."""
     frames = np.repeat(_background(scene.background, rng)[None, :, :, None], NUM_FRAMES, axis=0)
     frames = np.repeat(frames, 3, axis=3)
-    starts = _start_positions(scene, rng)
+    starts = start_positions(scene, rng)
     step = np.array(MOTIONS[scene.motion]) * TRAVEL_PX / (NUM_FRAMES - 1)
     for start, thing in zip(starts, scene.objects, strict=True):
         centres = start + step * np.arange(NUM_FRAMES)[:, None]
@@ -89,30 +90,32 @@ def _background(kind: str, rng: np.random.Generator) -> np.ndarray:
     return base + texture
 
 
-def _start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
-    """Centres (x, y) in the first frame such that every object stays inside the frame throughout."""
+def start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
+    """Centres (x, y) in the first frame, on the lattice, such that every object stays inside the frame throughout."""
     motion = np.array(MOTIONS[scene.motion]) * TRAVEL_PX
     low_way, high_way = np.minimum(motion, 0), np.maximum(motion, 0)
+
+    def points(axis: int, reach: float) -> np.ndarray:
+        """Where along an axis an object that reaches so far can start."""
+        low = reach + MARGIN_PX - low_way[axis]
+        high = SIZE_PX - reach - MARGIN_PX - high_way[axis]
+        return LATTICE_PX * np.arange(np.ceil(low / LATTICE_PX), np.floor(high / LATTICE_PX) + 1)
+
     reach = [EXTENT * RADII_PX[o.size] for o in scene.objects]
     if len(scene.objects) == 1:
-        low = reach[0] + MARGIN_PX - low_way
-        high = SIZE_PX - reach[0] - MARGIN_PX - high_way
-        return [rng.uniform(low, high)]
+        return [np.array([rng.choice(points(axis, reach[0])) for axis in (0, 1)])]
     if scene.relation is None:
         raise ValueError("a scene with two objects needs a relation")
     axis = 0 if RELATIONS[scene.relation][0] else 1
     first_is_low = RELATIONS[scene.relation][axis] < 0
     low_reach, high_reach = reach if first_is_low else reach[::-1]
-    length = 2 * (low_reach + high_reach) + GAP_PX
-    room = SIZE_PX - 2 * MARGIN_PX - length - abs(motion[axis])
-    slack = rng.uniform(0, max(room, 0)), rng.uniform(0, 1)
-    extra_gap = slack[1] * min(6.0, max(room - slack[0], 0))
-    low_centre = MARGIN_PX - low_way[axis] + slack[0] + low_reach
-    high_centre = low_centre + low_reach + GAP_PX + extra_gap + high_reach
-    across = max(low_reach, high_reach)
-    other = 1 - axis
-    middle = rng.uniform(across + MARGIN_PX - low_way[other], SIZE_PX - across - MARGIN_PX - high_way[other])
-    low_point, high_point = np.empty(2), np.empty(2)
-    low_point[axis], high_point[axis] = low_centre, high_centre
-    low_point[other], high_point[other] = middle + rng.uniform(-2, 2), middle + rng.uniform(-2, 2)
-    return [low_point, high_point] if first_is_low else [high_point, low_point]
+    pairs = [
+        (low, high)
+        for low in points(axis, low_reach)
+        for high in points(axis, high_reach)
+        if MIN_GAP_PX <= high - low - low_reach - high_reach <= MAX_GAP_PX
+    ]
+    along = pairs[rng.integers(len(pairs))]
+    across = rng.choice(points(1 - axis, max(reach)))
+    starts = [np.array([place, across] if axis == 0 else [across, place]) for place in along]
+    return starts if first_is_low else starts[::-1]

@@ -32,7 +32,7 @@ PARTS = ("autoencoder", "text", "transformer")
 SETTINGS = {
     "autoencoder": StageSettings("autoencoder", steps=1700, learning_rate=7e-3, decay_share=0.6, ema_decay=0.998),
     "text": StageSettings("text", steps=1200, learning_rate=3e-3, decay_share=0.5, ema_decay=0.99),
-    "transformer": StageSettings("transformer", steps=8_000, learning_rate=3e-3, decay_share=0.35, ema_decay=0.999),
+    "transformer": StageSettings("transformer", steps=14_400, learning_rate=3e-3, decay_share=0.30, ema_decay=0.999),
 }
 SHEET_PROMPTS = 12
 

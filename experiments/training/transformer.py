@@ -23,6 +23,7 @@ from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from erta.signature import weights_digest
@@ -52,6 +53,8 @@ CAPTION_DROPOUT = 0.1
 QUERY_GAIN = 2.5
 QUERY_BIAS = 1.5  # in units of the query's usual size
 SIGMA_SHIFT = 4.0  # of the noise levels seen in training
+OBJECT_WEIGHT = 4.0  # of cells with objects, on top of 1
+OBJECTS_SEEN_BELOW = 0.85  # the noise level up to which the cells with objects can be told
 
 
 class PadCountAttention(WanAttnProcessor):
@@ -71,10 +74,13 @@ class PadCountAttention(WanAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
-def encode_clips(vae: AutoencoderKLWan, path: Path, count: int, seed: int) -> tuple[torch.Tensor, list[Scene]]:
-    """Normalised latents (count, 16, 3, 8, 8) of rendered training scenes, and the scenes.
+def encode_clips(
+    vae: AutoencoderKLWan, path: Path, count: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
+    """Normalised latents (count, 16, 3, 8, 8) of rendered training scenes, where objects are, and the scenes.
 
-    The latents as the encoder gives them are kept at `path`, written every minute, so encoding can be resumed.
+    The second tensor (count, 1, 3, 8, 8) is true in cells that an object touches. The latents as the encoder
+    gives them are kept at `path`, written every minute, so encoding can be resumed.
     """
 
     def draw(index: int) -> tuple[Scene, np.random.Generator]:
@@ -82,9 +88,11 @@ def encode_clips(vae: AutoencoderKLWan, path: Path, count: int, seed: int) -> tu
         return sample_scene(rng, "train"), rng
 
     scenes = [draw(index)[0] for index in range(count)]
-    made_from = {"autoencoder": weights_digest(vae), "scenes": hashlib.sha256(repr(scenes[0]).encode()).hexdigest()}
-    kept = path.exists() and read_metadata(path) == made_from
-    chunks = [load_file(path)["latents"][:count]] if kept else []
+    first_clip = render(*draw(0)).tobytes()
+    made_from = {"autoencoder": weights_digest(vae), "first_clip": hashlib.sha256(first_clip).hexdigest()}
+    kept = load_file(path) if path.exists() and read_metadata(path) == made_from else {}
+    chunks = [kept["latents"][:count]] if kept else []
+    touched = [kept["objects"][:count]] if kept else []
     start = len(chunks[0]) if chunks else 0
     saved = time.monotonic()
     for first in track(range(start, count, CLIPS_AT_ONCE), description="encode clips", disable=start == count):
@@ -92,14 +100,22 @@ def encode_clips(vae: AutoencoderKLWan, path: Path, count: int, seed: int) -> tu
         tensor = torch.from_numpy(clips).permute(0, 4, 1, 2, 3) * 2 - 1
         with torch.no_grad():
             chunks.append(vae.encode(tensor).latent_dist.mode().half())
+        touched.append(object_cells(tensor))
         if first + CLIPS_AT_ONCE >= count or time.monotonic() - saved > SAVE_EVERY_S:
             partial = path.with_suffix(".partial")
-            save_file({"latents": torch.cat(chunks)}, partial, made_from)
+            save_file({"latents": torch.cat(chunks), "objects": torch.cat(touched)}, partial, made_from)
             os.replace(partial, path)
             saved = time.monotonic()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    return (torch.cat(chunks).float() - mean) / std, scenes
+    return (torch.cat(chunks).float() - mean) / std, torch.cat(touched), scenes
+
+
+def object_cells(clips: torch.Tensor) -> torch.Tensor:
+    """Cells of the latents that an object touches: clips (b, 3, 9, 64, 64) in [-1, 1] → bool (b, 1, 3, 8, 8)."""
+    coloured = (clips.amax(dim=1, keepdim=True) - clips.amin(dim=1, keepdim=True) > 0.3).float()
+    later = functional.max_pool3d(coloured[:, :, 1:], (4, 8, 8))  # the first frame has latents of its own
+    return torch.cat([functional.max_pool3d(coloured[:, :, :1], (1, 8, 8)), later], dim=2) > 0
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -140,15 +156,21 @@ def attend_to_words(transformer: WanTransformer3DModel, words: torch.Tensor) -> 
 
 
 def flow_loss(
-    transformer: nn.Module, latents: torch.Tensor, text: torch.Tensor, sigma: torch.Tensor
+    transformer: nn.Module, latents: torch.Tensor, objects: torch.Tensor, text: torch.Tensor, sigma: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error of the velocity `noise - latents` at `x = (1 - sigma) latents + sigma noise`."""
+    """Mean squared error of the velocity `noise - latents` at `x = (1 - sigma) latents + sigma noise`.
+
+    Cells with objects count more, but only where the noise lets one see which cells these are: there the
+    weight is known from the input, so the velocity that minimises the loss stays the conditional mean.
+    """
     noise = torch.randn_like(latents)
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
     velocity = transformer(hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
-    per_sample = (velocity - (noise - latents)).square().mean(dim=(1, 2, 3, 4))
-    return per_sample.mean(), per_sample
+    error = (velocity - (noise - latents)).square()
+    weight = 1 + OBJECT_WEIGHT * (objects & (level < OBJECTS_SEEN_BELOW))
+    weighted = error * (weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True))
+    return weighted.mean(), error.mean(dim=(1, 2, 3, 4))
 
 
 def make_optimizers(transformer: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -172,7 +194,7 @@ def train_transformer(
 ) -> WanTransformer3DModel:
     """Train (or go on training) and save the averaged weights under `folder`/transformer."""
     folder.mkdir(parents=True, exist_ok=True)
-    latents, scenes = encode_clips(vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed)
+    latents, objects, scenes = encode_clips(vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed)
     transformer = build_transformer(settings.seed)
     length = MAX_WORDS + 1  # the last position is always a pad and stands for all that are not here
     words, is_word = encode_words(tokenizer, text_encoder, [caption(scene) for scene in scenes[:100]], length)
@@ -188,7 +210,7 @@ def train_transformer(
             text, _ = encode_words(tokenizer, text_encoder, captions, length)
         uniform = (torch.arange(BATCH_SIZE) + torch.rand(BATCH_SIZE)) / BATCH_SIZE  # stratified
         sigma = SIGMA_SHIFT * uniform / (1 + (SIGMA_SHIFT - 1) * uniform)
-        loss, per_sample = flow_loss(forward, latents[picked], text, sigma)
+        loss, per_sample = flow_loss(forward, latents[picked], objects[picked], text, sigma)
         high = per_sample.detach()[sigma > 0.8].mean().item()
         return loss, {"loss_high_sigma": high}
 
