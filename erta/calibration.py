@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
-from erta.grid import adjusted_sigmas, step_scale
+from erta.grid import TIME_FORMS, adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import guidance_scale_of
 from erta.hooks import OBSERVER_NAME, ObserverHook, attach, detach
 from erta.plan import Plan, Rectification
@@ -72,6 +72,7 @@ class Calibration:
         adjust_time: bool = True,
         rectify: bool = True,
         phi_denominator: str = "velocity",
+        time_form: str = "phi",
         rel_l1_denominator: str = "ground_truth",
         rectifier: str = "channel",
         rectifier_form: str = "linear",
@@ -85,6 +86,7 @@ class Calibration:
             adjust_time: the paper's trajectory-aware timestep adjustment.
             rectify: the paper's error rectification.
             phi_denominator: `velocity` or `increment`; the sources differ (see `erta.statistics`).
+            time_form: `phi`, or `last_step`, a control: only the longer last step that phi leads to.
             rel_l1_denominator: of the policy: `ground_truth` or `cached` residual; the sources differ.
             rectifier: coefficients for every step and branch by `channel`, or one `scalar` pair.
             rectifier_form: `linear`, what is fitted, or `sigmoid`, the paper's formula taken literally.
@@ -118,6 +120,9 @@ class Calibration:
             raise ErtaError("phi by increment depends on the step length: calibrate with this number of steps")
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
         phi = self.phi(mask, phi_denominator)
+        moved = adjusted_sigmas(sigmas, mask, phi) if adjust_time else sigmas
+        if adjust_time and choice_index("time_form", time_form, TIME_FORMS) == 1:
+            moved = longer_last_step(sigmas, moved)
         errors = reuse_errors(rel_l1, mask)
         if not np.isfinite(errors).all():
             raise BudgetError(
@@ -125,7 +130,7 @@ class Calibration:
             )
         return Plan(
             mask=mask,
-            sigmas=adjusted_sigmas(sigmas, mask, phi) if adjust_time else sigmas,
+            sigmas=moved,
             nominal_sigmas=sigmas,
             site=self.signature["site"],
             reuse=reuse,
@@ -145,6 +150,7 @@ class Calibration:
                 "rectifier": f"{rectifier}, {rectifier_form}" if rectify else None,
                 "rel_l1_denominator": rel_l1_denominator,
                 "phi_denominator": phi_denominator if adjust_time else None,
+                "time_form": time_form if adjust_time else None,
                 "phi": [None if m else float(p) for m, p in zip(mask, phi, strict=True)] if adjust_time else None,
                 "interpolated_from_steps": self.record.get("interpolated_from_steps"),
                 "reuse_error_mean": float(errors.sum() / max(1, mask.count(False))),

@@ -7,6 +7,7 @@ import numpy as np
 from erta.errors import ErtaError
 from erta.schedule import Mask
 
+TIME_FORMS = ("phi", "last_step")
 PHI_MIN = 0.01  # phi = 0 makes two sigmas equal, and multistep solvers then divide by zero
 
 
@@ -44,6 +45,18 @@ def adjusted_sigmas(sigmas: np.ndarray, mask: Mask, phi: np.ndarray) -> np.ndarr
     adjusted = np.array([*result, end], dtype=np.float32)
     check_grid(adjusted)
     return adjusted
+
+
+def longer_last_step(sigmas: np.ndarray, adjusted: np.ndarray) -> np.ndarray:
+    """The nominal grid, evenly shrunk so that its last step is as long as that of `adjusted`; both (num_steps + 1,).
+
+    A control: what of the adjustment's effect comes from the longer last step alone, and not from phi.
+    """
+    nominal = np.asarray(sigmas, dtype=np.float64)
+    shrink = (nominal[0] - float(adjusted[-2])) / (nominal[0] - nominal[-2])
+    result = nominal[0] + shrink * (nominal - nominal[0])
+    result[-1] = nominal[-1]
+    return result.astype(np.float32)
 
 
 def computed_sigmas(sigmas: np.ndarray, mask: Mask) -> np.ndarray:

@@ -20,7 +20,7 @@ from erta.statistics import PairStatistics, Spread
 def interpolate(calibration: Calibration, sigmas: np.ndarray) -> Calibration:
     """`calibration` for the grid `sigmas` (num_steps + 1,), inside the range of its own.
 
-    Pairs farther apart than its window stay unknown. Counts of samples become one, so spreads are not carried
+    Pairs farther apart than its window stay unknown; the time of a generation is scaled to the new step count. Counts of samples become one, so spreads are not carried
     over. Raises ErtaError for a grid that reaches beyond the calibrated one.
     """
     sigmas = np.asarray(sigmas, np.float64)
@@ -55,7 +55,11 @@ def interpolate(calibration: Calibration, sigmas: np.ndarray) -> Calibration:
         calibration,
         statistics=found,
         signature={**calibration.signature, "sigmas": [float(s) for s in sigmas.astype(np.float32)]},
-        record={**calibration.record, "interpolated_from_steps": calibration.num_steps},
+        record={
+            **calibration.record,
+            "interpolated_from_steps": calibration.num_steps,
+            "forward_s": calibration.record["forward_s"] * (len(sigmas) - 1) / calibration.num_steps,
+        },
     )
 
 

@@ -56,6 +56,7 @@ class CacheConfig:
     rel_l1_denominator: str = "ground_truth"  # of the policy; or cached
     adjust_time: bool = False
     phi_denominator: str = "velocity"  # or increment
+    time_form: str = "phi"  # or last_step, a control: only the longer last step that phi leads to
     rectify: bool = False
     rectifier: str = "channel"  # or scalar
     rectifier_form: str = "linear"  # or sigmoid

@@ -20,6 +20,7 @@ PLAN_KEYS = (
     "rel_l1_denominator",
     "adjust_time",
     "phi_denominator",
+    "time_form",
     "rectify",
     "rectifier",
     "rectifier_form",

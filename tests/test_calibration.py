@@ -127,6 +127,18 @@ def test_break_even_counts_generations(calibrations):
     assert made.break_even(4) == pytest.approx(10) and made.break_even(8) == float("inf")
 
 
+def test_longer_last_step_is_a_control_for_phi(calibrations):
+    """Mutant: the key does nothing."""
+    plan = calibrations["unipc"].plan(steps=4, time_form="last_step")
+    by_phi = calibrations["unipc"].plan(steps=4)
+    assert plan.sigmas[-2] == pytest.approx(by_phi.sigmas[-2]) and plan.sigmas[-2] > plan.nominal_sigmas[-2]
+    assert np.ptp(np.diff(plan.sigmas[:-1]) / np.diff(plan.nominal_sigmas[:-1])) < 1e-4  # one factor for all others
+    assert np.ptp(np.diff(by_phi.sigmas[:-1]) / np.diff(by_phi.nominal_sigmas[:-1])) > 1e-3
+    assert plan.report["time_form"] == "last_step" and plan.mask == by_phi.mask
+    with pytest.raises(erta.ErtaError, match="time_form"):
+        calibrations["unipc"].plan(steps=4, time_form="first_step")
+
+
 def test_round_trip(tmp_path, calibrations):
     path = tmp_path / "c.safetensors"
     calibrations["unipc"].save(path)
@@ -311,6 +323,8 @@ def test_interpolated_plan_runs_and_says_so(calibrations):
     pipe.scheduler.set_timesteps(6)
     plan = erta.interpolate(calibrations["unipc"], nominal_sigmas(pipe.scheduler)).plan(steps=3)
     assert plan.report["interpolated_from_steps"] == STEPS
+    generations = erta.interpolate(calibrations["unipc"], nominal_sigmas(pipe.scheduler)).break_even(3)
+    assert generations == pytest.approx(calibrations["unipc"].break_even(STEPS // 2) * STEPS / 6)
     with erta.cached(pipe, plan) as trace:
         pipe(prompt=PROMPTS[0], output_type="latent", **{**CALL, "num_inference_steps": 6})
     assert trace.forwards == {"cond": 3, "uncond": 3}

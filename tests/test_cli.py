@@ -162,15 +162,16 @@ def test_tables_of_rows(command, tmp_path, monkeypatch):
     assert "identical" in table and len(table.splitlines()) == 2 + 1 + 5
 
     monkeypatch.setattr(table3_ablation, "SHARES", (0.5,))
-    monkeypatch.setattr(table3_ablation, "VARIANTS", table3_ablation.VARIANTS[5:6])
+    two = ("policy + longer last step only", "policy + closed-loop rectification")
+    monkeypatch.setattr(table3_ablation, "VARIANTS", [row for row in table3_ablation.VARIANTS if row[0] in two])
     monkeypatch.setattr(table3_ablation, "OUTPUT_ONLY", ())
     arguments = ("experiment=table3_ablation", "experiment.seeds=2", "bench.num_prompts=2", "hydra.run.dir=outputs/t/3")
     code, printed = command(*arguments)
     assert code == 0, printed
     record = json.loads(Path("outputs/t/3/record.json").read_text())
-    assert len(record["verdicts"]) == 6 and len(record["seeds"]) == len(set(record["seeds"])) == 4
+    assert len(record["verdicts"]) == 8 and len(record["seeds"]) == len(set(record["seeds"])) == 4
     rows = read_lines(Path("outputs/t/3/rows.jsonl"))
-    assert len(rows) == 4 * 5 * 2 and {r["forwards"] for r in rows} == {6}
+    assert len(rows) == 4 * 6 * 2 and {r["forwards"] for r in rows} == {6}
     by_site = {site: [r["psnr_db"] for r in rows if r["row"] == f"policy ({site}, 3)"] for site in ("output", "blocks")}
     assert by_site["output"] != by_site["blocks"]
     closed = [r["psnr_db"] for r in rows if r["row"] == "policy + closed-loop rectification (output, 3)"]

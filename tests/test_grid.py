@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from erta.errors import ErtaError
-from erta.grid import PHI_MIN, adjusted_sigmas, computed_sigmas, step_scale
+from erta.grid import PHI_MIN, adjusted_sigmas, computed_sigmas, longer_last_step, step_scale
 
 LINEAR = np.array([1.0, 0.75, 0.5, 0.25, 0.0], dtype=np.float32)
 
@@ -20,6 +20,14 @@ def test_by_hand():
     # so step 2 takes 1.25 * 0.25 = 0.3125 and the last the remainder.
     grid = adjusted_sigmas(LINEAR, (True, False, True, True), np.array([1, 0.5, 1, 1]))
     np.testing.assert_allclose(grid, [1.0, 0.75, 0.625, 0.3125, 0.0], atol=1e-7)
+
+
+def test_longer_last_step_alone():
+    """Mutants: the last step as it was, the shrinking around zero instead of around the start."""
+    adjusted = adjusted_sigmas(LINEAR, (True, False, True, True), np.array([1, 0.5, 1, 1]))
+    control = longer_last_step(LINEAR, adjusted)
+    np.testing.assert_allclose(control, [1.0, 1 - 0.25 * 11 / 12, 1 - 0.5 * 11 / 12, 0.3125, 0.0], atol=1e-7)
+    assert longer_last_step(LINEAR, LINEAR).tobytes() == LINEAR.tobytes()
 
 
 def test_phi_counts_at_reused_steps_only():
