@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import erta
-from erta.errors import SignatureMismatch
+from erta.errors import ErtaError, SignatureMismatch
 from erta.schedule import sources
 from erta.signature import check_signature, model_signature
 from experiments import console
+from experiments.config import shard_range
 from experiments.models import ASSETS, call_kwargs, load_pipeline, scheduler_sigmas
 from experiments.prompts import calibration_prompts
 from experiments.record import mark_finished, write_json
@@ -51,6 +52,8 @@ def check_fits(calibration: erta.Calibration, cfg: DictConfig, pipe: Any) -> Non
 
 def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
     """The calibration file that was named, else the shipped one, else one made earlier here, else a new one."""
+    if cfg.calibration.shard is not None or cfg.calibration.parts:
+        raise ErtaError("calibration.shard and calibration.parts are for experiment=calibrate")
     if cfg.calibration.path is not None:
         calibration = erta.Calibration.load(cfg.calibration.path)
         sigmas = scheduler_sigmas(pipe, cfg.model.num_inference_steps)
@@ -67,7 +70,7 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
         try:
             calibration = erta.Calibration.load(path)
             check_fits(calibration, cfg, pipe)
-        except erta.ErtaError as error:
+        except ErtaError as error:
             if path == made_here and not isinstance(error, SignatureMismatch):
                 console.note(f"{path} cannot be used: {error}")
             continue
@@ -79,7 +82,8 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
 
 def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration:
     """Calibrate with a progress bar and keep the result at `path`; finished prompts survive an interruption."""
-    prompts = calibration_prompts(cfg)
+    which = shard_range(cfg)
+    prompts = calibration_prompts(cfg)[which.start : which.stop]
     partial = path.with_name(path.stem + ".unfinished.safetensors")
     done = _finished_part(partial, prompts, cfg, pipe)
     start = _tried(done, prompts) if done is not None else 0
@@ -97,7 +101,7 @@ def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration
                     prompts[start:],
                     site=cfg.cache.site,
                     window=cfg.calibration.window,
-                    seed=CALIBRATION_SEED + start,
+                    seed=CALIBRATION_SEED + which.start + start,
                     on_prompt=keep,
                     **call_kwargs(cfg),
                 )
@@ -111,6 +115,21 @@ def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration
     done.save(path)
     partial.unlink(missing_ok=True)
     return done
+
+
+def merge_parts(paths: list[Path]) -> erta.Calibration:
+    """One calibration of several files, in the order given. Raises ErtaError for other setups, or a prompt twice."""
+    merged = erta.Calibration.load(paths[0])
+    for path in paths[1:]:
+        part = erta.Calibration.load(path)
+        twice = {*merged.record["prompts"]} & {*part.record["prompts"]}
+        if twice:
+            raise ErtaError(f"{path}: {sorted(twice)[0]!r} is already in the parts before it")
+        try:
+            merged = merged.merge(part)
+        except ErtaError as error:
+            raise ErtaError(f"{path} does not go with {paths[0]}: {error}") from error
+    return merged
 
 
 def closed_loop_plan(cfg: DictConfig, pipe: Any, plan: erta.Plan) -> erta.Plan:
@@ -140,10 +159,13 @@ CALIBRATION_SEED = 1_000_000  # far from every test seed
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Calibrate; print and write what can be planned from it, how well it fits, and what it cost."""
-    pipe = load_pipeline(cfg)
+    """Calibrate, or merge what was; print and write what can be planned, how well it fits, and what it cost."""
     path = folder / "calibration.safetensors"
-    calibration = make_calibration(cfg, pipe, path)
+    if cfg.calibration.parts:
+        calibration = merge_parts([Path(part) for part in cfg.calibration.parts])
+        calibration.save(path)
+    else:
+        calibration = make_calibration(cfg, load_pipeline(cfg), path)
     counts = sorted({max(1, calibration.num_steps * share // 100) for share in (20, 24, 34, 50, 70)})
     planned = [_planned(calibration, steps) for steps in counts]
     columns = [
@@ -201,7 +223,7 @@ def _finished_part(path: Path, prompts: list[str], cfg: DictConfig, pipe: Any) -
     try:
         part = erta.Calibration.load(path)
         check_fits(part, cfg, pipe)
-    except erta.ErtaError:
+    except ErtaError:
         return None
     return part if _tried(part, prompts) and part.record["window"] == cfg.calibration.window else None
 

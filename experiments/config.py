@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -80,6 +81,8 @@ class CalibrationConfig:
     window: int = 16
     path: str | None = None
     allow_interpolation: bool = False
+    shard: str | None = None  # k/n: calibrate on the k-th of n parts of the prompts
+    parts: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -147,6 +150,20 @@ def budget(cfg: DictConfig) -> dict[str, float | int]:
     return {"speedup": DEFAULT_SPEEDUP}
 
 
+def shard_range(cfg: DictConfig) -> range:
+    """Which of the calibration prompts this run is about: all of them, or those of `calibration.shard`."""
+    count, shard = cfg.calibration.num_prompts, cfg.calibration.shard
+    if shard is None:
+        return range(count)
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    number, total = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= number <= total <= count:
+        raise ErtaError(
+            f"calibration.shard must be k/n with 1 ≤ k ≤ n ≤ {count} (calibration.num_prompts), not {shard!r}"
+        )
+    return range((number - 1) * count // total, number * count // total)
+
+
 def validate(cfg: DictConfig) -> None:
     """Raise ErtaError for values that have the right type but no meaning."""
     chosen = budget(cfg)
@@ -170,6 +187,8 @@ def validate(cfg: DictConfig) -> None:
     }.items():
         if value < 1:
             raise ErtaError(f"{key} must be at least 1, not {value}")
+    if cfg.calibration.shard is not None:
+        shard_range(cfg)
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)

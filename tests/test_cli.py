@@ -7,9 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+import erta
 from analysis.runs import load_prompts, load_runs
 from experiments import cli, main_job
 from experiments.record import read_lines
@@ -228,6 +230,34 @@ def test_calibrate_command(command, tmp_path):
     half = next(row for row in planned if row["computed"] == 3)
     assert [value is None for value in half["rectifier_r2_by_step"]].count(True) == 3
     assert half["reuse_error_std"] > 0 and half["break_even_generations"] > 0
+
+
+def test_shards_of_a_calibration_merge_to_the_whole(command, tmp_path):
+    """Mutants: noises that start anew in every shard, shards that overlap, parts of another setup merged."""
+    four = ("experiment=calibrate", "calibration.num_prompts=4")
+
+    def made(name: str, *arguments: str) -> Path:
+        code, printed = command(*four, f"hydra.run.dir=outputs/{name}", *arguments)
+        assert code == 0 and "what can be planned" in printed, printed
+        return Path(f"outputs/{name}/calibration.safetensors")
+
+    whole = erta.Calibration.load(made("whole"))
+    shards = [made(f"shard{k}", f"calibration.shard={k}/3") for k in (1, 2, 3)]
+    merged = erta.Calibration.load(made("merged", f"calibration.parts=[{','.join(map(str, shards))}]"))
+    assert merged.record["prompts"] == whole.record["prompts"] and len(whole.record["prompts"]) == 4
+    for name, values in merged.statistics.to_arrays().items():
+        np.testing.assert_allclose(values, whole.statistics.to_arrays()[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+    code, printed = command(*four, f"calibration.parts=[{shards[0]},{shards[0]}]")
+    assert code == 1 and "already in the parts" in printed
+    other = made("other", "calibration.shard=4/4", "model.guidance_scale=3")
+    code, printed = command(*four, f"calibration.parts=[{shards[0]},{other}]")
+    assert code == 1 and "does not go with" in printed and "guidance_scale" in printed
+    for shard in ("0/2", "3/2", "1/9", "half"):
+        code, printed = command(*four, f"calibration.shard={shard}")
+        assert code == 1 and "calibration.shard must be k/n" in printed
+    code, printed = command("calibration.shard=1/2")
+    assert code == 1 and "experiment=calibrate" in printed
 
 
 BAD = {
