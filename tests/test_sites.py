@@ -15,6 +15,8 @@ from diffusers import (
     FluxTransformer2DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -294,3 +296,44 @@ def test_bad_sites(pipe):
         erta.Plan(mask=(True,) * 3, sigmas=sigmas, site="blocks", reuse="velocity")
     with pytest.raises(erta.ErtaError, match="site must be one of"):
         erta.Plan(mask=(True,) * 3, sigmas=sigmas, site="middle")
+
+
+def build_image_to_video() -> WanImageToVideoPipeline:
+    """A tiny random WanImageToVideoPipeline: 16 channels of noise, 4 of a mask, 16 of the image; 16 come out."""
+    text_to_video = build_pipe()
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel.from_config({**text_to_video.transformer.config, "in_channels": 36}).eval()
+    with torch.no_grad():
+        transformer.proj_out.weight.mul_(8)
+    parts = {**text_to_video.components, "transformer": transformer, "transformer_2": None}
+    pipe = WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_image_to_video_whole(site):
+    """Calibrate, plan and run with an input that has more channels than the output. Mutant: the last channels."""
+    pipe = build_image_to_video()
+    call = {**WAN_CALL, "image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+
+    def latents(seed: int = 3) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(prompt=PROMPTS[0], generator=generator, output_type="latent", **call).frames
+
+    calibration = erta.calibrate(pipe, PROMPTS, site=site, window=4, **call)
+    assert calibration.signature["latent_shape"][0] == 36 and calibration.statistics.moments.count.shape[3] == 16
+    uncached = latents()
+    with erta.cached(pipe, calibration.plan(steps=len(MASK))):
+        assert torch.equal(latents(), uncached)
+    with erta.cached(pipe, calibration.plan(steps=3)) as trace:
+        cached = latents()
+    assert trace.forwards == {"cond": 3, "uncond": 3}
+    assert trace.cache_bytes == 2 * 4 * (16 * 2 * 4 * 4 if site == "output" else 8 * 24)
+    assert 0 < (cached - uncached).abs().mean() < uncached.abs().mean()
+    if site == "output":  # the last channels are the image and never change: their residual would be the velocity
+        reused = []
+        for form in ("residual", "velocity"):
+            with erta.cached(pipe, calibration.plan(steps=3, reuse=form, adjust_time=False, rectify=False)):
+                reused.append(latents())
+        assert (reused[0] - reused[1]).abs().max() > 1e-3
