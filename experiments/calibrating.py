@@ -18,7 +18,7 @@ from erta.schedule import sources
 from erta.signature import check_signature, model_signature
 from experiments import console
 from experiments.config import shard_range
-from experiments.models import ASSETS, call_kwargs, load_pipeline, scheduler_sigmas
+from experiments.models import ASSETS, call_kwargs, call_sigmas, load_pipeline
 from experiments.prompts import calibration_prompts
 from experiments.record import mark_finished, write_json
 
@@ -35,7 +35,7 @@ def expected_signature(cfg: DictConfig, pipe: Any) -> dict[str, Any]:
     """What can be known of a run's signature before its first call, and the size that was asked for."""
     return {
         **model_signature(pipe),
-        "sigmas": [float(s) for s in scheduler_sigmas(pipe, cfg.model.num_inference_steps)],
+        "sigmas": [float(s) for s in call_sigmas(pipe, call_kwargs(cfg))],
         "guidance_scale": float(cfg.model.guidance_scale),
         "site": cfg.cache.site,
     }
@@ -56,7 +56,7 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
         raise ErtaError("calibration.shard and calibration.parts are for experiment=calibrate")
     if cfg.calibration.path is not None:
         calibration = erta.Calibration.load(cfg.calibration.path)
-        sigmas = scheduler_sigmas(pipe, cfg.model.num_inference_steps)
+        sigmas = call_sigmas(pipe, call_kwargs(cfg))
         if cfg.calibration.allow_interpolation and len(sigmas) - 1 != calibration.num_steps:
             console.note(f"calibration: interpolated from {calibration.num_steps} to {len(sigmas) - 1} steps")
             calibration = erta.interpolate(calibration, sigmas)

@@ -19,7 +19,7 @@ from experiments import vbench_runner as vbench
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.methods import Arm, profile
 from experiments.metrics import Lpips, mean_psnr, psnr_db, scene_agreement, ssim
-from experiments.models import call_kwargs, check_vocabulary, load_pipeline, scheduler_sigmas
+from experiments.models import call_kwargs, call_sigmas, check_vocabulary, load_pipeline
 from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
 from experiments.sampling import Sample, generate
@@ -170,7 +170,7 @@ def _summarise(
     missing |= NOT_BUILT
     plan = arm.plan
     mask = [1] * arm.kwargs["num_inference_steps"] if plan is None else [int(m) for m in plan.mask]
-    sigmas = scheduler_sigmas(pipe, arm.kwargs["num_inference_steps"]) if plan is None else plan.sigmas
+    sigmas = call_sigmas(pipe, arm.kwargs) if plan is None else plan.sigmas
     return {
         **describe_run(cfg, [row["seed"] for row in rows], [row["prompt"] for row in rows]),
         "steps": {

@@ -13,7 +13,7 @@ import erta
 from erta.schedule import steps_for_speedup, uniform_mask
 from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
-from experiments.models import call_kwargs, scheduler_sigmas
+from experiments.models import call_kwargs, call_sigmas
 
 PLAN_KEYS = (
     "policy",
@@ -63,7 +63,7 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     """Reuse at planned steps. Evenly spread steps without adjustment and rectification need no calibration."""
     cache = cfg.cache
     if cache.policy == "uniform" and not cache.adjust_time and not cache.rectify:
-        sigmas = scheduler_sigmas(pipe, cfg.model.num_inference_steps)
+        sigmas = call_sigmas(pipe, call_kwargs(cfg))
         plan = erta.Plan(
             mask=uniform_mask(cfg.model.num_inference_steps, _count(cfg)),
             sigmas=sigmas,

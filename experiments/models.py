@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
 import erta
 from erta.errors import ErtaError
+from erta.scheduler import nominal_sigmas
 from experiments.scenes.captions import words_of
 
 ASSETS = Path(erta.__file__).parent / "assets"
@@ -66,13 +69,32 @@ def call_kwargs(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
-def scheduler_sigmas(pipe: Any, num_steps: int) -> Any:
-    """The scheduler's nominal grid for a number of steps, without touching the pipeline's own scheduler."""
-    from erta.scheduler import nominal_sigmas
+class _GridIsSet(Exception):
+    """Ends a pipeline call as soon as its grid is known."""
 
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(num_steps)
-    return nominal_sigmas(scheduler)
+
+def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
+    """The nominal grid of a pipeline call, (num_steps + 1,), without its denoising.
+
+    The pipeline itself is asked: some bring their own sigmas or a shift by image size (FLUX, HunyuanVideo).
+    """
+    own, base = pipe.scheduler, type(pipe.scheduler)
+
+    @functools.wraps(base.set_timesteps)  # pipelines inspect the signature for `sigmas`
+    def set_timesteps(self: Any, *args: Any, **options: Any) -> None:
+        base.set_timesteps(self, *args, **options)
+        raise _GridIsSet
+
+    probe = copy.deepcopy(own)
+    probe.__class__ = type(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
+    pipe.scheduler = probe
+    try:
+        pipe(prompt="", output_type="latent", **kwargs)
+    except _GridIsSet:
+        return nominal_sigmas(probe)
+    finally:
+        pipe.scheduler = own
+    raise ErtaError(f"{type(pipe).__name__} denoised without setting a grid of steps")
 
 
 def check_vocabulary(pipe: Any, prompts: list[str]) -> None:

@@ -33,14 +33,15 @@ def test_prompts(cfg: DictConfig) -> list[Prompt]:
     elif cfg.model.prompt_source == "scenes":
         return _scene_prompts(count, "test", cfg.seed)
     else:
-        texts = _vbench_texts()
+        reserved = calibration_prompts(cfg)
+        texts = [text for text in _vbench_texts() if text not in reserved] + reserved
     if len(texts) < count:
         raise ErtaError(f"{count} prompts asked for, but there are {len(texts)}: lower bench.num_prompts")
     return [Prompt(text, cfg.seed + k) for k, text in enumerate(texts[:count])]
 
 
 def calibration_prompts(cfg: DictConfig) -> list[str]:
-    """Prompts that no test uses."""
+    """Prompts that no test uses, unless it asks for nearly all of VBench's: those of here come last there."""
     count = cfg.calibration.num_prompts
     if cfg.model.prompt_source == "scenes":
         return [prompt.text for prompt in _scene_prompts(count, "calibration", 0)]

@@ -18,7 +18,7 @@ from erta.trace import Stopwatch
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip (frames, height, width, 3) in [0, 1] before any encoding, and what it took.
+    """A clip (frames, height, width, 3) in [0, 1] before any encoding, an image has one frame, and what it took.
 
     `denoise_s` runs from the first transformer call to the end of the last scheduler step, `pipeline_s` over
     the whole call, both synchronised. `forwards` counts transformer forwards over all guidance branches.
@@ -46,19 +46,19 @@ def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: er
         ]
         try:
             started = _now()
-            frames = pipe(
+            made = pipe(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="np",
                 callback_on_step_end=clock.step_ends,
                 **kwargs,
-            ).frames[0]
+            )
             pipeline_s = _now() - started
         finally:
             for handle in handles:
                 handle.remove()
     return Sample(
-        frames=np.asarray(frames, dtype=np.float32),
+        frames=np.asarray(made.frames[0] if hasattr(made, "frames") else made.images, dtype=np.float32),
         denoise_s=clock.last_step_end - clock.first_forward_start,
         pipeline_s=pipeline_s,
         forward_s=trace.forward_s if trace is not None else clock.forwards.seconds,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
@@ -63,7 +64,16 @@ def build_flux() -> FluxPipeline:
     short.model_max_length = 16
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=None,
+        vae=AutoencoderKL(
+            block_out_channels=(8,) * 4,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=64,
+            scaling_factor=0.36,
+            shift_factor=0.1,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        ).eval(),
         text_encoder=CLIPTextModel(clip).eval(),
         tokenizer=short,
         text_encoder_2=tiny_t5(tokenizer),

@@ -1,0 +1,98 @@
+"""The paper's models as configs: what is counted of them without weights, and images through the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+import erta
+from erta.errors import ErtaError
+from experiments.cli import CONF
+from experiments.model_card import model_card
+from experiments.models import call_sigmas
+from experiments.prompts import calibration_prompts
+from experiments.prompts import test_prompts as prompts_of
+from tests.conftest import CALL, PROMPTS, build_pipe
+from tests.test_cli import command, weights  # noqa: F401
+from tests.test_sites import FLUX_CALL, build_flux
+
+
+def config(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("model", "billions", "latent", "blocks_mb"),
+    [
+        ("wan21", 1.42, [16, 21, 60, 104], 2 * 21 * 30 * 52 * 1536 * 2 / 1e6),
+        ("wan21_14b", 14.3, [16, 21, 90, 160], 2 * 21 * 45 * 80 * 5120 * 2 / 1e6),
+        ("flux_dev", 11.9, [4096, 64], 4096 * 3072 * 2 / 1e6),
+        ("cogvideox_2b", 1.69, [13, 16, 60, 90], None),
+        ("hunyuan_video", 12.8, [16, 33, 68, 120], None),
+    ],
+)
+def test_cards_of_the_real_models(model, billions, latent, blocks_mb):
+    """Sizes from the architecture alone. Mutant: one guidance branch, or float32, in the cache bytes."""
+    card = model_card(config(f"model={model}"))
+    assert card["parameters"] / 1e9 == pytest.approx(billions, rel=0.01) and card["latent_shape"] == latent
+    assert card["cache_bytes"]["output"] == card["forwards_per_step"] * np.prod(latent) * 2
+    assert blocks_mb is None or card["cache_bytes"]["blocks"] / 1e6 == pytest.approx(blocks_mb)
+    tokens = np.prod(latent) / 64  # of 2x2 latents with 16 channels; a matrix takes two FLOPs an entry and token
+    assert card["flops_per_forward"] > tokens * card["parameters"]
+    assert 1 < card["calibration_generations"]["output"] < 1.01
+
+
+def test_card_counts_what_a_run_keeps(pipe, tmp_path):
+    """The counted cache bytes are those that a trace measures. Mutant: tokens of single latents."""
+    pipe.save_pretrained(tmp_path)
+    size = [f"model.{key}={CALL[key]}" for key in ("height", "width", "num_frames", "num_inference_steps")]
+    card = model_card(config(f"model.path={tmp_path}", *size))
+    for site in ("output", "blocks"):
+        plan = erta.calibrate(pipe, PROMPTS[:1], site=site, window=4, **CALL).plan(steps=4)
+        with erta.cached(pipe, plan) as trace:
+            pipe(prompt=PROMPTS[0], output_type="latent", **CALL)
+        assert card["cache_bytes"][site] == trace.cache_bytes
+    assert 0.01 < card["reused_step_share"]["blocks"] < 0.9
+
+
+def test_a_card_of_an_unknown_architecture(tmp_path):
+    with pytest.raises(ErtaError, match=r"wan21_14b"):
+        model_card(config("model=wan21", "model.name=mine"))
+
+
+@pytest.mark.parametrize(("build", "call"), [(build_pipe, CALL), (build_flux, FLUX_CALL)])
+def test_the_grid_is_the_one_of_the_call(build, call):
+    """FLUX brings its own sigmas, shifted by image size. Mutants: the scheduler's default grid; a scheduler left over."""
+    pipe = build()
+    scheduler = pipe.scheduler
+    sigmas = call_sigmas(pipe, call)
+    assert pipe.scheduler is scheduler
+    made_for = erta.calibrate(pipe, PROMPTS[:1], window=2, **call).signature["sigmas"]
+    np.testing.assert_array_equal(sigmas, np.array(made_for, np.float32))
+
+
+def test_images_through_the_main_job(command, tmp_path):  # noqa: F811
+    """FLUX's pipeline and configuration at 64x64: calibrated, planned, run, measured; one frame, one forward a step."""
+    build_flux().save_pretrained(tmp_path / "flux")
+    code, printed = command(
+        "model=flux_dev", "bench=fidelity", f"model.path={tmp_path / 'flux'}", "model.prompt_source=scenes",
+        "model.dtype=float32", "cache.steps=3", "model.num_frames=null", "hydra.run.dir=outputs/flux",
+    )  # fmt: skip
+    assert code == 0, printed
+    record = json.loads(Path("outputs/flux/record.json").read_text())
+    assert record["steps"]["computed"] == 3 and record["metrics"]["psnr_db"] > 0
+    assert record["memory"]["cache_bytes"] == 16 * 16 * 4 and Path("outputs/flux/report.html").is_file()
+
+
+def test_vbench_calibration_prompts_come_last_in_its_tests():
+    """Mutant: calibration on prompts that the first tests use."""
+    pytest.importorskip("vbench")
+    cfg = config("model=wan21", "bench.num_prompts=900")
+    held_out = calibration_prompts(cfg)
+    texts = [prompt.text for prompt in prompts_of(cfg)]
+    assert len(held_out) == 20 and len(texts) == 900 and not {*held_out} & {*texts}
