@@ -20,11 +20,11 @@ TEMPLATE_BLURS_PX = (BLUR_PX, 1.4)
 MIN_SATURATION = 0.22  # max - min of RGB: grey backgrounds stay below
 MIN_AREA_PX = 35  # the smallest shape, a small star, covers about 75 pixels
 MIN_OVERLAP = 0.60  # mean intersection over union with the best template: below, it is no object
-MIN_SHAPE_OVERLAP = {  # below, it is an object of no known shape; renders reach 0.90, decoded stars 0.77
-    "circle": 0.80,
-    "square": 0.80,
-    "triangle": 0.75,
-    "star": 0.75,
+MIN_SHAPE_FIT = {  # overlap, and its lead over the next best shape; below either, an object has no known shape
+    "circle": (0.80, 0.0),
+    "square": (0.80, 0.0),  # a small one comes rounded out of the autoencoder: no lead over the circle can be asked
+    "triangle": (0.65, 0.05),
+    "star": (0.65, 0.05),  # small blobs overlap with it by 0.77, large clear stars by 0.72: the lead tells them apart
 }
 MIN_FRAME_SHARE = 0.6  # of the frames in which an object must be seen
 STILL_BELOW_PX = 4.0  # way from first to last frame; a moving object goes 12
@@ -42,7 +42,8 @@ CHANCE_LEVEL = {
 class SeenObject:
     """An object that was found; `centre` (x, y) is its mean position, `overlap` how well its template fits.
 
-    `shape` is None if the best template fits too badly: a blob is no star, though a star fits it best.
+    `shape` is None if the best template fits too badly, or hardly better than another: a blob is no star, though
+    a star may fit it best.
     """
 
     shape: str | None
@@ -128,16 +129,16 @@ def _read_object(mask: np.ndarray, saturation: np.ndarray, colour: str) -> SeenO
     weight = covered.sum((1, 2))
     axis_y, axis_x = np.arange(covered.shape[1]) + 0.5, np.arange(covered.shape[2]) + 0.5
     centres = np.stack([(covered.sum(1) * axis_x).sum(1) / weight, (covered.sum(2) * axis_y).sum(1) / weight], axis=1)
-    best = max(
-        ((_overlap(covered, shape, size, centres), shape, size) for shape in SHAPES for size in RADII_PX),
-        key=lambda item: item[0],
-    )
-    if best[0] < MIN_OVERLAP:
+    fits = {shape: max((_overlap(covered, shape, size, centres), size) for size in RADII_PX) for shape in SHAPES}
+    first, second = sorted(SHAPES, key=lambda shape: fits[shape][0], reverse=True)[:2]
+    overlap, size = fits[first]
+    if overlap < MIN_OVERLAP:
         return None
     travel = np.polyfit(times, centres, 1)[0] * (len(mask) - 1) if len(times) > 1 else np.zeros(2)
     x, y = centres.mean(0).tolist()
-    shape = best[1] if best[0] >= MIN_SHAPE_OVERLAP[best[1]] else None
-    return SeenObject(shape, colour, best[2], (x, y), (float(travel[0]), float(travel[1])), float(best[0]))
+    least_overlap, least_lead = MIN_SHAPE_FIT[first]
+    known = overlap >= least_overlap and overlap - fits[second][0] >= least_lead
+    return SeenObject(first if known else None, colour, size, (x, y), (float(travel[0]), float(travel[1])), overlap)
 
 
 def _coverage(part: np.ndarray, saturation: np.ndarray) -> np.ndarray:
