@@ -121,7 +121,9 @@ class Calibration:
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
         phi = self.phi(mask, phi_denominator)
         moved = adjusted_sigmas(sigmas, mask, phi) if adjust_time else sigmas
-        if adjust_time and choice_index("time_form", time_form, TIME_FORMS) == 1:
+        if choice_index("time_form", time_form, TIME_FORMS) == 1:
+            if not adjust_time:
+                raise ErtaError("time_form='last_step' is a control for adjust_time, which is off")
             moved = longer_last_step(sigmas, moved)
         errors = reuse_errors(rel_l1, mask)
         if not np.isfinite(errors).all():
@@ -151,7 +153,9 @@ class Calibration:
                 "rel_l1_denominator": rel_l1_denominator,
                 "phi_denominator": phi_denominator if adjust_time else None,
                 "time_form": time_form if adjust_time else None,
-                "phi": [None if m else float(p) for m, p in zip(mask, phi, strict=True)] if adjust_time else None,
+                "phi": [None if m else float(p) for m, p in zip(mask, phi, strict=True)]
+                if adjust_time and time_form == "phi"
+                else None,
                 "interpolated_from_steps": self.record.get("interpolated_from_steps"),
                 "reuse_error_mean": float(errors.sum() / max(1, mask.count(False))),
                 "reuse_error_max": float(errors.max()),

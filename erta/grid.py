@@ -53,6 +53,8 @@ def longer_last_step(sigmas: np.ndarray, adjusted: np.ndarray) -> np.ndarray:
     A control: what of the adjustment's effect comes from the longer last step alone, and not from phi.
     """
     nominal = np.asarray(sigmas, dtype=np.float64)
+    if len(nominal) == 2:
+        return nominal.astype(np.float32)
     shrink = (nominal[0] - float(adjusted[-2])) / (nominal[0] - nominal[-2])
     result = nominal[0] + shrink * (nominal - nominal[0])
     result[-1] = nominal[-1]

@@ -20,8 +20,8 @@ from erta.statistics import PairStatistics, Spread
 def interpolate(calibration: Calibration, sigmas: np.ndarray) -> Calibration:
     """`calibration` for the grid `sigmas` (num_steps + 1,), inside the range of its own.
 
-    Pairs farther apart than its window stay unknown; the time of a generation is scaled to the new step count. Counts of samples become one, so spreads are not carried
-    over. Raises ErtaError for a grid that reaches beyond the calibrated one.
+    Pairs farther apart than its window stay unknown. Counts of samples become one, so spreads are not carried
+    over; the time of a generation is scaled to the new number of steps. Raises ErtaError for a grid that reaches beyond the calibrated one.
     """
     sigmas = np.asarray(sigmas, np.float64)
     own = np.array(calibration.signature["sigmas"], np.float64)

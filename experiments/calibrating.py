@@ -52,8 +52,6 @@ def check_fits(calibration: erta.Calibration, cfg: DictConfig, pipe: Any) -> Non
 
 def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
     """The calibration file that was named, else the shipped one, else one made earlier here, else a new one."""
-    if cfg.calibration.shard is not None or cfg.calibration.parts:
-        raise ErtaError("calibration.shard and calibration.parts are for experiment=calibrate")
     if cfg.calibration.path is not None:
         calibration = erta.Calibration.load(cfg.calibration.path)
         sigmas = call_sigmas(pipe, call_kwargs(cfg))
@@ -82,8 +80,9 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
 
 def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration:
     """Calibrate with a progress bar and keep the result at `path`; finished prompts survive an interruption."""
-    which = shard_range(cfg)
-    prompts = calibration_prompts(cfg)[which.start : which.stop]
+    prompts = calibration_prompts(cfg)
+    which = shard_range(cfg.calibration.shard, len(prompts))
+    prompts = prompts[which.start : which.stop]
     partial = path.with_name(path.stem + ".unfinished.safetensors")
     done = _finished_part(partial, prompts, cfg, pipe)
     start = _tried(done, prompts) if done is not None else 0
@@ -125,6 +124,10 @@ def merge_parts(paths: list[Path]) -> erta.Calibration:
         twice = {*merged.record["prompts"]} & {*part.record["prompts"]}
         if twice:
             raise ErtaError(f"{path}: {sorted(twice)[0]!r} is already in the parts before it")
+        for field in ("size", "dtype"):  # the signature does not hold them
+            if part.record.get(field) != merged.record.get(field):
+                both = f"{merged.record.get(field)} and {part.record.get(field)}"
+                raise ErtaError(f"{path} does not go with {paths[0]}: {field} {both}")
         try:
             merged = merged.merge(part)
         except ErtaError as error:

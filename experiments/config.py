@@ -150,18 +150,24 @@ def budget(cfg: DictConfig) -> dict[str, float | int]:
     return {"speedup": DEFAULT_SPEEDUP}
 
 
-def shard_range(cfg: DictConfig) -> range:
-    """Which of the calibration prompts this run is about: all of them, or those of `calibration.shard`."""
-    count, shard = cfg.calibration.num_prompts, cfg.calibration.shard
+def shard_range(shard: str | None, count: int) -> range:
+    """Which of `count` calibration prompts a run is about: all of them, or those of a shard k/n."""
     if shard is None:
         return range(count)
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     number, total = (int(part) for part in found.groups()) if found else (0, 0)
     if not 1 <= number <= total <= count:
-        raise ErtaError(
-            f"calibration.shard must be k/n with 1 ≤ k ≤ n ≤ {count} (calibration.num_prompts), not {shard!r}"
-        )
+        raise ErtaError(f"calibration.shard must be k/n with 1 ≤ k ≤ n ≤ {count}, the number of prompts, not {shard!r}")
     return range((number - 1) * count // total, number * count // total)
+
+
+def _check_shards(cfg: DictConfig) -> None:
+    asked = [key for key in ("shard", "parts") if cfg.calibration[key]]
+    if asked and cfg.experiment._target_ != "experiments.calibrating.run":
+        raise ErtaError(f"calibration.{asked[0]} is for experiment=calibrate")
+    if len(asked) == 2:
+        raise ErtaError("calibration.shard and calibration.parts at once: calibrate the shards, then merge their files")
+    shard_range(cfg.calibration.shard, cfg.calibration.num_prompts)
 
 
 def validate(cfg: DictConfig) -> None:
@@ -187,8 +193,7 @@ def validate(cfg: DictConfig) -> None:
     }.items():
         if value < 1:
             raise ErtaError(f"{key} must be at least 1, not {value}")
-    if cfg.calibration.shard is not None:
-        shard_range(cfg)
+    _check_shards(cfg)
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)

@@ -10,6 +10,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 import erta
+from erta.errors import ErtaError
 from erta.schedule import steps_for_speedup, uniform_mask
 from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
@@ -74,6 +75,8 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             report={"policy": "uniform"},
         )
         return Arm(plan, call_kwargs(cfg))
+    if cache.adjust_time and not hasattr(pipe.scheduler, "sigmas"):
+        raise ErtaError(f"{type(pipe.scheduler).__name__} has no sigmas to move: add cache.adjust_time=false")
     plan = planned(cfg, get_calibration())
     if plan.rectification is not None and cache.rectifier_fit == "closed":
         plan = closed_loop_plan(cfg, pipe, plan)

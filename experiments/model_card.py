@@ -21,6 +21,7 @@ from experiments import console
 from experiments.models import ASSETS
 from experiments.record import mark_finished, read_json, write_json
 
+FLOPS_PER_PAIR = 40  # and element, of the statistics of two steps: counted by hand, generously
 ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 
 
@@ -37,7 +38,7 @@ def model_card(cfg: DictConfig) -> dict[str, Any]:
     """Parameters, sizes, FLOPs (two per multiply-add) and the expected price of a calibration.
 
     `calibration_generations` is a calibration's time for one prompt over that of one generation, in FLOPs: at
-    `output` the statistics take a few passes over the latent, at `blocks` every pair runs the model's head once.
+    `output` the statistics take a few passes over the latent, at `blocks` every pair runs all but the blocks once.
     """
     about, steps = describe(cfg), cfg.model.num_inference_steps
     with torch.device("meta"):
@@ -48,8 +49,9 @@ def model_card(cfg: DictConfig) -> dict[str, Any]:
         head_flops = _without_blocks(transformer, about["class"], inputs)
     itemsize = getattr(torch, cfg.model.dtype).itemsize
     kept = {"output": velocity.numel(), "blocks": _token_elements(about, transformer.config)}
-    forwards, window = about["forwards"], min(cfg.calibration.window, steps - 1)
-    passes = {"output": 2 * 20 * velocity.numel() * window / flops, "blocks": None}
+    forwards = about["forwards"] if cfg.model.guidance_scale > 1 else 1
+    window = min(cfg.calibration.window, steps - 1)
+    passes = {"output": FLOPS_PER_PAIR * velocity.numel() * window / flops, "blocks": None}
     if head_flops is not None:
         passes["blocks"] = window * head_flops / flops
     return {
@@ -68,7 +70,7 @@ def model_card(cfg: DictConfig) -> dict[str, Any]:
 
 
 def describe(cfg: DictConfig) -> dict[str, Any]:
-    """Class, configuration and input sizes of a model: of a folder if there is one, else as published."""
+    """Class, configuration and input sizes of a model: an embedded one's from its folder, else as published."""
     model = cfg.model
     known: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(ARCHITECTURES))  # type: ignore[assignment]
     about = known.get(model.name)
@@ -85,6 +87,8 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
             "text": [512, text["d_model"]],
             "forwards": 2 if model.guidance_scale > 1 else 1,
         }  # fmt: skip
+    if about is not None and not model.embedded and model.path is not None:
+        console.note(f"the card is that of the published {model.name}; model.path is not read")
     if about is None:
         raise ErtaError(f"no architecture of model={model.name} is known; {ARCHITECTURES.name} has {', '.join(known)}")
     frames = model.num_frames or 1

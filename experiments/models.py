@@ -74,7 +74,7 @@ class _GridIsSet(Exception):
 
 
 def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
-    """The nominal grid of a pipeline call, (num_steps + 1,), without its denoising.
+    """The nominal grid of a pipeline call, (num_steps + 1,), with its text encoding and without its denoising.
 
     The pipeline itself is asked: some bring their own sigmas or a shift by image size (FLUX, HunyuanVideo).
     """
@@ -89,11 +89,12 @@ def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
     probe.__class__ = type(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
     pipe.scheduler = probe
     try:
-        pipe(prompt="", output_type="latent", **kwargs)
+        pipe(prompt="", output_type="latent", generator=torch.Generator("cpu").manual_seed(0), **kwargs)
     except _GridIsSet:
         return nominal_sigmas(probe)
     finally:
         pipe.scheduler = own
+        pipe.maybe_free_model_hooks()
     raise ErtaError(f"{type(pipe).__name__} denoised without setting a grid of steps")
 
 

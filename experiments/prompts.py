@@ -33,21 +33,21 @@ def test_prompts(cfg: DictConfig) -> list[Prompt]:
     elif cfg.model.prompt_source == "scenes":
         return _scene_prompts(count, "test", cfg.seed)
     else:
-        reserved = calibration_prompts(cfg)
-        texts = [text for text in _vbench_texts() if text not in reserved] + reserved
+        texts = _vbench_texts()[::-1]
     if len(texts) < count:
         raise ErtaError(f"{count} prompts asked for, but there are {len(texts)}: lower bench.num_prompts")
     return [Prompt(text, cfg.seed + k) for k, text in enumerate(texts[:count])]
 
 
 def calibration_prompts(cfg: DictConfig) -> list[str]:
-    """Prompts that no test uses, unless it asks for nearly all of VBench's: those of here come last there."""
+    """Prompts of another split than the tests', or of VBench's, shuffled, from the other end than theirs.
+
+    VBench has 944 prompts: tests and calibration share some if they ask for more together.
+    """
     count = cfg.calibration.num_prompts
     if cfg.model.prompt_source == "scenes":
         return [prompt.text for prompt in _scene_prompts(count, "calibration", 0)]
-    texts = _vbench_texts()
-    rng = np.random.default_rng(0)
-    return [texts[k] for k in rng.permutation(len(texts))[:count]]
+    return _vbench_texts()[:count]
 
 
 def _scene_prompts(count: int, split: str, seed: int) -> list[Prompt]:
@@ -72,10 +72,12 @@ def _read_file(path: Path) -> list[str]:
 
 
 def _vbench_texts() -> list[str]:
+    """VBench's prompts, each once, in an order that is always the same and mixes its dimensions."""
     spec = find_spec("vbench")
     if spec is None or not spec.submodule_search_locations:
         raise ErtaError(
             "VBench's prompts come with the vbench package: `make setup` installs it, or give bench.prompts=FILE"
         )
     info = Path(next(iter(spec.submodule_search_locations))) / "VBench_full_info.json"
-    return list(dict.fromkeys(entry["prompt_en"] for entry in json.loads(info.read_text(encoding="utf-8"))))
+    texts = list(dict.fromkeys(entry["prompt_en"] for entry in json.loads(info.read_text(encoding="utf-8"))))
+    return [texts[k] for k in np.random.default_rng(0).permutation(len(texts))]

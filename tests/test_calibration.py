@@ -135,6 +135,8 @@ def test_longer_last_step_is_a_control_for_phi(calibrations):
     assert np.ptp(np.diff(plan.sigmas[:-1]) / np.diff(plan.nominal_sigmas[:-1])) < 1e-4  # one factor for all others
     assert np.ptp(np.diff(by_phi.sigmas[:-1]) / np.diff(by_phi.nominal_sigmas[:-1])) > 1e-3
     assert plan.report["time_form"] == "last_step" and plan.mask == by_phi.mask
+    with pytest.raises(erta.ErtaError, match="adjust_time, which is off"):
+        calibrations["unipc"].plan(steps=4, time_form="last_step", adjust_time=False)
     with pytest.raises(erta.ErtaError, match="time_form"):
         calibrations["unipc"].plan(steps=4, time_form="first_step")
 

@@ -47,6 +47,17 @@ def test_cards_of_the_real_models(model, billions, latent, blocks_mb):
     assert 1 < card["calibration_generations"]["output"] < 1.01
 
 
+def test_flops_by_hand():
+    """Wan 1.3B: twelve widths squared a token and block, and attention over all tokens. Mutant: attention not counted."""
+    tokens, width, ffn, blocks, text = 21 * 30 * 52, 1536, 8960, 30, 512
+    linear = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * text * 2 * width**2
+    attention = 4 * tokens * (tokens + text) * width
+    card = model_card(config("model=wan21"))
+    assert card["flops_per_forward"] == pytest.approx(blocks * (linear + attention), rel=0.01)
+    assert card["calibration_generations"]["blocks"] == pytest.approx(1 + 16 * card["reused_step_share"]["blocks"])
+    assert model_card(config("model=wan21", "model.guidance_scale=1"))["forwards_per_step"] == 1
+
+
 def test_card_counts_what_a_run_keeps(pipe, tmp_path):
     """The counted cache bytes are those that a trace measures. Mutant: tokens of single latents."""
     pipe.save_pretrained(tmp_path)
@@ -90,9 +101,11 @@ def test_images_through_the_main_job(command, tmp_path):  # noqa: F811
 
 
 def test_vbench_calibration_prompts_come_last_in_its_tests():
-    """Mutant: calibration on prompts that the first tests use."""
+    """Mutants: calibration on prompts that the first tests use; tests that change with the calibration's size."""
     pytest.importorskip("vbench")
     cfg = config("model=wan21", "bench.num_prompts=900")
     held_out = calibration_prompts(cfg)
     texts = [prompt.text for prompt in prompts_of(cfg)]
     assert len(held_out) == 20 and len(texts) == 900 and not {*held_out} & {*texts}
+    more = config("model=wan21", "bench.num_prompts=900", "calibration.num_prompts=30")
+    assert [prompt.text for prompt in prompts_of(more)] == texts and calibration_prompts(more)[:20] == held_out

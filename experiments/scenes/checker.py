@@ -23,8 +23,8 @@ MIN_OVERLAP = 0.60  # mean intersection over union with the best template: below
 MIN_SHAPE_FIT = {  # overlap, and its lead over the next best shape; below either, an object has no known shape
     "circle": (0.80, 0.0),
     "square": (0.80, 0.0),  # a small one comes rounded out of the autoencoder: no lead over the circle can be asked
-    "triangle": (0.65, 0.05),
-    "star": (0.65, 0.05),  # small blobs overlap with it by 0.77, large clear stars by 0.72: the lead tells them apart
+    "triangle": (0.65, 0.02),
+    "star": (0.65, 0.04),  # small blobs overlap with it by 0.77, large clear stars by 0.72: the lead tells them apart
 }
 MIN_FRAME_SHARE = 0.6  # of the frames in which an object must be seen
 STILL_BELOW_PX = 4.0  # way from first to last frame; a moving object goes 12

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +88,14 @@ def encode_clips(
         return sample_scene(rng, "train"), rng
 
     scenes = [draw(index)[0] for index in range(count)]
-    first_clip = render(*draw(0)).tobytes()
-    made_from = {"autoencoder": weights_digest(vae), "first_clip": hashlib.sha256(first_clip).hexdigest()}
+    made_from = {"autoencoder": weights_digest(vae), "clips": _digest(as_batch(draw(i) for i in range(CLIPS_AT_ONCE)))}
     kept = load_file(path) if path.exists() and read_metadata(path) == made_from else {}
     chunks = [kept["latents"][:count]] if kept else []
     touched = [kept["objects"][:count]] if kept else []
     start = len(chunks[0]) if chunks else 0
     saved = time.monotonic()
     for first in track(range(start, count, CLIPS_AT_ONCE), description="encode clips", disable=start == count):
-        clips = np.stack([render(*draw(i)) for i in range(first, min(first + CLIPS_AT_ONCE, count))])
-        tensor = torch.from_numpy(clips).permute(0, 4, 1, 2, 3) * 2 - 1
+        tensor = as_batch(draw(i) for i in range(first, min(first + CLIPS_AT_ONCE, count)))
         with torch.no_grad():
             chunks.append(vae.encode(tensor).latent_dist.mode().half())
         touched.append(object_cells(tensor))
@@ -109,6 +107,16 @@ def encode_clips(
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     return (torch.cat(chunks).float() - mean) / std, torch.cat(touched), scenes
+
+
+def as_batch(drawn: Iterable[tuple[Scene, np.random.Generator]]) -> torch.Tensor:
+    """Rendered scenes as (b, 3, 9, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(np.stack([render(*each) for each in drawn])).permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+def _digest(clips: torch.Tensor) -> str:
+    """Of some clips and the cells that are noted as their objects': other scenes, or other cells, give another."""
+    return hashlib.sha256(clips.numpy().tobytes() + object_cells(clips).numpy().tobytes()).hexdigest()
 
 
 def object_cells(clips: torch.Tensor) -> torch.Tensor:
