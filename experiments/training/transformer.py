@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,11 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from erta.signature import weights_digest
-from experiments.scenes import Scene, caption, render, sample_scene
+from experiments.scenes import Scene, caption, sample_scene
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import Muon
 from experiments.training.text import MAX_WORDS, TEXT_DIM, encode_words
+from experiments.training.vae import as_batch
 
 TEXT_LENGTH = 512  # what WanPipeline pads to by default
 TRANSFORMER_CONFIG = dict(
@@ -107,11 +108,6 @@ def encode_clips(
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     return (torch.cat(chunks).float() - mean) / std, torch.cat(touched), scenes
-
-
-def as_batch(drawn: Iterable[tuple[Scene, np.random.Generator]]) -> torch.Tensor:
-    """Rendered scenes as (b, 3, 9, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.stack([render(*each) for each in drawn])).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
 def _digest(clips: torch.Tensor) -> str:
