@@ -33,7 +33,7 @@ PARTS = ("autoencoder", "decoder", "text", "transformer")
 # its 14,400 as below. One run from the start with these settings has not been made.
 SETTINGS = {
     "autoencoder": StageSettings("autoencoder", steps=1700, learning_rate=7e-3, decay_share=0.6, ema_decay=0.998),
-    "decoder": StageSettings("decoder", steps=3000, learning_rate=4e-3, ema_decay=0.998),
+    "decoder": StageSettings("decoder", steps=1800, learning_rate=4e-3, ema_decay=0.998),
     "text": StageSettings("text", steps=1200, learning_rate=3e-3, decay_share=0.5, ema_decay=0.99),
     "transformer": StageSettings("transformer", steps=20_500, learning_rate=3e-3, decay_share=0.28, ema_decay=0.999),
 }
