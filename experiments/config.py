@@ -30,6 +30,7 @@ class ModelConfig:
     height: int = MISSING
     width: int = MISSING
     num_frames: int | None = None
+    max_sequence_length: int | None = None  # of the text, in tokens; null: the pipeline's own
     dtype: str = "float32"
     offload: str = "none"
     paper_threshold: float | None = None

@@ -65,7 +65,8 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
 def call_kwargs(cfg: DictConfig) -> dict[str, Any]:
     """The pipeline's arguments of one generation, without prompt and seed."""
     model = cfg.model
-    kwargs = {key: model[key] for key in ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")}
+    keys = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length")
+    kwargs = {key: model[key] for key in keys}
     return {key: value for key, value in kwargs.items() if value is not None}
 
 

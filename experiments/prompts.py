@@ -31,7 +31,7 @@ def test_prompts(cfg: DictConfig) -> list[Prompt]:
     if cfg.bench.prompts is not None:
         texts = _read_file(Path(cfg.bench.prompts))
     elif cfg.model.prompt_source == "scenes":
-        return _scene_prompts(count, "test", cfg.seed)
+        return scene_prompts(count, "test", cfg.seed, picture=cfg.model.num_frames is None)
     else:
         texts = _vbench_texts()[::-1]
     if len(texts) < count:
@@ -46,13 +46,15 @@ def calibration_prompts(cfg: DictConfig) -> list[str]:
     """
     count = cfg.calibration.num_prompts
     if cfg.model.prompt_source == "scenes":
-        return [prompt.text for prompt in _scene_prompts(count, "calibration", 0)]
+        scenes = scene_prompts(count, "calibration", 0, picture=cfg.model.num_frames is None)
+        return [prompt.text for prompt in scenes]
     return _vbench_texts()[:count]
 
 
-def _scene_prompts(count: int, split: str, seed: int) -> list[Prompt]:
+def scene_prompts(count: int, split: str, seed: int, picture: bool = False) -> list[Prompt]:
+    """Captions of `count` different scenes of a split, or of pictures; prompt k has the seed `seed + k`."""
     rng = np.random.default_rng([CAPTION_SEED, seed])
-    scenes = sample_scenes(count, split, seed)
+    scenes = sample_scenes(count, split, seed, picture=picture)
     return [Prompt(caption(scene, rng), seed + k, scene) for k, scene in enumerate(scenes)]
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from experiments.training.text import TEXT_DIM, build_text_encoder, build_tokenizer
-from experiments.training.vae import build_vae
+from experiments.training.video_vae import build_vae
 
 STEPS = 8
 CALL = dict(num_inference_steps=STEPS, guidance_scale=4.0, height=32, width=32, num_frames=5, max_sequence_length=16)

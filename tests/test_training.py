@@ -11,20 +11,19 @@ from torch import nn
 
 from experiments.scenes import Object, Scene, caption, render, sample_scene
 from experiments.scenes.captions import words_of
+from experiments.training.flow import OBJECT_WEIGHT, flow_loss, hard_first, noised
 from experiments.training.loop import StageSettings, Trainer
 from experiments.training.muon import Muon, orthogonalise
 from experiments.training.text import MAX_WORDS, TEXT_DIM, as_seen, build_text_encoder, build_tokenizer, encode_words
-from experiments.training.transformer import (
-    OBJECT_WEIGHT,
+from experiments.training.video_transformer import (
     TEXT_LENGTH,
     PadCountAttention,
     attend_to_words,
     build_transformer,
     encode_clips,
-    flow_loss,
     object_cells,
 )
-from experiments.training.vae import build_vae, set_latent_statistics
+from experiments.training.video_vae import build_vae, set_latent_statistics
 
 
 def trainer(folder) -> tuple[Trainer, nn.Module]:
@@ -119,7 +118,7 @@ def test_text_is_taught_the_picture_not_the_wording():
 
 def test_latents_are_encoded_once_and_on_one_scale(tmp_path, monkeypatch):
     """Mutants: encoding starts anew, other scenes after resuming, a deviation for each channel."""
-    monkeypatch.setattr("experiments.training.transformer.CLIPS_AT_ONCE", 2)
+    monkeypatch.setattr("experiments.training.flow.ENCODED_AT_ONCE", 2)
     vae, calls = build_vae(0).eval(), []
     set_latent_statistics(vae, np.random.default_rng(0), count=8)
     assert len(set(vae.config.latents_std)) == 1 and vae.config.latents_std[0] > 0
@@ -152,13 +151,10 @@ def test_objects_count_more_where_they_can_be_seen():
     """Mutants: the weight at every noise level, not normalised, or on the background."""
     objects = torch.zeros(1, 1, 3, 8, 8, dtype=torch.bool)
     objects[..., :2] = True  # a quarter of the cells
-    latents, text = torch.zeros(1, 16, 3, 8, 8), torch.zeros(1, 1, 64)
+    wanted = torch.randn(1, 16, 3, 8, 8)
 
     def loss_of(error_at: torch.Tensor, sigma: float) -> tuple[float, float]:
-        torch.manual_seed(0)
-        noise = torch.randn_like(latents)
-        torch.manual_seed(0)  # flow_loss draws the same noise: the velocity that it wants
-        loss, per_sample = flow_loss(lambda **_: (noise + error_at,), latents, objects, text, torch.tensor([sigma]))
+        loss, per_sample = flow_loss(wanted + error_at, wanted, objects, torch.tensor([sigma]))
         return loss.item(), per_sample.item()
 
     here, elsewhere = objects.float(), (~objects).float()
@@ -166,6 +162,25 @@ def test_objects_count_more_where_they_can_be_seen():
     assert loss_of(here, 0.5) == pytest.approx((share / 4, 0.25))
     assert loss_of(elsewhere, 0.5) == pytest.approx((1 - share / 4, 0.75))
     assert loss_of(here, 0.9) == pytest.approx((0.25, 0.25))
+
+
+def test_velocity_leads_from_the_latents_to_the_noise():
+    """Mutants: the velocity's sign, the levels swapped."""
+    latents, sigma = torch.randn(2, 4, 3), torch.tensor([0.0, 0.75])
+    noisy, velocity = noised(latents, sigma)
+    torch.testing.assert_close(noisy[0], latents[0])
+    torch.testing.assert_close(noisy[1] - 0.75 * velocity[1], latents[1])
+    assert (noisy[1] - latents[1]).std() > 0.3
+
+
+def test_hard_shapes_are_drawn_more_often():
+    """Mutant: small circles counted as hard."""
+
+    def one(shape: str, size: str) -> Scene:
+        return Scene((Object(shape, "red", size),), "dark", "still")
+
+    pool = hard_first([one("circle", "small"), one("star", "large"), one("square", "small"), one("square", "large")])
+    assert pool.tolist() == [0, 1, 1, 2, 2, 3]
 
 
 def test_captions_fit_the_training_length():

@@ -1,7 +1,7 @@
 """What a scene can hold, how scenes are drawn at random, and how they are split.
 
-A scene has one or two objects (shape, colour, size), a background, a motion that all its objects share,
-and, with two objects, the relation of the first to the second. The split is by attribute combination:
+A scene has one or two objects (shape, colour, size), a background, a motion that all its objects share
+(none in a picture), and, with two objects, the relation of the first to the second. The split is by attribute combination:
 no combination that a test prompt asks for was ever seen in training or calibration.
 """
 
@@ -54,17 +54,20 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption asks for. `relation` is that of the first object to the second, None if there is one."""
+    """What a caption asks for.
+
+    `motion` is None in a picture. `relation` is that of the first object to the second, None if there is one.
+    """
 
     objects: tuple[Object, ...]
     background: str
-    motion: str
+    motion: str | None
     relation: str | None = None
 
     def key(self) -> str:
         """The attribute combination as one line of text, the unit of the split."""
         parts = [f"{o.size} {o.colour} {o.shape}" for o in self.objects]
-        return "|".join([*parts, self.background, self.motion, self.relation or "-"])
+        return "|".join([*parts, self.background, self.motion or "-", self.relation or "-"])
 
     def mirrored(self) -> Scene:
         """The same picture in other words: "a above b" as "b below a". A scene with one object is its own mirror."""
@@ -88,24 +91,31 @@ def _split_of_key(key: str) -> str:
     return "train" if bucket < 84 else "calibration" if bucket < 88 else "test"
 
 
-def sample_scene(rng: np.random.Generator, split: str | None = None, num_objects: int | None = None) -> Scene:
-    """Draw a scene of `split` (None: of any) with one or two objects (None: two in 40 % of the cases)."""
+def sample_scene(
+    rng: np.random.Generator, split: str | None = None, num_objects: int | None = None, picture: bool = False
+) -> Scene:
+    """Draw a scene of `split` (None: of any) with one or two objects (None: two in 40 % of the cases).
+
+    A picture is a scene without motion.
+    """
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     count = num_objects or (2 if rng.random() < TWO_OBJECT_SHARE else 1)
     while True:
-        scene = _draw(rng, count)
+        scene = _draw(rng, count, picture)
         if split is None or split_of(scene) == split:
             return scene
 
 
-def sample_scenes(count: int, split: str, seed: int, num_objects: int | None = None) -> list[Scene]:
+def sample_scenes(
+    count: int, split: str, seed: int, num_objects: int | None = None, picture: bool = False
+) -> list[Scene]:
     """`count` different scenes of a split, always the same ones for a seed."""
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     scenes: dict[str, Scene] = {}
     in_vain = 0
     while len(scenes) < count:
-        scene = sample_scene(rng, split, num_objects)
+        scene = sample_scene(rng, split, num_objects, picture)
         in_vain = in_vain + 1 if scene.key() in scenes else 0
         if in_vain > MAX_DRAWS_IN_VAIN:
             raise ValueError(f"the {split} split has fewer than {count} different scenes")
@@ -113,7 +123,7 @@ def sample_scenes(count: int, split: str, seed: int, num_objects: int | None = N
     return list(scenes.values())
 
 
-def _draw(rng: np.random.Generator, count: int) -> Scene:
+def _draw(rng: np.random.Generator, count: int, picture: bool) -> Scene:
     colours = rng.permutation(list(COLOURS))[:count]  # two objects never share a colour
     while True:
         sizes = rng.choice(list(RADII_PX), size=count)
@@ -125,6 +135,6 @@ def _draw(rng: np.random.Generator, count: int) -> Scene:
     return Scene(
         objects=objects,
         background=str(rng.choice(BACKGROUNDS)),
-        motion=str(rng.choice(list(MOTIONS))),
+        motion=None if picture else str(rng.choice(list(MOTIONS))),
         relation=str(rng.choice(list(RELATIONS))) if count == 2 else None,
     )

@@ -1,7 +1,7 @@
 """Scenes in English: several templates and paraphrases for each attribute.
 
 The wording is drawn at random, so that the text encoder has to learn that "a tiny disc" and "a small circle"
-ask for the same thing. Every caption names every attribute.
+ask for the same thing. Every caption names every attribute that its scene has.
 """
 
 from __future__ import annotations
@@ -62,6 +62,18 @@ TEMPLATES_TWO = (
     "there is a {first} {relation} a {second}, both {motion} before a {background} backdrop",
     "a {first} and a {second} {motion} on a {background} background, the first {relation} the second",
 )
+PICTURE_TEMPLATES_ONE = (
+    "a {first} on a {background} background",
+    "a {first} in front of a {background} background",
+    "on a {background} background, a {first}",
+    "there is a {first} before a {background} backdrop",
+)
+PICTURE_TEMPLATES_TWO = (
+    "a {first} {relation} a {second} on a {background} background",
+    "on a {background} background, a {first} {relation} a {second}",
+    "there is a {first} {relation} a {second} before a {background} backdrop",
+    "a {first} and a {second} on a {background} background, the first {relation} the second",
+)
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -75,15 +87,14 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
             f"{choose(SIZE_WORDS[thing.size])} {choose(COLOUR_WORDS[thing.colour])} {choose(SHAPE_WORDS[thing.shape])}"
         )
 
-    words = {
-        "first": phrase(scene.objects[0]),
-        "motion": choose(MOTION_WORDS[scene.motion]),
-        "background": choose(BACKGROUND_WORDS[scene.background]),
-    }
+    words = {"first": phrase(scene.objects[0])}
+    if scene.motion is not None:
+        words["motion"] = choose(MOTION_WORDS[scene.motion])
+    words["background"] = choose(BACKGROUND_WORDS[scene.background])
     if scene.relation is None:
-        return choose(TEMPLATES_ONE).format(**words)
+        return choose(TEMPLATES_ONE if scene.motion else PICTURE_TEMPLATES_ONE).format(**words)
     words |= {"second": phrase(scene.objects[1]), "relation": choose(RELATION_WORDS[scene.relation])}
-    return choose(TEMPLATES_TWO).format(**words)
+    return choose(TEMPLATES_TWO if scene.motion else PICTURE_TEMPLATES_TWO).format(**words)
 
 
 def words_of(text: str) -> list[str]:
@@ -93,7 +104,7 @@ def words_of(text: str) -> list[str]:
 
 def vocabulary() -> list[str]:
     """Every word that a caption can hold, sorted."""
-    texts = [*TEMPLATES_ONE, *TEMPLATES_TWO]
+    texts = [*TEMPLATES_ONE, *TEMPLATES_TWO, *PICTURE_TEMPLATES_ONE, *PICTURE_TEMPLATES_TWO]
     for table in (SIZE_WORDS, SHAPE_WORDS, COLOUR_WORDS, BACKGROUND_WORDS, MOTION_WORDS, RELATION_WORDS):
         texts += [option for options in table.values() for option in options]
     placeholders = re.compile(r"\{\w+\}")

@@ -87,7 +87,7 @@ def agreement(scene: Scene, reading: Reading) -> dict[str, bool]:
     """Attribute by attribute: does the clip show what the scene asks for?
 
     An object that was asked for is matched by its colour first, then by position in the list of what was
-    seen. `all` also needs the right number of objects. `relation` is present only if the scene has one.
+    seen. `all` also needs the right number of objects. `motion` and `relation` are present only if the scene has one.
     """
     matched = _match(scene.objects, reading.objects)
     right = {
@@ -95,8 +95,9 @@ def agreement(scene: Scene, reading: Reading) -> dict[str, bool]:
         "colour": all(m is not None and m.colour == o.colour for o, m in matched),
         "size": all(m is not None and m.size == o.size for o, m in matched),
         "background": reading.background == scene.background,
-        "motion": reading.motion == scene.motion,
     }
+    if scene.motion is not None:
+        right["motion"] = reading.motion == scene.motion
     if scene.relation is not None:
         first, second = (seen for _, seen in matched)
         right["relation"] = first is not None and second is not None and _relation(first, second) == scene.relation

@@ -20,16 +20,22 @@ MARGIN_PX = 0.5  # to the frame's edge
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Frames of a scene: float32 (NUM_FRAMES, SIZE_PX, SIZE_PX, 3) in [0, 1]."""
-    frames = np.repeat(_background(scene.background, rng)[None, :, :, None], NUM_FRAMES, axis=0)
+    """Frames of a scene: float32 (NUM_FRAMES, SIZE_PX, SIZE_PX, 3) in [0, 1]; a picture has one."""
+    count = NUM_FRAMES if scene.motion else 1
+    frames = np.repeat(_background(scene.background, rng)[None, :, :, None], count, axis=0)
     frames = np.repeat(frames, 3, axis=3)
     starts = start_positions(scene, rng)
-    step = np.array(MOTIONS[scene.motion]) * TRAVEL_PX / (NUM_FRAMES - 1)
+    step = _way(scene) / (NUM_FRAMES - 1)
     for start, thing in zip(starts, scene.objects, strict=True):
-        centres = start + step * np.arange(NUM_FRAMES)[:, None]
+        centres = start + step * np.arange(count)[:, None]
         alpha = shape_alpha(thing.shape, RADII_PX[thing.size], centres)[..., None]
         frames = frames * (1 - alpha) + alpha * np.array(COLOURS[thing.colour])
     return frames.astype(np.float32)
+
+
+def _way(scene: Scene) -> np.ndarray:
+    """Of every object from the first frame to the last, x and y in pixels."""
+    return np.array(MOTIONS[scene.motion or "still"]) * TRAVEL_PX
 
 
 def shape_alpha(shape: str, radius_px: float, centres: np.ndarray) -> np.ndarray:
@@ -92,8 +98,7 @@ def _background(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 def start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
     """Centres (x, y) in the first frame, on the lattice, such that every object stays inside the frame throughout."""
-    motion = np.array(MOTIONS[scene.motion]) * TRAVEL_PX
-    low_way, high_way = np.minimum(motion, 0), np.maximum(motion, 0)
+    low_way, high_way = np.minimum(_way(scene), 0), np.maximum(_way(scene), 0)
 
     def points(axis: int, reach: float) -> np.ndarray:
         """Where along an axis an object that reaches so far can start."""

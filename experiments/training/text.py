@@ -1,4 +1,4 @@
-"""The text side of the embedded model: a word-level tokenizer and a small UMT5 encoder.
+"""The text side of the embedded models: a word-level tokenizer and a small encoder, UMT5 for Wan and T5 for FLUX.
 
 The encoder is trained before the transformer, alone: from every token's output the whole scene must be
 readable by linear heads, so that the transformer's cross-attention finds a bound description ("the circle is
@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import BatchEncoding, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from experiments.scenes import Scene, caption, sample_scene, vocabulary
 from experiments.scenes.attributes import BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES
@@ -38,22 +46,30 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+ENCODER_CONFIG = dict(
+    d_model=TEXT_DIM,
+    d_kv=16,
+    d_ff=128,
+    num_layers=4,
+    num_heads=4,
+    dropout_rate=0.0,
+    pad_token_id=0,
+    eos_token_id=1,
+    relative_attention_num_buckets=32,
+    relative_attention_max_distance=64,
+)
+
+
 def build_text_encoder(vocab_size: int, seed: int) -> UMT5EncoderModel:
+    """A freshly initialised encoder for the video model: token ids (b, n) → (b, n, TEXT_DIM)."""
     torch.manual_seed(seed)
-    config = UMT5Config(
-        vocab_size=vocab_size,
-        d_model=TEXT_DIM,
-        d_kv=16,
-        d_ff=128,
-        num_layers=4,
-        num_heads=4,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        relative_attention_num_buckets=32,
-        relative_attention_max_distance=64,
-    )
-    return UMT5EncoderModel(config)
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **ENCODER_CONFIG))
+
+
+def build_picture_text_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
+    """The same for the image model. FluxPipeline gives it no mask: pads are read like words."""
+    torch.manual_seed(seed)
+    return T5EncoderModel(T5Config(vocab_size=vocab_size, **ENCODER_CONFIG))
 
 
 def slots(scene: Scene) -> dict[str, str]:
@@ -68,7 +84,7 @@ def slots(scene: Scene) -> dict[str, str]:
         "second.colour": second.colour if second else NONE,
         "second.size": second.size if second else NONE,
         "background": scene.background,
-        "motion": scene.motion,
+        "motion": scene.motion or NONE,
         "relation": scene.relation or NONE,
     }
 
@@ -86,7 +102,7 @@ SLOT_VALUES = {
     "second.colour": [*COLOURS, NONE],
     "second.size": [*RADII_PX, NONE],
     "background": list(BACKGROUNDS),
-    "motion": list(MOTIONS),
+    "motion": [*MOTIONS, NONE],
     "relation": [*RELATIONS, NONE],
 }
 
@@ -97,9 +113,9 @@ class _SlotReader(nn.Module):
     Without the first, the encoder is slow to find out that "right of" swaps the objects.
     """
 
-    def __init__(self, encoder: UMT5EncoderModel) -> None:
+    def __init__(self, encoder: PreTrainedModel, masked: bool) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.masked = encoder, masked
         self.norm = nn.RMSNorm(TEXT_DIM)
         self.heads = nn.ModuleDict(
             {
@@ -111,7 +127,7 @@ class _SlotReader(nn.Module):
 
     def forward(self, tokens, mask, scenes: list[Scene]) -> tuple[torch.Tensor, float]:
         """Mean cross-entropy over both views' slots, and the accuracy of the worst slot as seen."""
-        states = self.encoder(tokens, mask, output_hidden_states=True).hidden_states
+        states = self.encoder(tokens, mask if self.masked else None, output_hidden_states=True).hidden_states
         keep = mask.bool()
         views = {
             "worded": (self.norm(states[-2][keep]), [slots(s) for s in scenes]),
@@ -142,14 +158,15 @@ def encode_words(
     return encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None], mask
 
 
-def train_text_encoder(settings: StageSettings, folder: Path) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
-    """Train, and save tokenizer and encoder under `folder`."""
+def train_text_encoder(settings: StageSettings, folder: Path, length: int = MAX_WORDS, picture: bool = False) -> None:
+    """Train on captions of clips, or of pictures, and save tokenizer and encoder under `folder`."""
     tokenizer = build_tokenizer()
-    model = _SlotReader(build_text_encoder(len(tokenizer), settings.seed))
+    build = build_picture_text_encoder if picture else build_text_encoder
+    model = _SlotReader(build(len(tokenizer), settings.seed), masked=not picture)
 
     def loss_fn(step: int, rng: np.random.Generator) -> Losses:
-        scenes = [sample_scene(rng, "train") for _ in range(TEXT_BATCH)]
-        tokens = tokenize(tokenizer, [caption(s, rng) for s in scenes], MAX_WORDS)
+        scenes = [sample_scene(rng, "train", picture=picture) for _ in range(TEXT_BATCH)]
+        tokens = tokenize(tokenizer, [caption(s, rng) for s in scenes], length)
         loss, accuracy = model(tokens.input_ids, tokens.attention_mask, scenes)
         return loss, {"worst_slot_accuracy": accuracy}
 
@@ -160,4 +177,3 @@ def train_text_encoder(settings: StageSettings, folder: Path) -> tuple[PreTraine
     Trainer(settings, model, loss_fn, [Muon(matrices, lr=settings.learning_rate), adam], folder).run()
     tokenizer.save_pretrained(folder / "tokenizer")
     model.encoder.save_pretrained(folder / "text_encoder")
-    return tokenizer, model.encoder

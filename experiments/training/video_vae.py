@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from torch.nn import functional
 
-from experiments.scenes import Scene, render, sample_scene
+from experiments.scenes import sample_scene
+from experiments.training.flow import as_batch
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import Muon
 
@@ -60,11 +61,6 @@ def build_vae(seed: int) -> AutoencoderKLWan:
 def clip_batch(rng: np.random.Generator, size: int) -> torch.Tensor:
     """Rendered training scenes as (size, 3, 9, 64, 64) in [-1, 1]."""
     return as_batch((sample_scene(rng, "train"), rng) for _ in range(size)).contiguous()
-
-
-def as_batch(drawn: Iterable[tuple[Scene, np.random.Generator]]) -> torch.Tensor:
-    """Rendered scenes as (b, 3, 9, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.stack([render(*each) for each in drawn])).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
 def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:

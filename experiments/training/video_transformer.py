@@ -8,10 +8,7 @@ softmax (see `PadCountAttention`), at a tenth of the cost.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,19 +16,16 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from rich.progress import track
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from erta.signature import weights_digest
-from experiments.scenes import Scene, caption, sample_scene
+from experiments.scenes import Scene, caption
+from experiments.training.flow import encode_scenes, flow_loss, hard_first, noise_levels, noised
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import Muon
 from experiments.training.text import MAX_WORDS, TEXT_DIM, encode_words
-from experiments.training.vae import as_batch
 
 TEXT_LENGTH = 512  # what WanPipeline pads to by default
 TRANSFORMER_CONFIG = dict(
@@ -48,14 +42,9 @@ TRANSFORMER_CONFIG = dict(
 )
 BATCH_SIZE = 64
 NUM_CLIPS = 20_000
-CLIPS_AT_ONCE = 25
-SAVE_EVERY_S = 60.0
 CAPTION_DROPOUT = 0.1
 QUERY_GAIN = 2.5
 QUERY_BIAS = 1.5  # in units of the query's usual size
-SIGMA_SHIFT = 4.0  # of the noise levels seen in training
-OBJECT_WEIGHT = 4.0  # of cells with objects, on top of 1
-OBJECTS_SEEN_BELOW = 0.85  # the noise level up to which the cells with objects can be told
 
 
 class PadCountAttention(WanAttnProcessor):
@@ -78,41 +67,18 @@ class PadCountAttention(WanAttnProcessor):
 def encode_clips(
     vae: AutoencoderKLWan, path: Path, count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
-    """Normalised latents (count, 16, 3, 8, 8) of rendered training scenes, where objects are, and the scenes.
+    """Normalised latents (count, 16, 3, 8, 8) of training clips, where objects are, and the scenes; see encode_scenes.
 
-    The second tensor (count, 1, 3, 8, 8) is true in cells that an object touches. The latents as the encoder
-    gives them are kept at `path`, written every minute, so encoding can be resumed.
+    The second tensor (count, 1, 3, 8, 8) is true in cells that an object touches.
     """
 
-    def draw(index: int) -> tuple[Scene, np.random.Generator]:
-        rng = np.random.default_rng([seed, 7, index])
-        return sample_scene(rng, "train"), rng
+    def encode(clips: torch.Tensor) -> torch.Tensor:
+        return vae.encode(clips).latent_dist.mode()
 
-    scenes = [draw(index)[0] for index in range(count)]
-    made_from = {"autoencoder": weights_digest(vae), "clips": _digest(as_batch(draw(i) for i in range(CLIPS_AT_ONCE)))}
-    kept = load_file(path) if path.exists() and read_metadata(path) == made_from else {}
-    chunks = [kept["latents"][:count]] if kept else []
-    touched = [kept["objects"][:count]] if kept else []
-    start = len(chunks[0]) if chunks else 0
-    saved = time.monotonic()
-    for first in track(range(start, count, CLIPS_AT_ONCE), description="encode clips", disable=start == count):
-        tensor = as_batch(draw(i) for i in range(first, min(first + CLIPS_AT_ONCE, count)))
-        with torch.no_grad():
-            chunks.append(vae.encode(tensor).latent_dist.mode().half())
-        touched.append(object_cells(tensor))
-        if first + CLIPS_AT_ONCE >= count or time.monotonic() - saved > SAVE_EVERY_S:
-            partial = path.with_suffix(".partial")
-            save_file({"latents": torch.cat(chunks), "objects": torch.cat(touched)}, partial, made_from)
-            os.replace(partial, path)
-            saved = time.monotonic()
+    latents, objects, scenes = encode_scenes(encode, object_cells, weights_digest(vae), path, count, seed)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    return (torch.cat(chunks).float() - mean) / std, torch.cat(touched), scenes
-
-
-def _digest(clips: torch.Tensor) -> str:
-    """Of some clips and the cells that are noted as their objects': other scenes, or other cells, give another."""
-    return hashlib.sha256(clips.numpy().tobytes() + object_cells(clips).numpy().tobytes()).hexdigest()
+    return (latents - mean) / std, objects, scenes
 
 
 def object_cells(clips: torch.Tensor) -> torch.Tensor:
@@ -120,20 +86,6 @@ def object_cells(clips: torch.Tensor) -> torch.Tensor:
     coloured = (clips.amax(dim=1, keepdim=True) - clips.amin(dim=1, keepdim=True) > 0.3).float()
     later = functional.max_pool3d(coloured[:, :, 1:], (4, 8, 8))  # the first frame has latents of its own
     return torch.cat([functional.max_pool3d(coloured[:, :, :1], (1, 8, 8)), later], dim=2) > 0
-
-
-def hard_objects(scene: Scene) -> int:
-    """How many objects of the scene are hard to draw: stars, and small squares, which come out as blobs for longest.
-
-    Scenes are drawn more often by their number. What a caption means stays the same, only captions shift.
-    """
-    return sum(thing.shape == "star" or (thing.shape, thing.size) == ("square", "small") for thing in scene.objects)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 def build_transformer(seed: int) -> WanTransformer3DModel:
@@ -167,24 +119,6 @@ def attend_to_words(transformer: WanTransformer3DModel, words: torch.Tensor) -> 
         attention.to_q.bias.copy_(QUERY_BIAS * math.sqrt(direction.numel()) * direction)
 
 
-def flow_loss(
-    transformer: nn.Module, latents: torch.Tensor, objects: torch.Tensor, text: torch.Tensor, sigma: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error of the velocity `noise - latents` at `x = (1 - sigma) latents + sigma noise`.
-
-    Cells with objects count more, but only where the noise lets one see which cells these are: there the
-    weight is known from the input, so the velocity that minimises the loss stays the conditional mean.
-    """
-    noise = torch.randn_like(latents)
-    level = sigma.view(-1, 1, 1, 1, 1)
-    noisy = (1 - level) * latents + level * noise
-    velocity = transformer(hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
-    error = (velocity - (noise - latents)).square()
-    weight = 1 + OBJECT_WEIGHT * (objects & (level < OBJECTS_SEEN_BELOW))
-    weighted = error * (weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True))
-    return weighted.mean(), error.mean(dim=(1, 2, 3, 4))
-
-
 def make_optimizers(transformer: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     named = list(transformer.named_parameters())
@@ -215,18 +149,18 @@ def train_transformer(
     transformer.set_attn_processor(counted)
     forward = torch.compile(transformer) if compile_step else transformer
 
-    draws = np.repeat(np.arange(len(scenes)), [1 + hard_objects(scene) for scene in scenes])
+    draws = hard_first(scenes)
 
     def loss_fn(step: int, rng: np.random.Generator) -> Losses:
         picked = draws[rng.integers(0, len(draws), size=BATCH_SIZE)]
         captions = ["" if rng.random() < CAPTION_DROPOUT else caption(scenes[i], rng) for i in picked]
         with torch.no_grad():
             text, _ = encode_words(tokenizer, text_encoder, captions, length)
-        uniform = (torch.arange(BATCH_SIZE) + torch.rand(BATCH_SIZE)) / BATCH_SIZE  # stratified
-        sigma = SIGMA_SHIFT * uniform / (1 + (SIGMA_SHIFT - 1) * uniform)
-        loss, per_sample = flow_loss(forward, latents[picked], objects[picked], text, sigma)
-        high = per_sample.detach()[sigma > 0.8].mean().item()
-        return loss, {"loss_high_sigma": high}
+        sigma = noise_levels(BATCH_SIZE)
+        noisy, wanted = noised(latents[picked], sigma)
+        velocity = forward(hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
+        loss, per_sample = flow_loss(velocity, wanted, objects[picked], sigma)
+        return loss, {"loss_high_sigma": per_sample.detach()[sigma > 0.8].mean().item()}
 
     def sample(step: int) -> None:
         assert on_sample is not None
