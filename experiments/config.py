@@ -74,6 +74,10 @@ class BenchConfig:
     prompts: str | None = None
     dimensions: list[str] = field(default_factory=list)
     python: str | None = None  # interpreter of the VBench worker; null: this one
+    image_scores: bool = False  # FID and CLIP score
+    reference: str | None = None  # FID: a folder of images; null: on scenes, rendered ones
+    num_reference: int = 1024  # FID: how many are rendered
+    clip: str | None = None  # CLIP score: a folder or name on the hub; null: clip_tiny on scenes, else OpenAI's
 
 
 @dataclass

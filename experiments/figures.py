@@ -84,30 +84,36 @@ def decomposition(by_step: dict[str, np.ndarray], growth: dict[int, float], path
     _save(figure, path)
 
 
-def contact_sheet(samples: Path, rows: list[dict[str, Any]], path: Path, columns: int = 2) -> None:
-    """First, middle and last frame of every prompt, uncached to the left of cached, with what was asked for."""
-    rows = rows[:SHEET_ROWS]
-    lines = -(-len(rows) // columns)
+def contact_sheet(samples: Path, rows: list[dict[str, Any]], path: Path) -> None:
+    """First, middle and last frame of every prompt, or its image, uncached to the left of cached, with the prompt."""
+    pairs = []
+    for row in rows[:SHEET_ROWS]:
+        arms = [_shown_frames(samples / arm / f"{row['index']:03d}.webp") for arm in ("uncached", "cached")]
+        gap = np.full((arms[0].shape[0], arms[0].shape[1] // 24, 3), 255, np.uint8)
+        pairs.append(np.concatenate([arms[0], gap, arms[1]], axis=1))
+    moving = pairs[0].shape[1] > 3 * pairs[0].shape[0]
+    columns, width, height, letters = (2, 6.4, 1.32, 88) if moving else (4, 3.2, 1.85, 100)
+    lines = -(-len(pairs) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(6.4 * columns, 1.32 * lines + 0.4), layout="tight", squeeze=False
+        lines, columns, figsize=(width * columns, height * lines + 0.4), layout="tight", squeeze=False
     )
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, row in zip(axes.flat, rows, strict=False):
-        arms = [_three_frames(samples / arm / f"{row['index']:03d}.webp") for arm in ("uncached", "cached")]
-        gap = np.full((arms[0].shape[0], arms[0].shape[1] // 24, 3), 255, np.uint8)
-        axis.imshow(np.concatenate([arms[0], gap, arms[1]], axis=1), interpolation="nearest")
-        axis.set_title(textwrap.shorten(row["prompt"], 88, placeholder=" …"), fontsize=7.5, pad=2)
-    figure.suptitle("uncached (left) and cached (right): first, middle and last frame", fontsize=9)
+    for axis, row, pair in zip(axes.flat, rows, pairs, strict=False):
+        axis.imshow(pair, interpolation="nearest")
+        title = textwrap.shorten(row["prompt"], letters, placeholder=" …")
+        axis.set_title(title if moving else textwrap.fill(title, 50), fontsize=7.5, pad=2)
+    shown = ": first, middle and last frame" if moving else ""
+    figure.suptitle(f"uncached (left) and cached (right){shown}", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _three_frames(path: Path) -> np.ndarray:
+def _shown_frames(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         count = getattr(image, "n_frames", 1)
         frames = []
-        for index in (0, count // 2, count - 1):
+        for index in sorted({0, count // 2, count - 1}):
             image.seek(index)
             frames.append(np.asarray(image.convert("RGB")))
     return np.concatenate(frames, axis=1)

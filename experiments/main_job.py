@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from hydra.utils import get_method
 from omegaconf import DictConfig
+from PIL import Image
 
 from erta.calibration import Calibration
 from erta.errors import ErtaError
-from experiments import console, figures, report, tracking
+from experiments import console, figures, image_scores, report, tracking
 from experiments import vbench_runner as vbench
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.methods import Arm, profile
@@ -27,13 +28,12 @@ from experiments.scenes import CHANCE_LEVEL
 
 ARMS = ("uncached", "cached")
 PER_PROMPT = "per_prompt.jsonl"
-NOT_BUILT = dict.fromkeys(
-    ("fid_inception", "fid_tinyclip", "clip_score_vit", "clip_score_tinyclip"), "an image metric; not built yet"
-)
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
     """Everything from the weights to the report. A second call goes on after the last finished prompt."""
+    if cfg.bench.image_scores:
+        image_scores.check(cfg)
     prompts = test_prompts(cfg)
     pipe = load_pipeline(cfg)
     if cfg.model.embedded:
@@ -53,6 +53,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
         rows = _sample_all(cfg, pipe, arm, prompts, folder, tracker)
         scores = _score_videos(cfg, prompts, folder)
         record = _summarise(cfg, pipe, arm, rows, scores)
+        image_metrics, image_missing = _score_images(cfg, prompts, folder)
+        record["metrics"] |= image_metrics
+        record["missing"] |= image_missing
         _draw(arm, rows, record, folder)
         report.write(folder, record, rows)
         finish(folder, record)
@@ -73,7 +76,7 @@ def _sample_all(
     if len(rows) < len(prompts):  # warm-up, not measured
         generate(pipe, prompts[0].text, 0, {**base, "num_inference_steps": 2})
     with progress_bar() as bar:
-        task = bar.add_task("uncached and cached clips", total=len(prompts), completed=len(rows))
+        task = bar.add_task("uncached and cached samples", total=len(prompts), completed=len(rows))
         for index in range(len(rows), len(prompts)):
             prompt = prompts[index]
             samples: dict[str, Sample] = {}
@@ -82,7 +85,10 @@ def _sample_all(
                 samples[name] = generate(pipe, prompt.text, prompt.seed, kwargs, plan)
             for name, sample in samples.items():
                 path = folder / "samples" / name / f"{index:03d}"
-                vbench.write_lossless(sample.frames, path.with_suffix(".mp4"))
+                if cfg.model.num_frames is None:
+                    Image.fromarray(vbench.to_uint8(sample.frames[0])).save(path.with_suffix(".png"))
+                else:
+                    vbench.write_lossless(sample.frames, path.with_suffix(".mp4"))
                 report.write_animation(sample.frames, path.with_suffix(".webp"))
             row = _measure(index, prompt, samples, lpips)
             append_line(folder / PER_PROMPT, row)
@@ -139,6 +145,14 @@ def _score_videos(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> dict[
     return {**scores, "missing": missing}
 
 
+def _score_images(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """FID and CLIP score of both arms, or why not."""
+    if cfg.bench.image_scores:
+        return image_scores.score(cfg, folder, prompts)
+    names = ("fid_inception", "fid_tinyclip", "clip_score_vit", "clip_score_tinyclip")
+    return {}, dict.fromkeys(names, f"bench={cfg.bench.name} does not ask for it: bench=fid_clip, on images, does")
+
+
 def _summarise(
     cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], scores: dict[str, Any]
 ) -> dict[str, Any]:
@@ -167,7 +181,6 @@ def _summarise(
             metrics[key] = {name: result["score"] for name, result in scores[arm_name].items()}
     missing |= {f"vbench.{name}": reason for name, reason in scores["missing"].items()}
     missing["vbench_total"] = "needs all 16 dimensions on VBench's own prompts"
-    missing |= NOT_BUILT
     plan = arm.plan
     mask = [1] * arm.kwargs["num_inference_steps"] if plan is None else [int(m) for m in plan.mask]
     sigmas = call_sigmas(pipe, arm.kwargs) if plan is None else plan.sigmas
@@ -254,7 +267,6 @@ def _peak_bytes() -> int:
 def _print_summary(record: dict[str, Any], folder: Path) -> None:
     console.table("result", ["", "uncached", "cached"], report.summary_rows(record))
     for name, reason in record["missing"].items():
-        if name in NOT_BUILT:
-            continue
-        console.note(f"not evaluated: {name} ({reason})")
+        if not name.startswith(("fid", "clip_score")) or record["config"]["bench"]["image_scores"]:
+            console.note(f"not evaluated: {name} ({reason})")
     console.note(f"report: {folder / 'report.html'}")

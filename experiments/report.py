@@ -20,6 +20,12 @@ FIGURE_TITLES = {
     "relative_l1": "How much the residual changes from step to step",
     "psnr_per_prompt": "PSNR of every prompt against its uncached twin",
 }
+IMAGE_SCORES = {
+    "fid_inception": "FID (Inception)",
+    "fid_tinyclip": "FID (clip_tiny, not comparable elsewhere)",
+    "clip_score_vit": "CLIP score",
+    "clip_score_tinyclip": "CLIP score (clip_tiny, not comparable elsewhere)",
+}
 
 
 def write_animation(frames: np.ndarray, path: Path) -> None:
@@ -88,6 +94,11 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((name, f"{metrics['scene_accuracy_uncached'][key]:.1%}", f"{cached:.1%}"))
     for key, cached in metrics.get("vbench", {}).items():
         rows.append((f"VBench {key}", f"{metrics['vbench_uncached'][key]:.4f}", f"{cached:.4f}"))
+    for key, name in IMAGE_SCORES.items():
+        if key in metrics:
+            rows.append((name, f"{metrics[f'{key}_uncached']:.3f}", f"{metrics[key]:.3f}"))
+        if f"{key}_to_uncached" in metrics:
+            rows.append((f"{name}, against the uncached images", "", f"{metrics[f'{key}_to_uncached']:.3f}"))
     overhead = timing["hook_overhead_per_step_s"]
     rows.append(
         (
