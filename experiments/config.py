@@ -14,6 +14,8 @@ from erta.site import SITES
 
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
+FRAMES_FROM = ("decoded", "mp4")
+MP4_BLOCK = 16  # pixels
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -71,6 +73,7 @@ class BenchConfig:
     name: str = MISSING
     num_prompts: int = 16
     prompts: str | None = None
+    frames_from: str = "decoded"  # what PSNR, SSIM, MS-SSIM and LPIPS compare; or mp4
     dimensions: list[str] = field(default_factory=list)
     python: str | None = None  # interpreter of the VBench worker; null: this one
 
@@ -170,6 +173,17 @@ def _check_shards(cfg: DictConfig) -> None:
     shard_range(cfg.calibration.shard, cfg.calibration.num_prompts)
 
 
+def _check_mp4(cfg: DictConfig) -> None:
+    """Only videos are saved as mp4, and export_to_video rescales frames whose sides are not multiples of 16."""
+    if cfg.bench.frames_from != "mp4":
+        return
+    if cfg.model.num_frames is None:
+        raise ErtaError("bench.frames_from=mp4 is for videos, and this model makes images: leave it at decoded")
+    if cfg.model.height % MP4_BLOCK or cfg.model.width % MP4_BLOCK:
+        size = f"model.height={cfg.model.height} model.width={cfg.model.width}"
+        raise ErtaError(f"bench.frames_from=mp4 needs sides that are multiples of {MP4_BLOCK}, not {size}")
+
+
 def validate(cfg: DictConfig) -> None:
     """Raise ErtaError for values that have the right type but no meaning."""
     chosen = budget(cfg)
@@ -202,6 +216,8 @@ def validate(cfg: DictConfig) -> None:
         raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
     choice_index("model.dtype", cfg.model.dtype, DTYPES)
     choice_index("model.offload", cfg.model.offload, ("none", "model"))
+    choice_index("bench.frames_from", cfg.bench.frames_from, FRAMES_FROM)
+    _check_mp4(cfg)
     choice_index("wandb.mode", cfg.wandb.mode, WANDB_MODES)
 
 
