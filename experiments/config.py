@@ -81,6 +81,7 @@ class BenchConfig:
 @dataclass
 class CalibrationConfig:
     num_prompts: int = 20
+    prompts: str | None = None
     window: int = 16
     path: str | None = None
     allow_interpolation: bool = False
@@ -173,6 +174,13 @@ def _check_shards(cfg: DictConfig) -> None:
     shard_range(cfg.calibration.shard, cfg.calibration.num_prompts)
 
 
+def _check_calibration_prompts(cfg: DictConfig) -> None:
+    """A calibration that is named, or merged, brings its prompts; only the closed-loop fit would read others."""
+    made = [key for key in ("path", "parts") if cfg.calibration[key]]
+    if cfg.calibration.prompts is not None and made and cfg.cache.rectifier_fit != "closed":
+        raise ErtaError(f"calibration.prompts would not be read: calibration.{made[0]} brings its own prompts")
+
+
 def _check_mp4(cfg: DictConfig) -> None:
     """Only videos are saved as mp4, and export_to_video rescales frames whose sides are not multiples of 16."""
     if cfg.bench.frames_from != "mp4":
@@ -208,6 +216,7 @@ def validate(cfg: DictConfig) -> None:
         if value < 1:
             raise ErtaError(f"{key} must be at least 1, not {value}")
     _check_shards(cfg)
+    _check_calibration_prompts(cfg)
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)

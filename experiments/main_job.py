@@ -97,7 +97,7 @@ def _sample_all(
 
 
 def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], scores: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"index": index, "prompt": prompt.text, "seed": prompt.seed, **scores}
+    row: dict[str, Any] = {"index": index, "id": prompt.id, "prompt": prompt.text, "seed": prompt.seed, **scores}
     for name, sample in samples.items():
         row[name] = {
             "denoise_s": sample.denoise_s,

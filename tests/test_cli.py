@@ -314,7 +314,7 @@ def test_word_outside_the_vocabulary_and_bad_prompt_files(command):
     Path("p.txt").write_bytes(b"caf\xe9\n" * 3)
     assert "not UTF-8" in command("bench.prompts=p.txt")[1]
     Path("p.txt").write_text("a red circle\n")
-    assert "there are 1" in command("bench.prompts=p.txt")[1]
+    assert "bench.num_prompts=3, but p.txt holds only 1" in command("bench.prompts=p.txt")[1]
 
 
 def test_prompts_are_escaped_in_the_report(tmp_path):
