@@ -95,6 +95,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
+    from experiments.models import memory_advice
     from experiments.record import STATE_FILE, open_folder
 
     for override in HydraConfig.get().overrides.task:
@@ -109,7 +110,8 @@ def _run(cfg: DictConfig) -> None:
         shutil.rmtree(fresh / ".hydra", ignore_errors=True)
         with suppress(OSError):
             fresh.rmdir()
-    get_method(cfg.experiment._target_)(cfg, folder)
+    with memory_advice(cfg):
+        get_method(cfg.experiment._target_)(cfg, folder)
 
 
 def _quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from erta.site import SITES
 
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "sequential")
 FRAMES_FROM = ("decoded", "mp4")
 MP4_BLOCK = 16  # pixels
 WANDB_MODES = ("offline", "online", "disabled")
@@ -33,7 +34,9 @@ class ModelConfig:
     width: int = MISSING
     num_frames: int | None = None
     dtype: str = "float32"
-    offload: str = "none"
+    offload: str = "none"  # on a GPU: model keeps one model there at a time, sequential one layer
+    vae_tiling: bool = False
+    compile: bool = False  # of the transformer's repeated blocks
     paper_threshold: float | None = None
     prompt_source: str = "scenes"
 
@@ -224,7 +227,9 @@ def validate(cfg: DictConfig) -> None:
     if cfg.experiment.seeds < 1:
         raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
     choice_index("model.dtype", cfg.model.dtype, DTYPES)
-    choice_index("model.offload", cfg.model.offload, ("none", "model"))
+    choice_index("model.offload", cfg.model.offload, OFFLOADS)
+    if cfg.model.compile and cfg.model.offload == "sequential":
+        raise ErtaError("model.compile=true and model.offload=sequential: layers that come and go cannot be compiled")
     choice_index("bench.frames_from", cfg.bench.frames_from, FRAMES_FROM)
     _check_mp4(cfg)
     choice_index("wandb.mode", cfg.wandb.mode, WANDB_MODES)
