@@ -333,7 +333,7 @@ def _calibrate_one(
         "window": window,
         "seconds": time.perf_counter() - started,
         "forward_s": hook.transformer.seconds,
-        "device": str(transformer.device),
+        "device": str(pipe._execution_device),
         "dtype": str(transformer.dtype),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }

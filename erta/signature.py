@@ -56,22 +56,34 @@ def config_digest(config: Any) -> str:
 def weights_digest(module: nn.Module) -> str:
     """Short digest of all parameter names and shapes and a few values of each, rounded to bfloat16.
 
-    Reads 32 values a tensor, not the whole model, and does not depend on the dtype it was loaded in.
+    Reads 32 values a tensor, not the whole model, and does not depend on the dtype it was loaded in. Under sequential
+    offload it reads accelerate's copy on the CPU. Raises InstallError for a meta parameter that nothing stands behind.
     """
     digest, samples = hashlib.sha256(), []
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         if parameter.device.type == "meta":
-            raise InstallError(
-                f"{name} is on the meta device (sequential offload): its values cannot be read, so a calibration "
-                "cannot be matched to these weights. Use model offload, or none."
-            )
+            parameter = _offloaded(module, name)
         flat = parameter.detach().flatten()
         stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
         samples.append(flat[::stride][:SAMPLES_PER_TENSOR].to(torch.bfloat16))
     by_device = torch.cat([sample.to(samples[0].device) for sample in samples])
     digest.update(by_device.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _offloaded(module: nn.Module, name: str) -> torch.Tensor:
+    """The values that accelerate's hook puts in the place of a meta parameter for the length of a forward."""
+    owner, _, own_name = name.rpartition(".")
+    hook = getattr(module.get_submodule(owner), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None:
+            return weights[own_name]
+    raise InstallError(
+        f"{name} is on the meta device and has no values: a calibration cannot be matched to these weights. Load them "
+        "first."
+    )
 
 
 def check_signature(made_for: dict[str, Any], found: dict[str, Any]) -> None:

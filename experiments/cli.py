@@ -69,9 +69,9 @@ def register_help() -> None:
         lines.append("")
     lines += [
         "Keys you will want: model.num_inference_steps, model.guidance_scale, model.path, cache.threshold |",
-        "cache.speedup | cache.steps (one of them), calibration.num_prompts, calibration.path, bench.num_prompts,",
-        "bench.prompts, seed, resume, hydra.run.dir. --cfg job prints the configuration, -m runs a sweep,",
-        "--traceback shows where an error came from.",
+        "cache.speedup | cache.steps (one of them), calibration.num_prompts, calibration.prompts, calibration.path,",
+        "bench.num_prompts, bench.prompts, bench.frames_from, seed, resume, hydra.run.dir. --cfg job prints the",
+        "configuration, -m runs a sweep, --traceback shows where an error came from.",
     ]
     help_node = {"app_name": "run.py", "header": "", "footer": "", "template": "\n".join(lines).replace("$", "$$")}
     ConfigStore.instance().store(group="hydra/help", name="erta", node=help_node)
@@ -95,6 +95,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
+    from experiments.models import memory_advice
     from experiments.record import STATE_FILE, open_folder
 
     for override in HydraConfig.get().overrides.task:
@@ -109,7 +110,8 @@ def _run(cfg: DictConfig) -> None:
         shutil.rmtree(fresh / ".hydra", ignore_errors=True)
         with suppress(OSError):
             fresh.rmdir()
-    get_method(cfg.experiment._target_)(cfg, folder)
+    with memory_advice(cfg):
+        get_method(cfg.experiment._target_)(cfg, folder)
 
 
 def _quiet_libraries() -> None:

@@ -15,11 +15,11 @@ from PIL import Image
 
 from erta.calibration import Calibration
 from erta.errors import ErtaError
-from experiments import console, figures, image_scores, report, tracking
+from experiments import console, fidelity, figures, image_scores, report, tracking
 from experiments import vbench_runner as vbench
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.methods import Arm, profile
-from experiments.metrics import Lpips, mean_psnr, psnr_db, scene_agreement, ssim
+from experiments.metrics import Lpips, scene_agreement
 from experiments.models import call_kwargs, call_sigmas, check_vocabulary, load_pipeline
 from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
@@ -83,14 +83,18 @@ def _sample_all(
             for name in ARMS if index % 2 == 0 else ARMS[::-1]:  # alternating, so that drift hits both
                 kwargs, plan = (base, None) if name == "uncached" else (arm.kwargs, arm.plan)
                 samples[name] = generate(pipe, prompt.text, prompt.seed, kwargs, plan)
+            compared: dict[str, np.ndarray] = {}
             for name, sample in samples.items():
+                mp4 = folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
+                compared[name] = fidelity.frames_of(cfg.bench.frames_from, sample.frames, mp4)
                 path = folder / "samples" / name / f"{index:03d}"
                 if cfg.model.num_frames is None:
                     Image.fromarray(vbench.to_uint8(sample.frames[0])).save(path.with_suffix(".png"))
                 else:
                     vbench.write_lossless(sample.frames, path.with_suffix(".mp4"))
                 report.write_animation(sample.frames, path.with_suffix(".webp"))
-            row = _measure(index, prompt, samples, lpips)
+            scores = fidelity.compare(compared["cached"], compared["uncached"], lpips)
+            row = _measure(index, prompt, samples, scores)
             append_line(folder / PER_PROMPT, row)
             rows.append(row)
             tracker.log(row)
@@ -98,17 +102,8 @@ def _sample_all(
     return rows
 
 
-def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], lpips: Lpips) -> dict[str, Any]:
-    cached, uncached = samples["cached"], samples["uncached"]
-    row: dict[str, Any] = {
-        "index": index,
-        "prompt": prompt.text,
-        "seed": prompt.seed,
-        "psnr_db": psnr_db(cached.frames, uncached.frames),
-        "ssim": ssim(cached.frames, uncached.frames),
-    }
-    if lpips.missing is None:
-        row["lpips"] = lpips(cached.frames, uncached.frames)
+def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], scores: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"index": index, "id": prompt.id, "prompt": prompt.text, "seed": prompt.seed, **scores}
     for name, sample in samples.items():
         row[name] = {
             "denoise_s": sample.denoise_s,
@@ -157,16 +152,8 @@ def _summarise(
     cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], scores: dict[str, Any]
 ) -> dict[str, Any]:
     timing = _timing(cfg, arm, rows)
-    metrics: dict[str, Any] = {}
-    missing: dict[str, str | None] = {}
-    values = [row["psnr_db"] for row in rows]
-    metrics["psnr_db"], metrics["ssim"] = mean_psnr(values), float(np.mean([row["ssim"] for row in rows]))
-    metrics["identical"] = all(value is None for value in values)
-    metrics["identical_prompts"] = values.count(None)  # have no PSNR and are left out of its mean
-    if "lpips" in rows[0]:
-        metrics["lpips"] = float(np.mean([row["lpips"] for row in rows]))
-    else:
-        missing["lpips"] = Lpips().missing
+    metrics, missing = fidelity.summarise(rows)
+    metrics["frames_from"] = cfg.bench.frames_from
     metrics["speedup_denoise"] = timing["denoise_uncached_s"] / timing["denoise_s"]
     metrics["speedup_pipeline"] = timing["pipeline_uncached_s"] / timing["pipeline_s"]
     metrics["speedup_possible"] = timing.pop("speedup_possible")
@@ -252,6 +239,8 @@ def _draw(arm: Arm, rows: list[dict[str, Any]], record: dict[str, Any], folder: 
     (folder / "figures").mkdir(exist_ok=True)
     figures.step_map(record, folder / "figures" / "step_map.png")
     figures.psnr_per_prompt(rows, folder / "figures" / "psnr_per_prompt.png")
+    if len(rows[0]["frames"]["psnr_db"]) > 1 and not record["metrics"]["identical"]:
+        figures.psnr_per_frame(rows, folder / "figures" / "psnr_per_frame.png")
     figures.contact_sheet(folder / "samples", rows, folder / "figures" / "contact_sheet.png")
     if arm.calibration is not None:
         figures.change_profile(*profile(arm.calibration), record, folder / "figures" / "relative_l1.png")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 import erta
 from erta.errors import ErtaError
 from erta.scheduler import nominal_sigmas
+from erta.signature import find_denoiser
 from experiments.scenes.captions import words_of
 
 ASSETS = Path(erta.__file__).parent / "assets"
@@ -24,7 +27,8 @@ ASSETS = Path(erta.__file__).parent / "assets"
 def load_pipeline(cfg: DictConfig) -> Any:
     """The pipeline of `cfg.model` with the solver of `cfg.sampler`, on the GPU if there is one.
 
-    Raises ErtaError with what was looked for, and what to do, if the weights are missing or damaged.
+    `model.offload` counts only there. Raises ErtaError with what was looked for, and what to do, if the weights are
+    missing or damaged, and for tiles or a compilation that this model does not know.
     """
     model = cfg.model
     folder = _local_folder(model)
@@ -43,12 +47,54 @@ def load_pipeline(cfg: DictConfig) -> Any:
         raise ErtaError(_missing_weights(model)) from error
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
+    _tile_and_compile(pipe, model)
     if not torch.cuda.is_available():
         return pipe
+    if model.offload == "none":
+        return pipe.to("cuda")
     if model.offload == "model":
         pipe.enable_model_cpu_offload()
-        return pipe
-    return pipe.to("cuda")
+    else:
+        pipe.enable_sequential_cpu_offload()
+    return pipe
+
+
+def _tile_and_compile(pipe: Any, model: DictConfig) -> None:
+    if model.vae_tiling:
+        try:
+            pipe.vae.enable_tiling()
+        except (AttributeError, NotImplementedError) as error:
+            vae = type(getattr(pipe, "vae", None)).__name__
+            raise ErtaError(f"model.vae_tiling=true: {vae} of {model.name} cannot decode in tiles") from error
+    if model.compile:
+        transformer = find_denoiser(pipe)
+        if not getattr(transformer, "_repeated_blocks", None):
+            raise ErtaError(
+                f"model.compile=true: {type(transformer).__name__} does not say which of its blocks are repeated"
+            )
+        transformer.compile_repeated_blocks()
+
+
+@contextmanager
+def memory_advice(cfg: DictConfig) -> Iterator[None]:
+    """Inside, running out of GPU memory raises ErtaError with the options that lower what `cfg.model` needs."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ErtaError(_out_of_memory(cfg.model)) from error
+
+
+def _out_of_memory(model: DictConfig) -> str:
+    size = f"{model.height}x{model.width}" + (f" with {model.num_frames} frames" if model.num_frames else "")
+    options = {"none": ["model.offload=model"], "model": ["model.offload=sequential (slow)"]}.get(model.offload, [])
+    options += ["model.vae_tiling=true"] if not model.vae_tiling else []
+    options += ["model.dtype=bfloat16"] if model.dtype == "float32" else []
+    options += [f"fewer than model.num_frames={model.num_frames}"] if model.num_frames else []
+    options += [f"a size below model.height={model.height} model.width={model.width}"]
+    return (
+        f"out of GPU memory: {model.name} at {size}. It needs less with {', '.join(options)}.\n"
+        "What was finished is kept, and the same command goes on from there; with other options a new run starts."
+    )
 
 
 def set_sampler(pipe: Any, cfg: DictConfig) -> None:

@@ -81,7 +81,7 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
 def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration | None) -> dict[str, Any]:
     """What the rows of a run depend on beyond its configuration."""
     return {
-        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
+        "prompts": [[prompt.text, prompt.seed, prompt.id] for prompt in prompts],
         "weights": weights_digest(find_denoiser(pipe)),
         "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
     }

@@ -19,6 +19,7 @@ FIGURE_TITLES = {
     "step_map": "Computed and reused steps",
     "relative_l1": "How much the residual changes from step to step",
     "psnr_per_prompt": "PSNR of every prompt against its uncached twin",
+    "psnr_per_frame": "PSNR by frame, over all prompts",
 }
 IMAGE_SCORES = {
     "fid_inception": "FID (Inception)",
@@ -83,11 +84,14 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("speed-up of denoising", "", f"{metrics['speedup_denoise']:.2f}x"),
         ("  of what this plan can reach", f"{possible:.2f}x", f"{metrics['speedup_denoise'] / possible:.3f}"),
         ("speed-up of the whole call", "", f"{metrics['speedup_pipeline']:.2f}x"),
-        ("PSNR, dB", "", "identical" if metrics["psnr_db"] is None else f"{metrics['psnr_db']:.2f}"),
-        ("SSIM", "", f"{metrics['ssim']:.4f}"),
     ]
-    if "lpips" in metrics:
-        rows.append(("LPIPS (alex)", "", f"{metrics['lpips']:.4f}"))
+    where = " of mp4 files" if metrics.get("frames_from") == "mp4" else ""
+    for key, name in (("psnr_db", "PSNR, dB"), ("psnr_frame_mean_db", "PSNR, dB, mean over frames")):
+        if key in metrics:
+            rows.append((name + where, "", "identical" if metrics[key] is None else f"{metrics[key]:.2f}"))
+    for key, name in (("ssim", "SSIM"), ("ms_ssim", _ms_ssim_name(metrics)), ("lpips", "LPIPS (alex)")):
+        if key in metrics:
+            rows.append((name + where, "", f"{metrics[key]:.4f}"))
     for key, cached in metrics.get("scene_accuracy", {}).items():
         chance = metrics["scene_chance_level"].get(key)
         name = f"scene accuracy, {key}" + (f" (chance {chance:.0%})" if chance else "")
@@ -109,6 +113,11 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     )
     rows.append(("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype']}"))
     return rows
+
+
+def _ms_ssim_name(metrics: dict[str, Any]) -> str:
+    scales = len(metrics.get("ms_ssim_betas", ()))
+    return "MS-SSIM" if scales == 5 else f"MS-SSIM ({scales} scales)"
 
 
 def _wrong(scene: dict[str, bool] | None) -> str:

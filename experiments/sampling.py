@@ -37,7 +37,7 @@ class Sample:
 
 def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: erta.Plan | None = None) -> Sample:
     """Generate one clip from the noise of a CPU generator, under `plan` if there is one."""
-    clock = _DenoiseClock()
+    clock = _DenoiseClock(pipe._execution_device)
     transformer = find_denoiser(pipe)
     with erta.cached(pipe, plan) if plan is not None else nullcontext() as trace:
         handles = [
@@ -73,14 +73,15 @@ def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: er
 class _DenoiseClock:
     """Notes the first forward's start and every step's end; synchronises only at those two points of a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device  # where forwards run; under offload the weights are elsewhere when one begins
         self.first_forward_start = self.last_step_end = 0.0
         self.forwards = Stopwatch()
 
     def forward_starts(self, transformer: nn.Module, *_: Any) -> None:
         if self.forwards.count == 0:
             self.first_forward_start = _now()
-        self.forwards.start(transformer.device)
+        self.forwards.start(self.device)
 
     def forward_ends(self, *_: Any) -> None:
         self.forwards.stop()
