@@ -129,7 +129,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file or folder"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return _unknown_key(str(error)) or _first_lines(error, 2)
+        reason = f": {_first_lines(error.__cause__, 1)}" if error.__cause__ is not None else ""
+        return _unknown_key(str(error)) or _unknown_choice(str(error)) or _first_lines(error, 2) + reason
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error.filename or 'while writing'}). Free some space; the same command goes on."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -145,6 +146,15 @@ def _unknown_key(message: str) -> str | None:
     nearest = difflib.get_close_matches(found[1], config.all_keys(), n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "python run.py --cfg job shows those that exist"
     return f"unknown key {found[1]}: {hint}"
+
+
+def _unknown_choice(message: str) -> str | None:
+    """Hydra's error for a group without such a file, with those that exist."""
+    found = re.search(r"Could not find '(\w+)/([^']+)'", message)
+    if found is None or not (CONF / found[1]).is_dir():
+        return None
+    choices = ", ".join(path.stem for path in sorted((CONF / found[1]).glob("*.yaml")))
+    return f"there is no {found[1]}={found[2]}. Choose from {choices}"
 
 
 def _first_lines(error: BaseException, count: int) -> str:

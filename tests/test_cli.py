@@ -266,13 +266,13 @@ def test_shards_of_a_calibration_merge_to_the_whole(command, tmp_path):
 
 BAD = {
     "unknown group": (["kache=none"], "unknown key kache: did you mean cache?"),
-    "unknown choice": (["cache=magic"], "magic"),
+    "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from ertacache, fewer_steps"),
     "unknown key": (["cache.treshold=0.1"], "did you mean cache.threshold?"),
     "added key": (["+cache.treshold=0.1"], "cannot be added"),
     "unknown site": (["cache.site=middle"], "cache.site must be one of output, blocks"),
     "unknown rectifier": (["cache.rectifier=matrix"], "rectifier must be one of channel, scalar"),
     "velocity at the blocks": (["cache=policy", "cache.site=blocks", "cache.reuse=velocity"], "use site=output"),
-    "not a number": (["cache.threshold=abc"], "abc"),
+    "not a number": (["cache.threshold=abc"], "could not be converted to Float"),
     "negative threshold": (["cache.threshold=-1"], "must be ≥ 0"),
     "two budgets": (["cache.threshold=0.1", "cache.steps=3"], "two budgets"),
     "impossible speed-up": (["cache.speedup=100"], "largest is 6"),
