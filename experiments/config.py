@@ -11,6 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from erta.errors import BudgetError, ErtaError, choice_index
 from erta.site import SITES
+from experiments import vbench_dimensions
 
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,6 +31,7 @@ class ModelConfig:
     height: int = MISSING
     width: int = MISSING
     num_frames: int | None = None
+    fps: int = 8  # frames a second of the clips; VBench's dynamic degree depends on it
     dtype: str = "float32"
     offload: str = "none"
     paper_threshold: float | None = None
@@ -69,9 +71,11 @@ class CacheConfig:
 @dataclass
 class BenchConfig:
     name: str = MISSING
-    num_prompts: int = 16
+    num_prompts: int | None = 16  # null only in VBench's standard suite: all that its dimensions need
     prompts: str | None = None
-    dimensions: list[str] = field(default_factory=list)
+    dimensions: Any = field(default_factory=list)  # of VBench: a list of names, one name, or all
+    suite: str = "custom"  # or standard: VBench's own prompts
+    videos_per_prompt: int = 5  # of the standard suite
     python: str | None = None  # interpreter of the VBench worker; null: this one
 
 
@@ -191,9 +195,11 @@ def validate(cfg: DictConfig) -> None:
         "bench.num_prompts": cfg.bench.num_prompts,
         "calibration.num_prompts": cfg.calibration.num_prompts,
     }.items():
-        if value < 1:
+        whole_suite = key == "bench.num_prompts" and value is None and cfg.bench.suite == "standard"
+        if not whole_suite and (value is None or value < 1):
             raise ErtaError(f"{key} must be at least 1, not {value}")
     _check_shards(cfg)
+    vbench_dimensions.validate(cfg)
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)

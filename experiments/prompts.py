@@ -18,11 +18,12 @@ CAPTION_SEED = 20_211
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its seed, and, in the scene world, the scene that it describes."""
+    """A prompt, its seed, and, in the scene world, the scene that it describes; `clip` is its file name, if fixed."""
 
     text: str
     seed: int
     scene: Scene | None = None
+    clip: str | None = None
 
 
 def test_prompts(cfg: DictConfig) -> list[Prompt]:
