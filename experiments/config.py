@@ -11,6 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from erta.errors import BudgetError, ErtaError, choice_index
 from erta.site import SITES
+from experiments import vbench_dimensions
 
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +35,7 @@ class ModelConfig:
     width: int = MISSING
     num_frames: int | None = None
     max_sequence_length: int | None = None  # of the text, in tokens; null: the pipeline's own
+    fps: int = 8  # frames a second of the clips; VBench's dynamic degree depends on it
     dtype: str = "float32"
     offload: str = "none"  # on a GPU: model keeps one model there at a time, sequential one layer
     vae_tiling: bool = False
@@ -75,10 +77,12 @@ class CacheConfig:
 @dataclass
 class BenchConfig:
     name: str = MISSING
-    num_prompts: int = 16
+    num_prompts: int | None = 16  # null only in VBench's standard suite: all that its dimensions need
     prompts: str | None = None
     frames_from: str = "decoded"  # what PSNR, SSIM, MS-SSIM and LPIPS compare; or mp4
-    dimensions: list[str] = field(default_factory=list)
+    dimensions: Any = field(default_factory=list)  # of VBench: a list of names, one name, or all
+    suite: str = "custom"  # or standard: VBench's own prompts
+    videos_per_prompt: int = 5  # of the standard suite
     python: str | None = None  # interpreter of the VBench worker; null: this one
     image_scores: bool = False  # FID and CLIP score
     reference: str | None = None  # FID: a folder of images; null: on scenes, rendered ones
@@ -221,10 +225,12 @@ def validate(cfg: DictConfig) -> None:
         "bench.num_prompts": cfg.bench.num_prompts,
         "calibration.num_prompts": cfg.calibration.num_prompts,
     }.items():
-        if value < 1:
+        whole_suite = key == "bench.num_prompts" and value is None and cfg.bench.suite == "standard"
+        if not whole_suite and (value is None or value < 1):
             raise ErtaError(f"{key} must be at least 1, not {value}")
     _check_shards(cfg)
     _check_calibration_prompts(cfg)
+    vbench_dimensions.validate(cfg)
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)

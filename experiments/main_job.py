@@ -14,9 +14,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from erta.calibration import Calibration
-from erta.errors import ErtaError
-from experiments import console, fidelity, figures, image_scores, report, tracking
-from experiments import vbench_runner as vbench
+from experiments import console, fidelity, figures, image_scores, report, tracking, vbench_job
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.methods import Arm, profile
 from experiments.metrics import Lpips, scene_agreement
@@ -25,6 +23,7 @@ from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
 from experiments.sampling import Sample, generate
 from experiments.scenes import CHANCE_LEVEL
+from experiments.vbench_runner import to_uint8, write_lossless
 
 ARMS = ("uncached", "cached")
 PER_PROMPT = "per_prompt.jsonl"
@@ -34,7 +33,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """Everything from the weights to the report. A second call goes on after the last finished prompt."""
     if cfg.bench.image_scores:
         image_scores.check(cfg)
-    prompts = test_prompts(cfg)
+    vbench = vbench_job.prepare(cfg)
+    prompts = vbench.suite.prompts(cfg.seed) if vbench.suite else test_prompts(cfg)
     pipe = load_pipeline(cfg)
     if cfg.model.embedded:
         check_vocabulary(pipe, [prompt.text for prompt in prompts])
@@ -49,10 +49,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if arm.plan is not None:
         arm.plan.save(folder / "plan.json")
     check_inputs(folder, describe_inputs(pipe, prompts, arm.calibration))
+    vbench.check()
     with tracking.start(cfg, folder) as tracker:
         rows = _sample_all(cfg, pipe, arm, prompts, folder, tracker)
-        scores = _score_videos(cfg, prompts, folder)
-        record = _summarise(cfg, pipe, arm, rows, scores)
+        names = {vbench_job.clip_name(prompt, index): prompt.text for index, prompt in enumerate(prompts)}
+        vbench.score({name: folder / "samples" / name for name in ARMS}, names, folder)
+        record = _summarise(cfg, pipe, arm, rows, vbench)
         image_metrics, image_missing = _score_images(cfg, prompts, folder)
         record["metrics"] |= image_metrics
         record["missing"] |= image_missing
@@ -77,8 +79,11 @@ def _sample_all(
         generate(pipe, prompts[0].text, 0, {**base, "num_inference_steps": 2})
     with progress_bar() as bar:
         task = bar.add_task("uncached and cached samples", total=len(prompts), completed=len(rows))
-        for index in range(len(rows), len(prompts)):
-            prompt = prompts[index]
+        for index, prompt in enumerate(prompts):
+            kept = vbench_job.clip_name(prompt, index) if cfg.model.num_frames else f"{index:03d}.png"
+            is_measured = index < len(rows)
+            if is_measured and all((folder / "samples" / name / kept).is_file() for name in ARMS):
+                continue
             samples: dict[str, Sample] = {}
             for name in ARMS if index % 2 == 0 else ARMS[::-1]:  # alternating, so that drift hits both
                 kwargs, plan = (base, None) if name == "uncached" else (arm.kwargs, arm.plan)
@@ -87,14 +92,12 @@ def _sample_all(
             for name, sample in samples.items():
                 mp4 = folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
                 compared[name] = fidelity.frames_of(cfg.bench.frames_from, sample.frames, mp4)
-                path = folder / "samples" / name / f"{index:03d}"
-                if cfg.model.num_frames is None:
-                    Image.fromarray(vbench.to_uint8(sample.frames[0])).save(path.with_suffix(".png"))
-                else:
-                    vbench.write_lossless(sample.frames, path.with_suffix(".mp4"))
-                report.write_animation(sample.frames, path.with_suffix(".webp"))
-            scores = fidelity.compare(compared["cached"], compared["uncached"], lpips)
-            row = _measure(index, prompt, samples, scores)
+                _keep(sample.frames, folder / "samples" / name / kept, cfg.model.fps)
+                if index < report.MAX_CLIPS:
+                    report.write_animation(sample.frames, folder / "samples" / name / f"{index:03d}.webp")
+            if is_measured:  # a lost sample is made anew; its row stays
+                continue
+            row = _measure(index, prompt, samples, fidelity.compare(compared["cached"], compared["uncached"], lpips))
             append_line(folder / PER_PROMPT, row)
             rows.append(row)
             tracker.log(row)
@@ -119,25 +122,12 @@ def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], scores: dic
     return row
 
 
-def _score_videos(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> dict[str, Any]:
-    """VBench of both arms, or why not: {"uncached": …, "cached": …, "missing": {dimension: reason}}."""
-    if not cfg.bench.dimensions:
-        return {"missing": {}}
-    if cfg.model.num_frames is None:
-        return {"missing": {name: "VBench reads videos; this model makes images" for name in cfg.bench.dimensions}}
-    dimensions, missing = vbench.split_dimensions(list(cfg.bench.dimensions), cfg.bench.python)
-    scores: dict[str, Any] = {arm: {} for arm in ARMS}
-    named = {f"{index:03d}.mp4": prompt.text for index, prompt in enumerate(prompts)}
-    for dimension in dimensions:
-        try:
-            for arm in ARMS:
-                with console.out.status(f"VBench: {dimension} ({arm})"):
-                    found = vbench.evaluate(folder / "samples" / arm, named, [dimension], cfg.bench.python)
-                scores[arm] |= found
-        except ErtaError as error:  # the rest of the run is worth keeping
-            missing[dimension] = str(error)
-            scores["uncached"].pop(dimension, None)
-    return {**scores, "missing": missing}
+def _keep(frames: np.ndarray, path: Path, fps: int) -> None:
+    """Write a sample without loss beyond 8 bits: clips as mp4, images as png."""
+    if path.suffix == ".png":
+        Image.fromarray(to_uint8(frames[0])).save(path)
+    else:
+        write_lossless(frames, path, fps)
 
 
 def _score_images(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -149,7 +139,7 @@ def _score_images(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> tuple
 
 
 def _summarise(
-    cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], scores: dict[str, Any]
+    cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], vbench: vbench_job.Evaluation
 ) -> dict[str, Any]:
     timing = _timing(cfg, arm, rows)
     metrics, missing = fidelity.summarise(rows)
@@ -163,11 +153,9 @@ def _summarise(
         metrics["scene_chance_level"] = CHANCE_LEVEL
     else:
         missing["scene_accuracy"] = "the prompts are not of the scene world"
-    for arm_name, key in (("cached", "vbench"), ("uncached", "vbench_uncached")):
-        if scores.get(arm_name):
-            metrics[key] = {name: result["score"] for name, result in scores[arm_name].items()}
-    missing |= {f"vbench.{name}": reason for name, reason in scores["missing"].items()}
-    missing["vbench_total"] = "needs all 16 dimensions on VBench's own prompts"
+    vbench_metrics, not_evaluated = vbench.summarise()
+    metrics |= vbench_metrics
+    missing |= not_evaluated
     plan = arm.plan
     mask = [1] * arm.kwargs["num_inference_steps"] if plan is None else [int(m) for m in plan.mask]
     sigmas = call_sigmas(pipe, arm.kwargs) if plan is None else plan.sigmas

@@ -21,11 +21,15 @@ CAPTION_SEED = 20_211
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its seed, its id in the records, and, in the scene world, the scene that it describes."""
+    """A prompt, its seed, its id in the records, and, in the scene world, the scene that it describes.
+
+    `clip` is the file name of its clip, if that is fixed.
+    """
 
     text: str
     seed: int
     scene: Scene | None = None
+    clip: str | None = None
     id: str = field(kw_only=True)
 
 

@@ -15,6 +15,7 @@ from experiments.vbench_runner import to_uint8
 FRAME_MS = 125
 MIN_SHOWN_PX = 128
 MAX_SHOWN_PX = 416
+MAX_CLIPS = 200  # on the page, which holds them itself
 FIGURE_TITLES = {
     "step_map": "Computed and reused steps",
     "relative_l1": "How much the residual changes from step to step",
@@ -64,10 +65,10 @@ def write(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> N
                 for arm in ("uncached", "cached")
             },
         }
-        for row in rows
+        for row in rows[:MAX_CLIPS]
     ]
     page = environment.get_template("report.html.j2").render(
-        record=record, summary=summary_rows(record), clips=clips, figures=figures
+        record=record, summary=summary_rows(record), clips=clips, figures=figures, num_prompts=len(rows)
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -98,6 +99,13 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((name, f"{metrics['scene_accuracy_uncached'][key]:.1%}", f"{cached:.1%}"))
     for key, cached in metrics.get("vbench", {}).items():
         rows.append((f"VBench {key}", f"{metrics['vbench_uncached'][key]:.4f}", f"{cached:.4f}"))
+        if difference := metrics["vbench_difference"][key]:
+            mean, low, high = (f"{difference[name]:+.4f}" for name in ("mean", "low", "high"))
+            rows.append((f"  cached - uncached, {difference['videos']} videos", "", f"{mean} [{low}, {high}]"))
+    for key in ("vbench_quality", "vbench_semantic", "vbench_total"):
+        if key in metrics:
+            name = f"VBench {key.removeprefix('vbench_')} score"
+            rows.append((name, f"{metrics[key + '_uncached']:.2%}", f"{metrics[key]:.2%}"))
     for key, name in IMAGE_SCORES.items():
         if key in metrics:
             rows.append((name, f"{metrics[f'{key}_uncached']:.3f}", f"{metrics[key]:.3f}"))
