@@ -36,9 +36,8 @@ class Suite:
         """Every video of the suite: first one of each prompt, then a second of each, and so on."""
         pairs = [(text, index) for index in range(self.videos_per_prompt) for text in self.texts]
         return [
-            Prompt(text, video_seed(seed, text, index), clip=name, id=name.removesuffix(".mp4"))
+            Prompt(text, video_seed(seed, text, index), clip=video_name(text, index), id=f"{text}-{index}")
             for text, index in pairs
-            for name in (video_name(text, index),)
         ]
 
     def manifest(self, dimension: str) -> list[dict[str, Any]]:
