@@ -111,7 +111,7 @@ class WandbConfig:
 class ExperimentConfig:
     _target_: str = MISSING
     seeds: int = 1  # noises a prompt, of tables
-    until: str | None = None  # train_tiny: stop after this part (autoencoder, decoder, text or transformer)
+    until: str | None = None  # train_tiny: stop after this part: autoencoder, decoder or clip, text, transformer
     work_dir: str | None = None  # train_tiny: where checkpoints are kept
     install: bool = True  # train_tiny: put the finished weights into erta/assets
 

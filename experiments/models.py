@@ -180,6 +180,11 @@ def _local_folder(model: DictConfig) -> Path | None:
         if not folder.is_dir():
             raise ErtaError(f"model.path={model.path} is not a folder")
         return folder
+    if model.embedded and not (ASSETS / model.name).is_dir():
+        raise ErtaError(
+            f"model={model.name} ships without weights: `python run.py experiment=train_tiny model={model.name}` makes "
+            "them (hours on two cores)"
+        )
     return ASSETS / model.name if model.embedded else None
 
 

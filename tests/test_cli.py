@@ -269,6 +269,7 @@ BAD = {
     "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from ertacache, fewer_steps"),
     "unknown key": (["cache.treshold=0.1"], "did you mean cache.threshold?"),
     "added key": (["+cache.treshold=0.1"], "cannot be added"),
+    "embedded without weights": (["model.name=mine", "model.path=null"], "experiment=train_tiny model=mine"),
     "unknown site": (["cache.site=middle"], "cache.site must be one of output, blocks"),
     "unknown rectifier": (["cache.rectifier=matrix"], "rectifier must be one of channel, scalar"),
     "velocity at the blocks": (["cache=policy", "cache.site=blocks", "cache.reuse=velocity"], "use site=output"),
