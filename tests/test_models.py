@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 import erta
 from erta.errors import ErtaError
 from experiments.cli import CONF
-from experiments.model_card import model_card
+from experiments.model_card import model_card, shown
 from experiments.models import call_sigmas
 from experiments.prompts import calibration_prompts
 from experiments.prompts import test_prompts as prompts_of
@@ -31,19 +31,24 @@ def config(*overrides: str):
     [
         ("wan21", 1.42, [16, 21, 60, 104], 2 * 21 * 30 * 52 * 1536 * 2 / 1e6),
         ("wan21_14b", 14.3, [16, 21, 90, 160], 2 * 21 * 45 * 80 * 5120 * 2 / 1e6),
+        ("wan22_a14b", 28.6, [16, 21, 60, 104], 2 * 21 * 30 * 52 * 5120 * 2 / 1e6),
         ("flux_dev", 11.9, [4096, 64], 4096 * 3072 * 2 / 1e6),
         ("cogvideox_2b", 1.69, [13, 16, 60, 90], None),
         ("hunyuan_video", 12.8, [16, 33, 68, 120], None),
     ],
 )
 def test_cards_of_the_real_models(model, billions, latent, blocks_mb):
-    """Sizes from the architecture alone. Mutant: one guidance branch, or float32, in the cache bytes."""
+    """Sizes from the architecture alone. Mutants: one guidance branch, or float32, in the cache bytes; one of two
+    transformers in the parameters, or both in a forward.
+    """
     card = model_card(config(f"model={model}"))
     assert card["parameters"] / 1e9 == pytest.approx(billions, rel=0.01) and card["latent_shape"] == latent
     assert card["cache_bytes"]["output"] == card["forwards_per_step"] * np.prod(latent) * 2
     assert blocks_mb is None or card["cache_bytes"]["blocks"] / 1e6 == pytest.approx(blocks_mb)
     tokens = np.prod(latent) / 64  # of 2x2 latents with 16 channels; a matrix takes two FLOPs an entry and token
-    assert card["flops_per_forward"] > tokens * card["parameters"]
+    one = card["parameters"] / (2 if model == "wan22_a14b" else 1)  # a forward runs one of two transformers
+    assert tokens * one < card["flops_per_forward"] < 5 * tokens * one
+    assert "in 2 of 14.289" in dict(shown(card))["parameters"] if model == "wan22_a14b" else card["transformers"] == 1
     assert 1 < card["calibration_generations"]["output"] < 1.01
 
 
