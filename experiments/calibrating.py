@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import erta
 from erta.errors import ErtaError, SignatureMismatch
-from erta.schedule import sources
+from erta.guidance import second_scale_of
+from erta.schedule import segments, sources
 from erta.signature import check_signature, model_signature
 from experiments import console
 from experiments.config import shard_range
-from experiments.models import ASSETS, call_kwargs, call_sigmas, check_vocabulary, load_pipeline
+from experiments.models import ASSETS, call_grid, call_kwargs, call_sigmas, check_vocabulary, load_pipeline
 from experiments.prompts import calibration_prompts
 from experiments.record import mark_finished, write_json
 
@@ -33,10 +34,13 @@ def progress_bar() -> Progress:
 
 def expected_signature(cfg: DictConfig, pipe: Any) -> dict[str, Any]:
     """What can be known of a run's signature before its first call, and the size that was asked for."""
+    kwargs = call_kwargs(cfg)
+    grid = call_grid(pipe, kwargs)
     return {
         **model_signature(pipe),
-        "sigmas": [float(s) for s in call_sigmas(pipe, call_kwargs(cfg))],
+        "sigmas": [float(s) for s in grid.sigmas],
         "guidance_scale": float(cfg.model.guidance_scale),
+        **({} if grid.takeover is None else {"guidance_scale_2": second_scale_of(kwargs), "takeover": grid.takeover}),
         "site": cfg.cache.site,
     }
 
@@ -177,7 +181,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
         calibration.save(path)
     else:
         calibration = make_calibration(cfg, load_pipeline(cfg), path)
-    counts = sorted({max(1, calibration.num_steps * share // 100) for share in (20, 24, 34, 50, 70)})
+    total = calibration.num_steps
+    least = len(segments(total, calibration.takeover))
+    counts = sorted({max(least, total * share // 100) for share in (20, 24, 34, 50, 70)})
     planned = [_planned(calibration, steps) for steps in counts]
     columns = [
         "computed steps",

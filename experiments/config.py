@@ -30,6 +30,7 @@ class ModelConfig:
     embedded: bool = False
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None  # of a pipeline's second transformer; null: as of the first
     flow_shift: float | None = None
     height: int = MISSING
     width: int = MISSING

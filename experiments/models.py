@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 import erta
 from erta.errors import ErtaError
 from erta.scheduler import nominal_sigmas
-from erta.signature import find_denoiser
+from erta.signature import find_denoisers, takeover_step
 from experiments.scenes.captions import words_of
 
 ASSETS = Path(erta.__file__).parent / "assets"
@@ -45,6 +46,8 @@ def load_pipeline(cfg: DictConfig) -> Any:
         if folder is not None:
             raise ErtaError(f"{folder} does not load as a {model.pipeline}: {_first_line(error)}") from error
         raise ErtaError(_missing_weights(model)) from error
+    if model.guidance_scale_2 is not None and getattr(pipe, "transformer_2", None) is None:
+        raise ErtaError(f"model.guidance_scale_2 is for pipelines with two transformers, and {model.name} has one")
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
     _tile_and_compile(pipe, model)
@@ -67,12 +70,12 @@ def _tile_and_compile(pipe: Any, model: DictConfig) -> None:
             vae = type(getattr(pipe, "vae", None)).__name__
             raise ErtaError(f"model.vae_tiling=true: {vae} of {model.name} cannot decode in tiles") from error
     if model.compile:
-        transformer = find_denoiser(pipe)
-        if not getattr(transformer, "_repeated_blocks", None):
-            raise ErtaError(
-                f"model.compile=true: {type(transformer).__name__} does not say which of its blocks are repeated"
-            )
-        transformer.compile_repeated_blocks()
+        for transformer in find_denoisers(pipe).values():
+            if not getattr(transformer, "_repeated_blocks", None):
+                raise ErtaError(
+                    f"model.compile=true: {type(transformer).__name__} does not say which of its blocks are repeated"
+                )
+            transformer.compile_repeated_blocks()
 
 
 @contextmanager
@@ -111,8 +114,8 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
 def call_kwargs(cfg: DictConfig) -> dict[str, Any]:
     """The pipeline's arguments of one generation, without prompt and seed."""
     model = cfg.model
-    keys = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length")
-    kwargs = {key: model[key] for key in keys}
+    keys = ["num_inference_steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames"]
+    kwargs = {key: model[key] for key in [*keys, "max_sequence_length"]}
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
@@ -120,8 +123,24 @@ class _GridIsSet(Exception):
     """Ends a pipeline call as soon as its grid is known."""
 
 
+@dataclass(frozen=True)
+class CallGrid:
+    """The nominal grid of a pipeline call, (num_steps + 1,), and where a second transformer takes over on it.
+
+    `takeover` is a step, num_steps if the second never runs, None if there is one transformer.
+    """
+
+    sigmas: np.ndarray
+    takeover: int | None
+
+
 def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
-    """The nominal grid of a pipeline call, (num_steps + 1,), with its text encoding and without its denoising.
+    """The nominal grid of a pipeline call, (num_steps + 1,). See `call_grid`."""
+    return call_grid(pipe, kwargs).sigmas
+
+
+def call_grid(pipe: Any, kwargs: dict[str, Any]) -> CallGrid:
+    """The grid of a pipeline call, with its text encoding and without its denoising.
 
     The pipeline itself is asked: some bring their own sigmas or a shift by image size (FLUX, HunyuanVideo).
     """
@@ -138,7 +157,7 @@ def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
     try:
         pipe(prompt="", output_type="latent", generator=torch.Generator("cpu").manual_seed(0), **kwargs)
     except _GridIsSet:
-        return nominal_sigmas(probe)
+        return CallGrid(nominal_sigmas(probe), takeover_step(pipe, probe.timesteps))
     finally:
         pipe.scheduler = own
         pipe.maybe_free_model_hooks()

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from erta.calibration import Calibration
 from erta.errors import ErtaError
-from erta.signature import find_denoiser, weights_digest
+from erta.signature import model_signature
 from experiments.config import as_plain
 from experiments.prompts import Prompt
 
@@ -82,7 +82,7 @@ def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration |
     """What the rows of a run depend on beyond its configuration."""
     return {
         "prompts": [[prompt.text, prompt.seed, prompt.id] for prompt in prompts],
-        "weights": weights_digest(find_denoiser(pipe)),
+        "weights": model_signature(pipe)["weights"],
         "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
     }
 

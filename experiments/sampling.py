@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import erta
-from erta.signature import find_denoiser
+from erta.signature import find_denoisers
 from erta.trace import Stopwatch
 
 
@@ -38,12 +38,11 @@ class Sample:
 def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: erta.Plan | None = None) -> Sample:
     """Generate one clip from the noise of a CPU generator, under `plan` if there is one."""
     clock = _DenoiseClock(pipe._execution_device)
-    transformer = find_denoiser(pipe)
     with erta.cached(pipe, plan) if plan is not None else nullcontext() as trace:
-        handles = [
-            transformer.register_forward_pre_hook(clock.forward_starts),
-            transformer.register_forward_hook(clock.forward_ends),
-        ]
+        handles = []
+        for transformer in find_denoisers(pipe).values():
+            handles.append(transformer.register_forward_pre_hook(clock.forward_starts))
+            handles.append(transformer.register_forward_hook(clock.forward_ends))
         try:
             started = _now()
             made = pipe(
