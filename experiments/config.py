@@ -115,6 +115,9 @@ class ExperimentConfig:
     until: str | None = None  # train_tiny: stop after this part: autoencoder, decoder or clip, text, transformer
     work_dir: str | None = None  # train_tiny: where checkpoints are kept
     install: bool = True  # train_tiny: put the finished weights into erta/assets
+    device: str | None = None  # train_tiny: of the transformer; null: cuda if there is one, else cpu
+    steps: int | None = None  # train_tiny: of the transformer; null: what was found enough on two cores
+    batch_size: int | None = None  # train_tiny: of the transformer; null: what is fast on two cores
 
 
 @dataclass

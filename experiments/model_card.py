@@ -80,16 +80,25 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     if model.embedded:
         folder = Path(model.path).expanduser() if model.path else ASSETS / model.name
         config = read_json(folder / "transformer" / "config.json")
-        vae, text = read_json(folder / "vae" / "config.json"), read_json(folder / "text_encoder" / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
+        image = model.num_frames is None
+        latent = (
+            {"channels": vae["latent_channels"], "space": 2 ** (len(vae["block_out_channels"]) - 1), "time": 1}
+            if image
+            else {
+                "channels": vae["z_dim"],
+                "space": vae["scale_factor_spatial"],
+                "time": vae["scale_factor_temporal"],
+            }
+        )
+        width = config["joint_attention_dim"] if image else config["text_dim"]
         about = {
             "class": config["_class_name"],
             "transformer": {key: value for key, value in config.items() if not key.startswith("_")},
-            "latent": {
-                "channels": vae["z_dim"], "space": vae["scale_factor_spatial"], "time": vae["scale_factor_temporal"],
-            },
-            "text": [512, text["d_model"]],
-            "forwards": 2 if model.guidance_scale > 1 else 1,
-        }  # fmt: skip
+            "latent": latent,
+            "text": [model.max_sequence_length or 512, width],
+            "forwards": 2 if model.guidance_scale > 1 and not image else 1,
+        }
     if about is not None and not model.embedded and model.path is not None:
         console.note(f"the card is that of the published {model.name}; model.path is not read")
     if about is None:

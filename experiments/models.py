@@ -51,6 +51,11 @@ def load_pipeline(cfg: DictConfig) -> Any:
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
     _tile_and_compile(pipe, model)
+    return place(pipe, model)
+
+
+def place(pipe: Any, model: DictConfig) -> Any:
+    """The pipeline on the GPU if there is one, whole or as `model.offload` says."""
     if not torch.cuda.is_available():
         return pipe
     if model.offload == "none":

@@ -44,7 +44,7 @@ def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: er
             handles.append(transformer.register_forward_pre_hook(clock.forward_starts))
             handles.append(transformer.register_forward_hook(clock.forward_ends))
         try:
-            started = _now()
+            started = now()
             made = pipe(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(seed),
@@ -52,7 +52,7 @@ def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: er
                 callback_on_step_end=clock.step_ends,
                 **kwargs,
             )
-            pipeline_s = _now() - started
+            pipeline_s = now() - started
         finally:
             for handle in handles:
                 handle.remove()
@@ -79,7 +79,7 @@ class _DenoiseClock:
 
     def forward_starts(self, transformer: nn.Module, *_: Any) -> None:
         if self.forwards.count == 0:
-            self.first_forward_start = _now()
+            self.first_forward_start = now()
         self.forwards.start(self.device)
 
     def forward_ends(self, *_: Any) -> None:
@@ -87,11 +87,12 @@ class _DenoiseClock:
 
     def step_ends(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step + 1 == pipe.num_timesteps:
-            self.last_step_end = _now()
+            self.last_step_end = now()
         return {}
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds, after everything that the device was given is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
