@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 import erta
 from erta.errors import ErtaError
 from erta.schedule import steps_for_speedup, uniform_mask
+from erta.trace import CallTrace
 from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
 from experiments.models import call_kwargs, call_sigmas
@@ -33,15 +35,37 @@ GetCalibration = Callable[[], erta.Calibration]
 
 @dataclass(frozen=True)
 class Arm:
-    """The cached side of a comparison: a plan (None: the plain pipeline) and the pipeline's arguments."""
+    """The cached side of a comparison: what is put on the pipeline, and the pipeline's arguments.
+
+    Attributes:
+        plan: a planned cache; None: the plain pipeline, or what `attach` brings.
+        attach: for methods without a plan: a context manager on the pipeline that yields the trace of its last
+            call, or None where it puts on no cache (another solver).
+        report: how the arm was set up, for the record; a plan brings its own.
+    """
 
     plan: erta.Plan | None
     kwargs: dict[str, Any]
     calibration: erta.Calibration | None = None
+    attach: Callable[[Any], AbstractContextManager[CallTrace | None]] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_computed(self) -> int:
         return self.plan.num_computed if self.plan is not None else self.kwargs["num_inference_steps"]
+
+    def put_on(self, pipe: Any) -> AbstractContextManager[CallTrace | None]:
+        """This arm on the pipeline, inside a `with`."""
+        if self.plan is not None:
+            return erta.cached(pipe, self.plan)
+        return self.attach(pipe) if self.attach is not None else nullcontext()
+
+    def sigmas(self, pipe: Any) -> np.ndarray:
+        """The grid that is integrated, float32 (num_steps + 1,)."""
+        if self.plan is not None:
+            return self.plan.sigmas
+        with self.put_on(pipe):
+            return call_sigmas(pipe, self.kwargs)
 
 
 def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -51,7 +75,7 @@ def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm
 
 def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     """The pipeline itself at as many steps as the budget has forwards."""
-    return Arm(None, {**call_kwargs(cfg), "num_inference_steps": _count(cfg)})
+    return Arm(None, {**call_kwargs(cfg), "num_inference_steps": step_count(cfg)})
 
 
 def plan_grid(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -66,7 +90,7 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     if cache.policy == "uniform" and not cache.adjust_time and not cache.rectify:
         sigmas = call_sigmas(pipe, call_kwargs(cfg))
         plan = erta.Plan(
-            mask=uniform_mask(cfg.model.num_inference_steps, _count(cfg)),
+            mask=uniform_mask(cfg.model.num_inference_steps, step_count(cfg)),
             sigmas=sigmas,
             nominal_sigmas=sigmas,
             site=cache.site,
@@ -93,7 +117,8 @@ def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:
     )
 
 
-def _count(cfg: DictConfig) -> int:
+def step_count(cfg: DictConfig) -> int:
+    """The budget in computed steps. Raises BudgetError for a threshold."""
     chosen = budget(cfg)
     if cfg.cache.threshold is None and "threshold" in chosen:  # the model's published one: not for this method
         chosen = {"speedup": DEFAULT_SPEEDUP}

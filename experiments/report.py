@@ -76,14 +76,14 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     metrics, timing, steps = record["metrics"], record["timing"], record["steps"]
     possible = metrics["speedup_possible"]
     rows = [
-        ("steps computed", "", f"{steps['computed']} of {steps['total']}"),
-        ("transformer forwards per sample", str(timing["forwards_uncached"]), str(timing["forwards"])),
+        ("steps computed", "", f"{steps['computed']:.4g} of {steps['total']}"),
+        ("transformer forwards per sample", f"{timing['forwards_uncached']:g}", f"{timing['forwards']:.5g}"),
         ("denoising, median s", f"{timing['denoise_uncached_s']:.3f}", f"{timing['denoise_s']:.3f}"),
         ("whole call, median s", f"{timing['pipeline_uncached_s']:.3f}", f"{timing['pipeline_s']:.3f}"),
         ("speed-up of denoising", "", f"{metrics['speedup_denoise']:.2f}x"),
         ("  of what this plan can reach", f"{possible:.2f}x", f"{metrics['speedup_denoise'] / possible:.3f}"),
         ("speed-up of the whole call", "", f"{metrics['speedup_pipeline']:.2f}x"),
-        ("PSNR, dB", "", "identical" if metrics["psnr_db"] is None else f"{metrics['psnr_db']:.2f}"),
+        ("PSNR, dB", "", _psnr(record)),
         ("SSIM", "", f"{metrics['ssim']:.4f}"),
     ]
     if "lpips" in metrics:
@@ -109,6 +109,14 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     )
     rows.append(("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype']}"))
     return rows
+
+
+def _psnr(record: dict[str, Any]) -> str:
+    """The mean PSNR. A cache that computed everything is not lossless: it did nothing."""
+    if record["steps"].get("without_reuse") == record["timing"].get("repeats", 0) > 0:
+        return "did not reuse anything"
+    psnr_db = record["metrics"]["psnr_db"]
+    return "identical" if psnr_db is None else f"{psnr_db:.2f}"
 
 
 def _wrong(scene: dict[str, bool] | None) -> str:
