@@ -75,8 +75,11 @@ class OnlineTrace(CallTrace):
 
     num_steps: int = 0
 
-    def finish(self, rule: OnlineRule) -> None:
-        """Check that every branch saw every step once, in order. Raises ExecutionMismatch."""
+    def finish(self, kept: Iterable[torch.Tensor] = ()) -> None:
+        """Check that every branch saw every step once, in order, and weigh the cache and what else was `kept`.
+
+        Raises ExecutionMismatch.
+        """
         if not self.executed:
             raise ExecutionMismatch(NOTHING_RECEIVED)
         for branch, steps in self.executed.items():
@@ -85,7 +88,7 @@ class OnlineTrace(CallTrace):
                     f"branch {branch!r} was called at {len(steps)} steps, not once at each of {self.num_steps}. Was "
                     "the pipeline interrupted, or the cache put under another hook?"
                 )
-        self.weigh([*self.cached.values(), *_tensors(vars(rule).values())])
+        self.weigh([*self.cached.values(), *kept])
 
     def summary(self) -> str:
         """One line for people: computed steps by branch, seconds, cache bytes; loud if nothing was reused."""
@@ -181,7 +184,7 @@ class _OnlineSession:
         self.hook.reset_state(self.transformer)  # after an exception the last call's state survives
         self.hook.trace.begin()
         result = self.pipe_class.__call__(pipe, *args, **kwargs)
-        self.hook.trace.finish(self.hook.rule)
+        self.hook.trace.finish(tensors_in(vars(self.hook.rule)))
         return result
 
 
@@ -198,12 +201,12 @@ def relative_change(now: torch.Tensor, before: torch.Tensor) -> float:
     return change / size
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """All tensors in nested dictionaries, lists and tuples: what a rule keeps."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dictionaries, lists, tuples and states of diffusers' hooks: what a cache keeps."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(inner)
+    elif type(value).__name__.endswith("State"):
+        yield from tensors_in(vars(value))

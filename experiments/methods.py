@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import erta
 from erta.errors import ErtaError
@@ -16,7 +18,7 @@ from erta.schedule import steps_for_speedup, uniform_mask
 from erta.trace import CallTrace
 from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
-from experiments.models import call_kwargs, call_sigmas
+from experiments.models import call_kwargs, call_sigmas, set_sampler
 
 PLAN_KEYS = (
     "policy",
@@ -30,6 +32,7 @@ PLAN_KEYS = (
     "corrector_at_reused",
     "reuse",
 )
+SAMPLERS = Path(__file__).resolve().parents[1] / "conf" / "sampler"
 GetCalibration = Callable[[], erta.Calibration]
 
 
@@ -74,8 +77,28 @@ def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm
 
 
 def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """The pipeline itself at as many steps as the budget has forwards."""
-    return Arm(None, {**call_kwargs(cfg), "num_inference_steps": step_count(cfg)})
+    """The pipeline itself at as many steps as the budget has forwards.
+
+    `cache.options.sampler` names another solver (of the group `sampler`) for this side alone: the uncached run that
+    it is compared with keeps `sampler=`.
+    """
+    kwargs = {**call_kwargs(cfg), "num_inference_steps": step_count(cfg)}
+    name = cfg.cache.options.get("sampler")
+    if name is None:
+        return Arm(None, kwargs)
+    other = OmegaConf.create({"model": cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{name}.yaml")})
+    swapped = SimpleNamespace(scheduler=pipe.scheduler)
+    set_sampler(swapped, other)
+
+    @contextmanager
+    def attach(pipe: Any) -> Iterator[None]:
+        own, pipe.scheduler = pipe.scheduler, swapped.scheduler
+        try:
+            yield
+        finally:
+            pipe.scheduler = own
+
+    return Arm(None, kwargs, attach=attach, report={"sampler": name})
 
 
 def plan_grid(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:

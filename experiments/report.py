@@ -100,13 +100,8 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         if f"{key}_to_uncached" in metrics:
             rows.append((f"{name}, against the uncached images", "", f"{metrics[f'{key}_to_uncached']:.3f}"))
     overhead = timing["hook_overhead_per_step_s"]
-    rows.append(
-        (
-            "hook overhead per step, ms",
-            "",
-            f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)",
-        )
-    )
+    shown = f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)"
+    rows.append(("hook overhead per step, ms", "", "" if "hook_overhead" in record["missing"] else shown))
     rows.append(("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype']}"))
     return rows
 

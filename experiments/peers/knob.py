@@ -6,8 +6,6 @@ searched for so that runs on a few calibration prompts make as many forwards as 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,15 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from erta.errors import BudgetError, ErtaError
 from erta.online import OnlineRule, online
 from erta.session import latent_call
-from erta.signature import model_signature
 from erta.trace import CallTrace
 from experiments import console
-from experiments.calibrating import CALIBRATION_SEED, MADE_HERE, expected_signature, progress_bar
+from experiments.calibrating import CALIBRATION_SEED, progress_bar
 from experiments.config import BUDGETS
 from experiments.methods import Arm, step_count
 from experiments.models import call_kwargs
+from experiments.peers.calibrated import kept
 from experiments.prompts import calibration_prompts
-from experiments.record import read_json, write_json
 
 PROMPTS = 3  # of the calibration split, for each value that is tried
 MAX_TRIES = 14
@@ -100,12 +97,8 @@ def knob_arm(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any]
 def _known_or_found(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any], Attach]) -> dict[str, Any]:
     """The search's result, kept for the next run of the same method on the same model, grid and budget."""
     target, prompts = step_count(cfg), calibration_prompts(cfg)[:PROMPTS]
-    options, size = options_of(cfg), [cfg.model.height, cfg.model.width, cfg.model.num_frames]
-    setup = [expected_signature(cfg, pipe), model_signature(pipe), options, cfg.cache.reuse, size, prompts, target]
-    key = hashlib.sha256(json.dumps(setup).encode()).hexdigest()[:10]
-    path = MADE_HERE / f"{cfg.model.name}-{cfg.cache.name}-{key}.json"
-    report: dict[str, Any] | None = read_json(path)
-    if report is None:
+
+    def find() -> dict[str, Any]:
         with progress_bar() as bar:
             task = bar.add_task(f"{knob.name} for {target} steps ({len(prompts)} prompts a try)", total=None)
 
@@ -113,15 +106,15 @@ def _known_or_found(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callabl
                 bar.advance(task)
                 return mean_computed_steps(cfg, pipe, attach_with(value), prompts)
 
-            report = search(steps_at, knob, target, cfg.cache.name, cfg.model.num_inference_steps)
-        report["prompts"] = prompts
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, report)
+            return search(steps_at, knob, target, cfg.cache.name, cfg.model.num_inference_steps)
+
+    setup = [cfg.cache._target_, options_of(cfg), cfg.cache.reuse, prompts, target]
+    report = kept(cfg, pipe, f"{cfg.cache.name}-knob", setup, find)
     console.note(
         f"{cfg.cache.name}: {knob.name}={report['value']:g} makes {report['computed']:.2f} computed steps on "
         f"{len(prompts)} calibration prompts ({target} asked for, {len(report['tried'])} values tried)"
     )
-    return report
+    return {**report, "prompts": prompts}
 
 
 def mean_computed_steps(cfg: DictConfig, pipe: Any, attach: Attach, prompts: list[str]) -> float:
