@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from safetensors.numpy import save_file
 
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
 from erta.grid import TIME_FORMS, adjusted_sigmas, longer_last_step, step_scale
-from erta.guidance import guidance_scale_of
-from erta.hooks import OBSERVER_NAME, ObserverHook, attach, detach
+from erta.guidance import guidance_scale_of, second_scale_of
+from erta.hooks import observed
 from erta.plan import Plan, Rectification
 from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
 from erta.schedule import (
@@ -33,7 +34,7 @@ from erta.schedule import (
 )
 from erta.scheduler import counting, has_sigmas, nominal_sigmas, step_index
 from erta.session import SESSION, call_arguments, latent_call
-from erta.signature import check_signature, find_denoiser, model_signature
+from erta.signature import check_signature, find_denoiser, find_denoisers, model_signature
 from erta.site import SITES, make_site, model_name
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
 
@@ -53,6 +54,11 @@ class Calibration:
     @property
     def num_steps(self) -> int:
         return len(self.signature["sigmas"]) - 1
+
+    @property
+    def takeover(self) -> int | None:
+        """The step from which the second transformer ran: 0 if always, num_steps if never; None if there is one only."""
+        return self.signature.get("takeover")
 
     def rel_l1(self, denominator: str = "ground_truth") -> np.ndarray:
         """The profile that schedules are made from, (num_steps, window): mean over prompts and branches.
@@ -104,7 +110,8 @@ class Calibration:
                 "ask for more computed steps or calibrate with a larger window"
             )
         if all(mask) and threshold is not None:
-            smallest = float(np.nanmin(rel_l1[1:, 0]))
+            changes = rel_l1[1:, 0]
+            smallest = float(np.min(changes[np.isfinite(changes)], initial=np.inf))
             warnings.warn(
                 f"threshold {threshold:g} reuses nothing: the smallest change between two steps is {smallest:.4g}",
                 stacklevel=2,
@@ -120,11 +127,11 @@ class Calibration:
             raise ErtaError("phi by increment depends on the step length: calibrate with this number of steps")
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
         phi = self.phi(mask, phi_denominator)
-        moved = adjusted_sigmas(sigmas, mask, phi) if adjust_time else sigmas
+        moved = adjusted_sigmas(sigmas, mask, phi, self.takeover) if adjust_time else sigmas
         if choice_index("time_form", time_form, TIME_FORMS) == 1:
             if not adjust_time:
                 raise ErtaError("time_form='last_step' is a control for adjust_time, which is off")
-            moved = longer_last_step(sigmas, moved)
+            moved = longer_last_step(sigmas, moved, self.takeover)
         errors = reuse_errors(rel_l1, mask)
         if not np.isfinite(errors).all():
             raise BudgetError(
@@ -141,6 +148,8 @@ class Calibration:
             branches=tuple(self.signature["branches"]),
             latent_shape=tuple(self.signature["latent_shape"]),
             guidance_scale=self.signature["guidance_scale"],
+            guidance_scale_2=self.signature.get("guidance_scale_2"),
+            takeover=self.takeover,
             signature={**self.signature, "dtype": self.record.get("dtype")},
             report={
                 "policy": policy,
@@ -213,9 +222,11 @@ class Calibration:
             if policy == "uniform":
                 raise BudgetError("the uniform policy has no threshold: give speedup or steps")
             return threshold_mask(rel_l1, threshold)
-        count = steps if steps is not None else steps_for_speedup(self.num_steps, float(speedup or 0))
-        check_count(count, self.num_steps)
-        return uniform_mask(self.num_steps, count) if policy == "uniform" else budget_mask(rel_l1, count)
+        total, takeover = self.num_steps, self.takeover
+        count = steps if steps is not None else steps_for_speedup(total, float(speedup or 0), takeover)
+        check_count(count, total, takeover)
+        uniform = policy == "uniform"
+        return uniform_mask(total, count, takeover) if uniform else budget_mask(rel_l1, count, takeover)
 
     def save(self, path: str | Path) -> None:
         """Write tensors and JSON metadata as one safetensors file."""
@@ -254,7 +265,8 @@ def calibrate(
     """Run `pipe` uncached over `prompts` and profile its residuals.
 
     Args:
-        pipe: a diffusers pipeline with one transformer.
+        pipe: a diffusers pipeline with one transformer, or with two of which the second takes over at some step
+            (Wan2.2); residuals of one are never compared with the other's.
         prompts: at least one; the paper's appendix finds 20 as good as 1000.
         site: where the residual lives, `output` or `blocks` (see `erta.site`); plans inherit it.
         window: how many steps apart a pair may be; longer reuse cannot be planned.
@@ -301,20 +313,19 @@ def calibrate(
 def _calibrate_one(
     pipe: Any, prompt: str, seed: int, site: str, window: int, pipeline_kwargs: dict[str, Any]
 ) -> Calibration:
-    transformer = find_denoiser(pipe)
+    transformers, model = find_denoisers(pipe), model_name(find_denoiser(pipe))
     kwargs = latent_call(prompt, seed, pipeline_kwargs)
-    scale = guidance_scale_of(call_arguments(type(pipe), pipe, (), kwargs))
-    observer = TrajectoryObserver(window, scale, model_name(transformer), eager=site != "output")
+    arguments = call_arguments(type(pipe), pipe, (), kwargs)
+    scale, second = guidance_scale_of(arguments), second_scale_of(arguments)
+    observer = TrajectoryObserver(window, scale, model, eager=site != "output", guidance_scale_2=second)
     scheduler = counting(pipe.scheduler)
-    hook = ObserverHook(observer, make_site(site, transformer), lambda: step_index(scheduler))
-    attach(transformer, hook, OBSERVER_NAME)
-    own_scheduler, pipe.scheduler = pipe.scheduler, scheduler
-    started = time.perf_counter()
-    try:
-        pipe(**kwargs)
-    finally:
-        pipe.scheduler = own_scheduler
-        detach(transformer, OBSERVER_NAME)
+    with observed(transformers, observer, partial(make_site, site), lambda: step_index(scheduler)) as hooks:
+        own_scheduler, pipe.scheduler = pipe.scheduler, scheduler
+        started = time.perf_counter()
+        try:
+            pipe(**kwargs)
+        finally:
+            pipe.scheduler = own_scheduler
     sigmas = nominal_sigmas(scheduler)
     statistics = observer.finish(len(sigmas) - 1)
     signature = {
@@ -326,15 +337,18 @@ def _calibrate_one(
         "site": site,
         "grid": "sigmas" if has_sigmas(scheduler) else "timesteps",
     }
+    if 1 in transformers:
+        signature["guidance_scale_2"] = None if second is None else float(second)
+        signature["takeover"] = len(sigmas) - 1 if observer.takeover is None else observer.takeover
     record = {
         "prompts": [prompt],
         "skipped": [],
         "first_seed": seed,
         "window": window,
         "seconds": time.perf_counter() - started,
-        "forward_s": hook.transformer.seconds,
-        "device": str(transformer.device),
-        "dtype": str(transformer.dtype),
+        "forward_s": sum(hook.transformer.seconds for hook in hooks),
+        "device": str(pipe._execution_device),
+        "dtype": str(find_denoiser(pipe).dtype),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     return Calibration(statistics, signature, record)

@@ -86,7 +86,7 @@ def _observe(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, An
             found[step, branches.index(name)] = sums, value.numel() // value.shape[axis]
 
     with cached(pipe, plan):
-        pipe.__dict__[SESSION].hook.on_reuse = note
+        pipe.__dict__[SESSION].show_reuse(note)
         pipe(**latent_call(prompt, seed, kwargs))
     channels = next(iter(found.values()))[0].shape[1]
     arrays = np.zeros((6, plan.num_steps, len(branches), channels))

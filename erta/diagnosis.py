@@ -20,15 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from erta.errors import ErtaError
-from erta.guidance import branches_of, guidance_scale_of, guide, split
-from erta.hooks import OBSERVER_NAME, Coefficients, ObserverHook, attach, detach
+from erta.guidance import branches_of, guidance_scale_of, guide, second_scale_of, split
+from erta.hooks import Coefficients, observed
 from erta.plan import Plan
 from erta.scheduler import step_index
 from erta.session import SESSION, cached, call_arguments, latent_call
-from erta.signature import find_denoiser
-from erta.site import make_site, model_name
+from erta.signature import find_denoiser, find_denoisers
+from erta.site import Site, make_site, model_name
+
+_Scales = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,9 @@ def _recorded(pipe: Any, run: _Run) -> Iterator[None]:
 class _OpenLoop:
     """Errors that a plan's reuse makes on the uncached trajectory, guided, one a step."""
 
-    def __init__(self, plan: Plan, guidance_scale: float | None, model: str) -> None:
-        self.plan, self.guidance_scale = plan, guidance_scale
+    def __init__(self, plan: Plan, guidance_scales: _Scales, model: str) -> None:
+        self.plan, self.guidance_scales = plan, guidance_scales
+        self.stages: dict[int, int] = {}
         self.coefficients = Coefficients(plan, model)
         self.kept: dict[str, torch.Tensor] = {}
         self.errors: list[dict[str, torch.Tensor]] = [{} for _ in plan.mask]
@@ -192,52 +196,58 @@ class _OpenLoop:
         velocity: torch.Tensor,
         residual: torch.Tensor,
         predict: Callable[[torch.Tensor], torch.Tensor],
+        stage: int = 0,
     ) -> None:
         """See `erta.hooks.Observer`."""
-        if self.plan.mask[step]:
+        self.stages[step] = stage
+        if self.plan.mask[step]:  # and so is a second transformer's first step: nothing of the first's is left
             self.kept[context] = velocity if self.plan.reuse == "velocity" else residual
             error = torch.zeros_like(velocity)
         else:
             error = self.coefficients.rectify(predict(self.kept[context]), step, context) - velocity
-        self.errors[step] |= split(error.double(), branches_of(context, self.guidance_scale))
+        self.errors[step] |= split(error.double(), branches_of(context, self.guidance_scales[0]))
 
     def guided(self) -> list[torch.Tensor]:
         """One error a step, as the solver sees it."""
-        return [guide(errors, self.guidance_scale) for errors in self.errors]
+        scales = self.guidance_scales
+        return [guide(errors, scales[self.stages[step]]) for step, errors in enumerate(self.errors)]
 
 
 def _run_uncached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> _Run:
-    run, transformer = _Run(), find_denoiser(pipe)
-    open_loop = _OpenLoop(plan, _guidance_scale(pipe, prompt, kwargs), model_name(transformer))
-    site = make_site(plan.site, transformer, plan.reuse)
-    attach(transformer, ObserverHook(open_loop, site, lambda: step_index(pipe.scheduler)), OBSERVER_NAME)
-    try:
-        with _recorded(pipe, run):
-            run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
-    finally:
-        detach(transformer, OBSERVER_NAME)
+    run = _Run()
+    open_loop = _OpenLoop(plan, _guidance_scales(pipe, prompt, kwargs), model_name(find_denoiser(pipe)))
+
+    def site_of(transformer: nn.Module) -> Site:
+        return make_site(plan.site, transformer, plan.reuse)
+
+    step = functools.partial(step_index, pipe.scheduler)
+    with observed(find_denoisers(pipe), open_loop, site_of, step), _recorded(pipe, run):
+        run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
     run.open_loop_errors = open_loop.guided()
     return run
 
 
 def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> _Run:
-    run, scale = _Run(), _guidance_scale(pipe, prompt, kwargs)
+    run, scales = _Run(), _guidance_scales(pipe, prompt, kwargs)
     true: dict[int, dict[str, torch.Tensor]] = {}
 
     def note(step: int, context: str, v_cached: torch.Tensor, true_velocity: Callable[[], torch.Tensor]) -> None:
-        parts = split(true_velocity().double(), branches_of(context, scale))
+        parts = split(true_velocity().double(), branches_of(context, scales[0]))
         true.setdefault(step, {}).update(parts)
 
-    with cached(pipe, plan):
-        pipe.__dict__[SESSION].hook.on_reuse = note
+    with cached(pipe, plan) as trace:
+        pipe.__dict__[SESSION].show_reuse(note)
         with _recorded(pipe, run):
             run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
-    run.truth = [guide(true[i], scale) if i in true else output for i, output in enumerate(run.outputs)]
+    for step, output in enumerate(run.outputs):
+        run.truth.append(guide(true[step], scales[trace.stages[step]]) if step in true else output)
     return run
 
 
-def _guidance_scale(pipe: Any, prompt: str, kwargs: dict[str, Any]) -> float | None:
-    return guidance_scale_of(call_arguments(type(pipe), pipe, (), {**kwargs, "prompt": prompt}))
+def _guidance_scales(pipe: Any, prompt: str, kwargs: dict[str, Any]) -> _Scales:
+    """Of the first and the second transformer."""
+    arguments = call_arguments(type(pipe), pipe, (), {**kwargs, "prompt": prompt})
+    return guidance_scale_of(arguments), second_scale_of(arguments)
 
 
 def _final_latents(result: Any) -> torch.Tensor:

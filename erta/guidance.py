@@ -25,6 +25,12 @@ def guidance_scale_of(arguments: dict[str, Any]) -> float | None:
     return arguments.get("guidance_scale")
 
 
+def second_scale_of(arguments: dict[str, Any]) -> float | None:
+    """The scale under a pipeline's second transformer: `guidance_scale_2`, or that of the first if it is not given."""
+    scale = arguments.get("guidance_scale_2")
+    return guidance_scale_of(arguments) if scale is None else scale
+
+
 def branches_of(context: str, guidance_scale: float | None) -> tuple[str, ...]:
     """The guidance branches that a forward under a pipeline's `cache_context` computes, in batch order."""
     if context != BATCHED:

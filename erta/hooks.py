@@ -1,4 +1,4 @@
-"""The one place that touches a pipeline's forward: hooks on the root transformer.
+"""The one place that touches a pipeline's forward: hooks on the root transformer, or on each of two (Wan2.2).
 
 Both hooks replace the transformer's forward through diffusers' own hook registry and come off without a
 trace. The step comes from the scheduler, the guidance branch from the pipeline's `cache_context`.
@@ -7,7 +7,8 @@ trace. The step comes from the scheduler, the guidance branch from the pipeline'
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -89,11 +90,22 @@ class CacheHook(CachingHook):
 
     `on_reuse(step, context, v_cached, true_velocity)`, if set, sees every prediction before rectification, and
     can run the transformer for what it stands in for: for diagnosis, since that costs what the cache saves.
+
+    `stage` is 1 on a pipeline's second transformer, else 0. Each transformer has a hook and a state of its own;
+    `replaces` is the hook of the one that ran before, whose residuals are freed as soon as this one computes.
     """
 
-    def __init__(self, plan: Plan, trace: Trace, site: Site, current_step: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        trace: Trace,
+        site: Site,
+        current_step: Callable[[], int],
+        stage: int = 0,
+        replaces: CacheHook | None = None,
+    ) -> None:
         super().__init__(trace, site, current_step)
-        self.plan = plan
+        self.plan, self.stage, self.replaces = plan, stage, replaces
         self.coefficients: Coefficients | None = None
         self.on_reuse: OnReuse | None = None
 
@@ -102,8 +114,11 @@ class CacheHook(CachingHook):
         x, forward = latent_of(args, kwargs), self.fn_ref.original_forward
         step, branch = self.current_step(), self.branch()
         self._check(x, step, branch)
+        self.trace.stages[step] = self.stage
         state = self.states.get_state()
         if self.plan.mask[step]:
+            if self.replaces is not None:
+                self.replaces.states.reset()
             output, state.value = self.site.compute(self._timed(forward, x.device), args, kwargs)
             self.trace.computed(branch, step, state.value, time.perf_counter() - entered - self.inside_s)
             return output
@@ -124,6 +139,9 @@ class CacheHook(CachingHook):
         plan = self.plan
         if step >= plan.num_steps:
             raise ExecutionMismatch(f"the scheduler is at step {step}, but the plan has {plan.num_steps} steps")
+        if plan.takeover is not None and self.stage != int(step >= plan.takeover):
+            runs = "first" if self.stage == 0 else "second"
+            raise SignatureMismatch("takeover", f"step {plan.takeover}", f"another: step {step} is the {runs}'s")
         if plan.latent_shape is not None and tuple(x.shape[1:]) != plan.latent_shape:
             raise SignatureMismatch("latent_shape", plan.latent_shape, tuple(x.shape[1:]))
         if plan.branches is not None and not set(branches_of(branch, plan.guidance_scale)) <= set(plan.branches):
@@ -133,9 +151,9 @@ class CacheHook(CachingHook):
 class ObserverHook(_BranchHook):
     """Runs the transformer as it is, and shows an observer every output and what a cache would have made of it."""
 
-    def __init__(self, observer: Observer, site: Site, current_step: Callable[[], int]) -> None:
+    def __init__(self, observer: Observer, site: Site, current_step: Callable[[], int], stage: int = 0) -> None:
         super().__init__()
-        self.observer, self.site, self.current_step = observer, site, current_step
+        self.observer, self.site, self.current_step, self.stage = observer, site, current_step, stage
         self.transformer = Stopwatch()
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +170,7 @@ class ObserverHook(_BranchHook):
             output[0].detach(),
             kept.detach(),
             lambda earlier: self.site.predict(forward, args, kwargs, earlier).detach(),
+            self.stage,
         )
         return output
 
@@ -167,8 +186,12 @@ class Observer(Protocol):
         velocity: torch.Tensor,
         residual: torch.Tensor,
         predict: Callable[[torch.Tensor], torch.Tensor],
+        stage: int = 0,
     ) -> None:
-        """`predict(r)` is the velocity at this very input with the residual `r` of an earlier step."""
+        """`predict(r)` is the velocity at this very input with the residual `r` of an earlier step.
+
+        `stage` is 1 in a pipeline's second transformer, else 0.
+        """
 
 
 class Coefficients:
@@ -211,6 +234,39 @@ class Coefficients:
             return table.reshape(len(array), len(picked), *shape)
 
         return place(rect.gain), place(rect.offset)
+
+
+@contextmanager
+def observed(
+    transformers: dict[int, nn.Module],
+    observer: Observer,
+    site_of: Callable[[nn.Module], Site],
+    current_step: Callable[[], int],
+) -> Iterator[list[ObserverHook]]:
+    """An `ObserverHook` on each transformer, by stage, inside the `with`; raises what `attach` raises."""
+    hooks = {
+        stage: ObserverHook(observer, site_of(transformer), current_step, stage)
+        for stage, transformer in transformers.items()
+    }
+    attach_all(transformers, hooks, OBSERVER_NAME)
+    try:
+        yield list(hooks.values())
+    finally:
+        for transformer in transformers.values():
+            detach(transformer, OBSERVER_NAME)
+
+
+def attach_all(transformers: dict[int, nn.Module], hooks: Mapping[int, _BranchHook], name: str) -> None:
+    """`attach` for each transformer and hook of a stage: all of them, or none if one is refused."""
+    done: list[nn.Module] = []
+    try:
+        for stage, transformer in transformers.items():
+            attach(transformer, hooks[stage], name)
+            done.append(transformer)
+    except InstallError:
+        for transformer in done:
+            detach(transformer, name)
+        raise
 
 
 def attach(transformer: nn.Module, hook: _BranchHook, name: str) -> None:

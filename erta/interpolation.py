@@ -21,8 +21,14 @@ def interpolate(calibration: Calibration, sigmas: np.ndarray) -> Calibration:
     """`calibration` for the grid `sigmas` (num_steps + 1,), inside the range of its own.
 
     Pairs farther apart than its window stay unknown. Counts of samples become one, so spreads are not carried
-    over; the time of a generation is scaled to the new number of steps. Raises ErtaError for a grid that reaches beyond the calibrated one.
+    over; the time of a generation is scaled to the new number of steps. Raises ErtaError for a grid that reaches beyond the
+    calibrated one, and for a calibration of two transformers.
     """
+    if calibration.takeover is not None:
+        raise ErtaError(
+            "a calibration of two transformers is not interpolated, since their statistics do not continue each "
+            "other: calibrate with this number of steps"
+        )
     sigmas = np.asarray(sigmas, np.float64)
     own = np.array(calibration.signature["sigmas"], np.float64)
     check_grid(sigmas.astype(np.float32))

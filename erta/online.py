@@ -20,7 +20,7 @@ from erta.errors import ExecutionMismatch, InstallError
 from erta.hooks import HOOK_NAME, CachingHook, attach, attach_again_if_dropped, check_detachable, detach
 from erta.scheduler import counting, step_index
 from erta.session import SESSION, checked_class
-from erta.signature import find_denoiser
+from erta.signature import single_denoiser
 from erta.site import Site, latent_of, make_site
 from erta.trace import NOTHING_RECEIVED, CallTrace
 
@@ -146,12 +146,12 @@ def online(pipe: Any, rule: OnlineRule, site: str = "output", reuse: str = "resi
     since some prompts may need every step.
 
     Raises:
-        InstallError: a cache is installed already.
+        InstallError: a cache is installed already, or the pipeline has two transformers.
         ExecutionMismatch: a call did not pass through the hook once a step and branch.
     """
     if SESSION in pipe.__dict__:
         raise InstallError("erta is installed on this pipeline already: call erta.uninstall(pipe) first")
-    transformer, own_scheduler, pipe_class = find_denoiser(pipe), pipe.scheduler, type(pipe)
+    transformer, own_scheduler, pipe_class = single_denoiser(pipe), pipe.scheduler, type(pipe)
     scheduler, trace = counting(own_scheduler), OnlineTrace()
     hook = OnlineHook(
         rule,

@@ -11,7 +11,7 @@ import numpy as np
 
 from erta.errors import ErtaError, choice_index
 from erta.grid import check_grid, computed_sigmas
-from erta.schedule import Mask
+from erta.schedule import Mask, segments
 from erta.site import SITES
 
 SCHEMA = "erta.plan/1"
@@ -46,6 +46,9 @@ class Plan:
         branches: guidance branches the plan knows, in the order of the rectification's axis; None: any.
         latent_shape: of the transformer's input without the batch axis; None: any.
         guidance_scale: that the plan was made for; None: any.
+        guidance_scale_2: the same of the second transformer, if there is one.
+        takeover: the step from which a second transformer runs: 0 if always, num_steps if never; None: there is
+            one transformer, or it is not known when the second takes over.
         signature: of the calibration, None if there was none.
         report: how the plan came about (threshold or budget, its errors), for the record.
     """
@@ -60,6 +63,8 @@ class Plan:
     branches: tuple[str, ...] | None = None
     latent_shape: tuple[int, ...] | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    takeover: int | None = None
     signature: dict[str, Any] | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +73,13 @@ class Plan:
             raise ErtaError("a plan must compute its first step: there is nothing to reuse before it")
         if len(self.sigmas) != len(self.mask) + 1:
             raise ErtaError(f"{len(self.mask)} steps need {len(self.mask) + 1} sigmas, not {len(self.sigmas)}")
+        if self.takeover is not None and not 0 <= self.takeover <= len(self.mask):
+            raise ErtaError(f"the second transformer cannot take over at step {self.takeover} of {len(self.mask)}")
+        if not all(self.mask[part.start] for part in segments(len(self.mask), self.takeover)):
+            raise ErtaError(
+                f"a plan must compute step {self.takeover}, the second transformer's first: a residual of one "
+                "transformer must not stand in for the other's"
+            )
         choice_index("site", self.site, SITES)
         choice_index("reuse", self.reuse, REUSE_FORMS)
         if self.site != "output" and self.reuse != "residual":
@@ -90,7 +102,9 @@ class Plan:
             branches=self.branches,
             latent_shape=self.latent_shape,
             guidance_scale=self.guidance_scale,
-            signature=self.signature and {**self.signature, "sigmas": None},
+            guidance_scale_2=self.guidance_scale_2,
+            takeover=None if self.takeover is None else sum(self.mask[: self.takeover]),
+            signature=self.signature and {**self.signature, "sigmas": None, "takeover": None},
             report={**self.report, "grid_only_of_steps": self.num_steps},
         )
 
@@ -109,6 +123,8 @@ class Plan:
             "branches": self.branches and list(self.branches),
             "latent_shape": self.latent_shape and list(self.latent_shape),
             "guidance_scale": self.guidance_scale,
+            "guidance_scale_2": self.guidance_scale_2,
+            "takeover": self.takeover,
             "signature": self.signature,
             "report": self.report,
         }
@@ -139,6 +155,8 @@ class Plan:
                 branches=data["branches"] and tuple(data["branches"]),
                 latent_shape=data["latent_shape"] and tuple(data["latent_shape"]),
                 guidance_scale=data["guidance_scale"],
+                guidance_scale_2=data.get("guidance_scale_2"),  # plans of one transformer were written without it
+                takeover=data.get("takeover"),
                 signature=data["signature"],
                 report=data["report"],
             )

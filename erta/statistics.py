@@ -3,7 +3,7 @@
 For a pair (c, i), `m = i - c` steps apart, on the same input x[i]: the cached output would be `v_cached`, made
 from the residual r[c], and its error `err = v_cached - v[i]`. At the output site `v_cached = x[i] + r[c]` and
 `err = r[c] - r[i]`; at the blocks site r is the block stack's, and v_cached what the head makes of it.
-Index [i, m - 1] holds the pair.
+Index [i, m - 1] holds the pair. Two steps that lie in different transformers of a pipeline make no pair.
 """
 
 from __future__ import annotations
@@ -104,15 +104,25 @@ class TrajectoryObserver:
 
     Keeps the residuals of `window` steps and nothing else of the trajectory. At the `output` site predictions
     are made when they are needed; at `blocks` they need the forward at hand, so `eager` makes them at once.
+    `takeover` is the first step that ran in a second transformer, under `guidance_scale_2`; None if none did.
     """
 
-    def __init__(self, window: int, guidance_scale: float | None, model: str, eager: bool = False) -> None:
+    def __init__(
+        self,
+        window: int,
+        guidance_scale: float | None,
+        model: str,
+        eager: bool = False,
+        guidance_scale_2: float | None = None,
+    ) -> None:
         self.window, self.guidance_scale, self.model, self.eager = window, guidance_scale, model, eager
+        self.guidance_scale_2 = guidance_scale_2
+        self.takeover: int | None = None
         self.branches: list[str] = []
         self.latent_shape: tuple[int, ...] | None = None
         self._residuals: dict[str, deque[torch.Tensor]] = {}
         self._pending: dict[str, _Seen] = {}
-        self._step = -1
+        self._step, self._stage = -1, 0
         self._last_guided: torch.Tensor | None = None
         self._per_channel, self._channels = 1.0, 1
         self._pairs: list[tuple[int, int, int, torch.Tensor, torch.Tensor]] = []  # branch, step, gap, ratios, sums
@@ -127,13 +137,22 @@ class TrajectoryObserver:
         velocity: torch.Tensor,
         residual: torch.Tensor,
         predict: Callable[[torch.Tensor], torch.Tensor],
+        stage: int = 0,
     ) -> None:
-        """Take one forward. Steps come in order, each cache context once a step. See `erta.hooks.Observer`."""
+        """Take one forward. Steps come in order, each cache context once a step. See `erta.hooks.Observer`.
+
+        Raises ErtaError for other orders, and where the first transformer runs after the second.
+        """
         if step != self._step:
             self._close_step()
             if step != self._step + 1:
                 raise ErtaError(f"calibration saw step {step} after step {self._step}: steps must come in order")
             self._step = step
+            if stage > self._stage:  # the first transformer's residuals are never paired with the second's
+                self._stage, self.takeover = stage, step
+                self._residuals = {name: deque(maxlen=self.window) for name in self._residuals}
+        if stage != self._stage:
+            raise ErtaError(f"calibration saw both transformers at step {step}, or the first after the second")
         if context in self._pending:
             raise ErtaError(f"calibration saw branch {context!r} twice at step {step}")
         if context == SINGLE_BRANCH and velocity.shape[0] != 1:
@@ -168,7 +187,8 @@ class TrajectoryObserver:
         for context, seen in self._pending.items():
             velocities |= self._split(context, seen.velocity.float())
         self._finite.append(torch.stack([torch.isfinite(value).all() for value in velocities.values()]).all())
-        guided = guide(velocities, self.guidance_scale)
+        scale = self.guidance_scale_2 if self._stage else self.guidance_scale
+        guided = guide(velocities, scale)
         axis = channel_axis(guided, self.model)
         self._channels = guided.shape[axis]
         self._per_channel = guided.numel() / self._channels
@@ -183,7 +203,7 @@ class TrajectoryObserver:
                     sums = channel_moments(v_cached, v_cached - velocities[branch], axis)
                     self._pairs.append((self.branches.index(branch), self._step, gap, change, sums))
                 predicted |= parts
-            self._add_phi(gap, guided, guide(predicted, self.guidance_scale))
+            self._add_phi(gap, guided, guide(predicted, scale))
         self._last_guided = guided
         for context, seen in self._pending.items():
             self._residuals[context].append(seen.residual)

@@ -64,11 +64,13 @@ class CallTrace:
     `executed` holds, for each cache context (guidance branch, or both in one), the steps in order and whether the
     transformer was run there. `forward_s` is the time inside the transformer at computed steps; `overhead_s` the
     hook's own at all steps, as the CPU sees it (on a GPU, launching its few operations). At the blocks site a
-    reused step's embeddings and head count as the hook's.
+    reused step's embeddings and head count as the hook's. `stages` holds for each step of a planned run which
+    transformer it ran in, or was reused in place of: 0, or 1 for a pipeline's second one.
     """
 
     calls: int = 0
     executed: dict[str, list[tuple[int, bool]]] = field(default_factory=dict)
+    stages: dict[int, int] = field(default_factory=dict)
     cached: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     transformer: Stopwatch = field(default_factory=Stopwatch, repr=False)
     overhead_s: float = 0.0
@@ -77,7 +79,7 @@ class CallTrace:
 
     def begin(self) -> None:
         """Forget the last call."""
-        self.executed, self.cached = {}, {}
+        self.executed, self.stages, self.cached = {}, {}, {}
         self.transformer, self.overhead_s = Stopwatch(), 0.0
 
     def computed(self, branch: str, step: int, value: torch.Tensor, overhead_s: float) -> None:

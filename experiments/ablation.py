@@ -20,6 +20,7 @@ from erta.calibration import Calibration
 from erta.errors import ErtaError
 from experiments import config, console
 from experiments.calibrating import get_calibration, progress_bar
+from experiments.fidelity import frames_of
 from experiments.metrics import Interval, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
@@ -103,6 +104,9 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
     path = folder / "rows.jsonl"
     done = {(row["row"], row["index"]): row for row in read_lines(path)}
     references = _uncached(pipe, cfg, prompts, folder)
+    source, mp4 = cfg.bench.frames_from, folder / "compared.mp4"
+    if source != "decoded":
+        console.note(f"PSNR and SSIM compare frames read from {source} files, in all rows")
     with progress_bar() as bar:
         task = bar.add_task("rows", total=len(rows) * len(prompts), completed=len(done))
         for row in rows:
@@ -115,13 +119,14 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
             grid = arm.sigmas(pipe)
             for index in missing:
                 sample = generate(pipe, prompts[index].text, prompts[index].seed, arm.kwargs, arm.put_on)
+                pair = [frames_of(source, clip, mp4) for clip in (sample.frames, references[index])]
                 done[row.key, index] = {
                     "row": row.key,
                     "index": index,
                     "forwards": sample.forwards,
                     "denoise_s": sample.denoise_s,
-                    "psnr_db": psnr_db(sample.frames, references[index]),
-                    "ssim": ssim(sample.frames, references[index]),
+                    "psnr_db": psnr_db(*pair),
+                    "ssim": ssim(*pair),
                     "scene": scene_agreement(prompts[index], sample.frames),
                     "last_step": float(grid[-2]),
                 }

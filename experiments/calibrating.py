@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import erta
 from erta.errors import ErtaError, SignatureMismatch
-from erta.schedule import sources
+from erta.guidance import second_scale_of
+from erta.schedule import segments, sources
 from erta.signature import check_signature, model_signature
 from experiments import console
 from experiments.config import shard_range
-from experiments.models import ASSETS, call_kwargs, call_sigmas, load_pipeline
+from experiments.models import ASSETS, call_grid, call_kwargs, call_sigmas, check_vocabulary, load_pipeline
 from experiments.prompts import calibration_prompts
 from experiments.record import mark_finished, write_json
 
@@ -33,10 +34,13 @@ def progress_bar() -> Progress:
 
 def expected_signature(cfg: DictConfig, pipe: Any) -> dict[str, Any]:
     """What can be known of a run's signature before its first call, and the size that was asked for."""
+    kwargs = call_kwargs(cfg)
+    grid = call_grid(pipe, kwargs)
     return {
         **model_signature(pipe),
-        "sigmas": [float(s) for s in call_sigmas(pipe, call_kwargs(cfg))],
+        "sigmas": [float(s) for s in grid.sigmas],
         "guidance_scale": float(cfg.model.guidance_scale),
+        **({} if grid.takeover is None else {"guidance_scale_2": second_scale_of(kwargs), "takeover": grid.takeover}),
         "site": cfg.cache.site,
     }
 
@@ -50,6 +54,14 @@ def check_fits(calibration: erta.Calibration, cfg: DictConfig, pipe: Any) -> Non
         raise SignatureMismatch("size", made_for, asked)
 
 
+def prompts_for(cfg: DictConfig, pipe: Any) -> list[str]:
+    """The calibration prompts. Raises ErtaError for a word that the embedded model has never seen."""
+    prompts = calibration_prompts(cfg)
+    if cfg.model.embedded:
+        check_vocabulary(pipe, prompts)
+    return prompts
+
+
 def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
     """The calibration file that was named, else the shipped one, else one made earlier here, else a new one."""
     if cfg.calibration.path is not None:
@@ -60,8 +72,8 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
             calibration = erta.interpolate(calibration, sigmas)
         check_fits(calibration, cfg, pipe)
         return calibration
-    wanted = calibration_prompts(cfg)
-    made_here = MADE_HERE / f"{cfg.model.name}-{_key(cfg, pipe)}.safetensors"
+    wanted = prompts_for(cfg, pipe)
+    made_here = MADE_HERE / f"{cfg.model.name}-{_key(cfg, pipe, wanted)}.safetensors"
     for path in (*sorted((ASSETS / cfg.model.name).glob("calibration*.safetensors")), made_here):
         if not path.is_file():
             continue
@@ -80,7 +92,7 @@ def get_calibration(cfg: DictConfig, pipe: Any) -> erta.Calibration:
 
 def make_calibration(cfg: DictConfig, pipe: Any, path: Path) -> erta.Calibration:
     """Calibrate with a progress bar and keep the result at `path`; finished prompts survive an interruption."""
-    prompts = calibration_prompts(cfg)
+    prompts = prompts_for(cfg, pipe)
     which = shard_range(cfg.calibration.shard, len(prompts))
     prompts = prompts[which.start : which.stop]
     partial = path.with_name(path.stem + ".unfinished.safetensors")
@@ -137,7 +149,7 @@ def merge_parts(paths: list[Path]) -> erta.Calibration:
 
 def closed_loop_plan(cfg: DictConfig, pipe: Any, plan: erta.Plan) -> erta.Plan:
     """`plan` with its rectifier fitted along its own trajectory on the calibration prompts; kept for the next run."""
-    prompts = calibration_prompts(cfg)
+    prompts = prompts_for(cfg, pipe)
     key = hashlib.sha256(json.dumps([plan.to_json(), prompts, _size(cfg), cfg.cache.rectifier]).encode()).hexdigest()
     path = MADE_HERE / f"{cfg.model.name}-closed-{key[:10]}.json"
     if path.is_file():
@@ -169,7 +181,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
         calibration.save(path)
     else:
         calibration = make_calibration(cfg, load_pipeline(cfg), path)
-    counts = sorted({max(1, calibration.num_steps * share // 100) for share in (20, 24, 34, 50, 70)})
+    total = calibration.num_steps
+    least = len(segments(total, calibration.takeover))
+    counts = sorted({max(least, total * share // 100) for share in (20, 24, 34, 50, 70)})
     planned = [_planned(calibration, steps) for steps in counts]
     columns = [
         "computed steps",
@@ -246,6 +260,6 @@ def _with_size(calibration: erta.Calibration, cfg: DictConfig) -> erta.Calibrati
     return erta.Calibration(calibration.statistics, calibration.signature, {**calibration.record, "size": _size(cfg)})
 
 
-def _key(cfg: DictConfig, pipe: Any) -> str:
-    parts = [expected_signature(cfg, pipe), _size(cfg), cfg.calibration.num_prompts, cfg.calibration.window]
+def _key(cfg: DictConfig, pipe: Any, prompts: list[str]) -> str:
+    parts = [expected_signature(cfg, pipe), _size(cfg), prompts, cfg.calibration.window]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]

@@ -69,9 +69,10 @@ def register_help() -> None:
         lines.append("")
     lines += [
         "Keys you will want: model.num_inference_steps, model.guidance_scale, model.path, cache.threshold |",
-        "cache.speedup | cache.steps (one of them), calibration.num_prompts, calibration.path, bench.num_prompts,",
-        "bench.prompts, seed, resume, hydra.run.dir. --cfg job prints the configuration, -m runs a sweep,",
-        "--traceback shows where an error came from.",
+        "cache.speedup | cache.steps (one of them), calibration.num_prompts, calibration.prompts, calibration.path,",
+        "bench.num_prompts, bench.prompts, bench.frames_from, bench.dimensions (of VBench: names or all),",
+        "bench.python (its worker's interpreter), seed, resume, hydra.run.dir. --cfg job prints the configuration,",
+        "-m runs a sweep, --traceback shows where an error came from.",
     ]
     help_node = {"app_name": "run.py", "header": "", "footer": "", "template": "\n".join(lines).replace("$", "$$")}
     ConfigStore.instance().store(group="hydra/help", name="erta", node=help_node)
@@ -95,6 +96,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
+    from experiments.models import memory_advice
     from experiments.record import STATE_FILE, open_folder
 
     for override in HydraConfig.get().overrides.task:
@@ -109,7 +111,8 @@ def _run(cfg: DictConfig) -> None:
         shutil.rmtree(fresh / ".hydra", ignore_errors=True)
         with suppress(OSError):
             fresh.rmdir()
-    get_method(cfg.experiment._target_)(cfg, folder)
+    with memory_advice(cfg):
+        get_method(cfg.experiment._target_)(cfg, folder)
 
 
 def _quiet_libraries() -> None:
@@ -127,7 +130,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file or folder"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return _unknown_key(str(error)) or _first_lines(error, 2)
+        reason = f": {_first_lines(error.__cause__, 1)}" if error.__cause__ is not None else ""
+        return _unknown_key(str(error)) or _unknown_choice(str(error)) or _first_lines(error, 2) + reason
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error.filename or 'while writing'}). Free some space; the same command goes on."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -143,6 +147,15 @@ def _unknown_key(message: str) -> str | None:
     nearest = difflib.get_close_matches(found[1], config.all_keys(), n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "python run.py --cfg job shows those that exist"
     return f"unknown key {found[1]}: {hint}"
+
+
+def _unknown_choice(message: str) -> str | None:
+    """Hydra's error for a group without such a file, with those that exist."""
+    found = re.search(r"Could not find '(\w+)/([^']+)'", message)
+    if found is None or not (CONF / found[1]).is_dir():
+        return None
+    choices = ", ".join(path.stem for path in sorted((CONF / found[1]).glob("*.yaml")))
+    return f"there is no {found[1]}={found[2]}. Choose from {choices}"
 
 
 def _first_lines(error: BaseException, count: int) -> str:

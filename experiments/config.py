@@ -11,10 +11,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from erta.errors import BudgetError, ErtaError, choice_index
 from erta.site import SITES
+from experiments import vbench_dimensions
 
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
 BUDGETS = ("threshold", "speedup", "steps")
+OFFLOADS = ("none", "model", "sequential")
+FRAMES_FROM = ("decoded", "mp4")
+MP4_BLOCK = 16  # pixels
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -27,13 +31,17 @@ class ModelConfig:
     embedded: bool = False
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None  # of a pipeline's second transformer; null: as of the first
     flow_shift: float | None = None
     height: int = MISSING
     width: int = MISSING
     num_frames: int | None = None
     max_sequence_length: int | None = None  # of the text, in tokens; null: the pipeline's own
+    fps: int = 8  # frames a second of the clips; VBench's dynamic degree depends on it
     dtype: str = "float32"
-    offload: str = "none"
+    offload: str = "none"  # on a GPU: model keeps one model there at a time, sequential one layer
+    vae_tiling: bool = False
+    compile: bool = False  # of the transformer's repeated blocks
     paper_threshold: float | None = None
     prompt_source: str = "scenes"
 
@@ -72,9 +80,12 @@ class CacheConfig:
 @dataclass
 class BenchConfig:
     name: str = MISSING
-    num_prompts: int = 16
+    num_prompts: int | None = 16  # null only in VBench's standard suite: all that its dimensions need
     prompts: str | None = None
-    dimensions: list[str] = field(default_factory=list)
+    frames_from: str = "decoded"  # what PSNR, SSIM, MS-SSIM and LPIPS compare; or mp4
+    dimensions: Any = field(default_factory=list)  # of VBench: a list of names, one name, or all
+    suite: str = "custom"  # or standard: VBench's own prompts
+    videos_per_prompt: int = 5  # of the standard suite
     python: str | None = None  # interpreter of the VBench worker; null: this one
     image_scores: bool = False  # FID and CLIP score
     reference: str | None = None  # FID: a folder of images; null: on scenes, rendered ones
@@ -85,6 +96,7 @@ class BenchConfig:
 @dataclass
 class CalibrationConfig:
     num_prompts: int = 20
+    prompts: str | None = None
     window: int = 16
     path: str | None = None
     allow_interpolation: bool = False
@@ -102,9 +114,12 @@ class WandbConfig:
 class ExperimentConfig:
     _target_: str = MISSING
     seeds: int = 1  # noises a prompt, of tables
-    until: str | None = None  # train_tiny: stop after this part (autoencoder, decoder, text or transformer)
+    until: str | None = None  # train_tiny: stop after this part: autoencoder, decoder or clip, text, transformer
     work_dir: str | None = None  # train_tiny: where checkpoints are kept
     install: bool = True  # train_tiny: put the finished weights into erta/assets
+    device: str | None = None  # train_tiny: of the transformer; null: cuda if there is one, else cpu
+    steps: int | None = None  # train_tiny: of the transformer; null: what was found enough on two cores
+    batch_size: int | None = None  # train_tiny: of the transformer; null: what is fast on two cores
 
 
 @dataclass
@@ -177,6 +192,24 @@ def _check_shards(cfg: DictConfig) -> None:
     shard_range(cfg.calibration.shard, cfg.calibration.num_prompts)
 
 
+def _check_calibration_prompts(cfg: DictConfig) -> None:
+    """A calibration that is named, or merged, brings its prompts; only the closed-loop fit would read others."""
+    made = [key for key in ("path", "parts") if cfg.calibration[key]]
+    if cfg.calibration.prompts is not None and made and cfg.cache.rectifier_fit != "closed":
+        raise ErtaError(f"calibration.prompts would not be read: calibration.{made[0]} brings its own prompts")
+
+
+def _check_mp4(cfg: DictConfig) -> None:
+    """Only videos are saved as mp4, and export_to_video rescales frames whose sides are not multiples of 16."""
+    if cfg.bench.frames_from != "mp4":
+        return
+    if cfg.model.num_frames is None:
+        raise ErtaError("bench.frames_from=mp4 is for videos, and this model makes images: leave it at decoded")
+    if cfg.model.height % MP4_BLOCK or cfg.model.width % MP4_BLOCK:
+        size = f"model.height={cfg.model.height} model.width={cfg.model.width}"
+        raise ErtaError(f"bench.frames_from=mp4 needs sides that are multiples of {MP4_BLOCK}, not {size}")
+
+
 def validate(cfg: DictConfig) -> None:
     """Raise ErtaError for values that have the right type but no meaning."""
     chosen = budget(cfg)
@@ -198,9 +231,12 @@ def validate(cfg: DictConfig) -> None:
         "bench.num_prompts": cfg.bench.num_prompts,
         "calibration.num_prompts": cfg.calibration.num_prompts,
     }.items():
-        if value < 1:
+        whole_suite = key == "bench.num_prompts" and value is None and cfg.bench.suite == "standard"
+        if not whole_suite and (value is None or value < 1):
             raise ErtaError(f"{key} must be at least 1, not {value}")
     _check_shards(cfg)
+    _check_calibration_prompts(cfg)
+    vbench_dimensions.validate(cfg)
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)
@@ -208,7 +244,11 @@ def validate(cfg: DictConfig) -> None:
     if cfg.experiment.seeds < 1:
         raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
     choice_index("model.dtype", cfg.model.dtype, DTYPES)
-    choice_index("model.offload", cfg.model.offload, ("none", "model"))
+    choice_index("model.offload", cfg.model.offload, OFFLOADS)
+    if cfg.model.compile and cfg.model.offload == "sequential":
+        raise ErtaError("model.compile=true and model.offload=sequential: layers that come and go cannot be compiled")
+    choice_index("bench.frames_from", cfg.bench.frames_from, FRAMES_FROM)
+    _check_mp4(cfg)
     choice_index("wandb.mode", cfg.wandb.mode, WANDB_MODES)
 
 

@@ -67,6 +67,28 @@ def psnr_per_prompt(rows: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def psnr_per_frame(rows: list[dict[str, Any]], path: Path) -> None:
+    """PSNR by frame, mean over prompts ± 1 standard deviation; identical frames have none and are left out."""
+    mean, std, identical = frame_profile(rows)
+    figure, axis = plt.subplots(figsize=(9, 2.8), layout="constrained")
+    frames = np.arange(len(mean))
+    axis.plot(frames, mean, "o-", ms=3, color=COMPUTED, label="mean over prompts")
+    axis.fill_between(frames, mean - std, mean + std, color=COMPUTED, alpha=0.2, label="± 1 standard deviation")
+    if identical:
+        axis.plot([], [], " ", label=f"{identical} identical frames left out")
+    axis.set(xlabel="frame", ylabel="PSNR (dB)", xlim=(-0.5, len(mean) - 0.5))
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def frame_profile(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean and deviation of PSNR over prompts by frame, (frames,) in dB each, NaN where every clip is identical; and
+    how many frames are identical and left out of both."""
+    values = np.ma.masked_invalid(np.array([row["frames"]["psnr_db"] for row in rows], float))
+    identical = int(np.ma.getmaskarray(values).sum())
+    return values.mean(0).filled(np.nan), values.std(0).filled(np.nan), identical
+
+
 def decomposition(by_step: dict[str, np.ndarray], growth: dict[int, float], path: Path) -> None:
     """Each step's share of the final error, stacked by part; below, how much an error after a step has grown."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=[2, 1], layout="constrained")

@@ -14,17 +14,16 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from erta.calibration import Calibration
-from erta.errors import ErtaError
-from experiments import console, figures, image_scores, report, tracking
-from experiments import vbench_runner as vbench
+from experiments import console, fidelity, figures, image_scores, report, tracking, vbench_job
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.methods import Arm, profile
-from experiments.metrics import Lpips, mean_psnr, psnr_db, scene_agreement, ssim
+from experiments.metrics import Lpips, scene_agreement
 from experiments.models import call_kwargs, check_vocabulary, load_pipeline
 from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
 from experiments.sampling import Sample, generate
 from experiments.scenes import CHANCE_LEVEL
+from experiments.vbench_runner import to_uint8, write_lossless
 
 ARMS = ("uncached", "cached")
 PER_PROMPT = "per_prompt.jsonl"
@@ -34,7 +33,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """Everything from the weights to the report. A second call goes on after the last finished prompt."""
     if cfg.bench.image_scores:
         image_scores.check(cfg)
-    prompts = test_prompts(cfg)
+    vbench = vbench_job.prepare(cfg)
+    prompts = vbench.suite.prompts(cfg.seed) if vbench.suite else test_prompts(cfg)
     pipe = load_pipeline(cfg)
     if cfg.model.embedded:
         check_vocabulary(pipe, [prompt.text for prompt in prompts])
@@ -49,10 +49,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if arm.plan is not None:
         arm.plan.save(folder / "plan.json")
     check_inputs(folder, describe_inputs(pipe, prompts, arm.calibration))
+    vbench.check()
     with tracking.start(cfg, folder) as tracker:
         rows = _sample_all(cfg, pipe, arm, prompts, folder, tracker)
-        scores = _score_videos(cfg, prompts, folder)
-        record = _summarise(cfg, pipe, arm, rows, scores)
+        names = {vbench_job.clip_name(prompt, index): prompt.text for index, prompt in enumerate(prompts)}
+        vbench.score({name: folder / "samples" / name for name in ARMS}, names, folder)
+        record = _summarise(cfg, pipe, arm, rows, vbench)
         image_metrics, image_missing = _score_images(cfg, prompts, folder)
         record["metrics"] |= image_metrics
         record["missing"] |= image_missing
@@ -77,20 +79,25 @@ def _sample_all(
         generate(pipe, prompts[0].text, 0, {**base, "num_inference_steps": 2})
     with progress_bar() as bar:
         task = bar.add_task("uncached and cached samples", total=len(prompts), completed=len(rows))
-        for index in range(len(rows), len(prompts)):
-            prompt = prompts[index]
+        for index, prompt in enumerate(prompts):
+            kept = vbench_job.clip_name(prompt, index) if cfg.model.num_frames else f"{index:03d}.png"
+            is_measured = index < len(rows)
+            if is_measured and all((folder / "samples" / name / kept).is_file() for name in ARMS):
+                continue
             samples: dict[str, Sample] = {}
             for name in ARMS if index % 2 == 0 else ARMS[::-1]:  # alternating, so that drift hits both
                 side = Arm(None, base) if name == "uncached" else arm
                 samples[name] = generate(pipe, prompt.text, prompt.seed, side.kwargs, side.put_on)
+            compared: dict[str, np.ndarray] = {}
             for name, sample in samples.items():
-                path = folder / "samples" / name / f"{index:03d}"
-                if cfg.model.num_frames is None:
-                    Image.fromarray(vbench.to_uint8(sample.frames[0])).save(path.with_suffix(".png"))
-                else:
-                    vbench.write_lossless(sample.frames, path.with_suffix(".mp4"))
-                report.write_animation(sample.frames, path.with_suffix(".webp"))
-            row = _measure(index, prompt, samples, lpips)
+                mp4 = folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
+                compared[name] = fidelity.frames_of(cfg.bench.frames_from, sample.frames, mp4)
+                _keep(sample.frames, folder / "samples" / name / kept, cfg.model.fps)
+                if index < report.MAX_CLIPS:
+                    report.write_animation(sample.frames, folder / "samples" / name / f"{index:03d}.webp")
+            if is_measured:  # a lost sample is made anew; its row stays
+                continue
+            row = _measure(index, prompt, samples, fidelity.compare(compared["cached"], compared["uncached"], lpips))
             append_line(folder / PER_PROMPT, row)
             rows.append(row)
             tracker.log(row)
@@ -98,17 +105,8 @@ def _sample_all(
     return rows
 
 
-def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], lpips: Lpips) -> dict[str, Any]:
-    cached, uncached = samples["cached"], samples["uncached"]
-    row: dict[str, Any] = {
-        "index": index,
-        "prompt": prompt.text,
-        "seed": prompt.seed,
-        "psnr_db": psnr_db(cached.frames, uncached.frames),
-        "ssim": ssim(cached.frames, uncached.frames),
-    }
-    if lpips.missing is None:
-        row["lpips"] = lpips(cached.frames, uncached.frames)
+def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], scores: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"index": index, "id": prompt.id, "prompt": prompt.text, "seed": prompt.seed, **scores}
     for name, sample in samples.items():
         row[name] = {
             "denoise_s": sample.denoise_s,
@@ -119,32 +117,19 @@ def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], lpips: Lpip
             "overhead_calls": sample.overhead_calls,
             "cache_bytes": sample.cache_bytes,
             "cache_dtype": sample.cache_dtype,
-            "without_reuse": sample.mask is not None and sample.forwards > uncached.forwards - 1e-3,
+            "without_reuse": sample.mask is not None and sample.forwards > samples["uncached"].forwards - 1e-3,
             "mask": sample.mask and [int(computed) for computed in sample.mask],
             "scene": scene_agreement(prompt, sample.frames),
         }
     return row
 
 
-def _score_videos(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> dict[str, Any]:
-    """VBench of both arms, or why not: {"uncached": …, "cached": …, "missing": {dimension: reason}}."""
-    if not cfg.bench.dimensions:
-        return {"missing": {}}
-    if cfg.model.num_frames is None:
-        return {"missing": {name: "VBench reads videos; this model makes images" for name in cfg.bench.dimensions}}
-    dimensions, missing = vbench.split_dimensions(list(cfg.bench.dimensions), cfg.bench.python)
-    scores: dict[str, Any] = {arm: {} for arm in ARMS}
-    named = {f"{index:03d}.mp4": prompt.text for index, prompt in enumerate(prompts)}
-    for dimension in dimensions:
-        try:
-            for arm in ARMS:
-                with console.out.status(f"VBench: {dimension} ({arm})"):
-                    found = vbench.evaluate(folder / "samples" / arm, named, [dimension], cfg.bench.python)
-                scores[arm] |= found
-        except ErtaError as error:  # the rest of the run is worth keeping
-            missing[dimension] = str(error)
-            scores["uncached"].pop(dimension, None)
-    return {**scores, "missing": missing}
+def _keep(frames: np.ndarray, path: Path, fps: int) -> None:
+    """Write a sample without loss beyond 8 bits: clips as mp4, images as png."""
+    if path.suffix == ".png":
+        Image.fromarray(to_uint8(frames[0])).save(path)
+    else:
+        write_lossless(frames, path, fps)
 
 
 def _score_images(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -156,19 +141,11 @@ def _score_images(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> tuple
 
 
 def _summarise(
-    cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], scores: dict[str, Any]
+    cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], vbench: vbench_job.Evaluation
 ) -> dict[str, Any]:
     timing = _timing(cfg, arm, rows)
-    metrics: dict[str, Any] = {}
-    missing: dict[str, str | None] = {}
-    values = [row["psnr_db"] for row in rows]
-    metrics["psnr_db"], metrics["ssim"] = mean_psnr(values), float(np.mean([row["ssim"] for row in rows]))
-    metrics["identical"] = all(value is None for value in values)
-    metrics["identical_prompts"] = values.count(None)  # have no PSNR and are left out of its mean
-    if "lpips" in rows[0]:
-        metrics["lpips"] = float(np.mean([row["lpips"] for row in rows]))
-    else:
-        missing["lpips"] = Lpips().missing
+    metrics, missing = fidelity.summarise(rows)
+    metrics["frames_from"] = cfg.bench.frames_from
     metrics["speedup_denoise"] = timing["denoise_uncached_s"] / timing["denoise_s"]
     metrics["speedup_pipeline"] = timing["pipeline_uncached_s"] / timing["pipeline_s"]
     metrics["speedup_possible"] = timing.pop("speedup_possible")
@@ -178,13 +155,11 @@ def _summarise(
         metrics["scene_chance_level"] = CHANCE_LEVEL
     else:
         missing["scene_accuracy"] = "the prompts are not of the scene world"
-    for arm_name, key in (("cached", "vbench"), ("uncached", "vbench_uncached")):
-        if scores.get(arm_name):
-            metrics[key] = {name: result["score"] for name, result in scores[arm_name].items()}
-    missing |= {f"vbench.{name}": reason for name, reason in scores["missing"].items()}
     if rows[0]["cached"]["mask"] is not None and timing["hook_overhead_per_step_s"] == 0:
         missing["hook_overhead"] = "another library's hooks: their own time is not told apart from the model's"
-    missing["vbench_total"] = "needs all 16 dimensions on VBench's own prompts"
+    vbench_metrics, not_evaluated = vbench.summarise()
+    metrics |= vbench_metrics
+    missing |= not_evaluated
     mask = rows[0]["cached"]["mask"] or [1] * arm.kwargs["num_inference_steps"]
     return {
         **describe_run(cfg, [row["seed"] for row in rows], [row["prompt"] for row in rows]),
@@ -267,6 +242,8 @@ def _draw(arm: Arm, rows: list[dict[str, Any]], record: dict[str, Any], folder: 
     (folder / "figures").mkdir(exist_ok=True)
     figures.step_map(record, folder / "figures" / "step_map.png")
     figures.psnr_per_prompt(rows, folder / "figures" / "psnr_per_prompt.png")
+    if len(rows[0]["frames"]["psnr_db"]) > 1 and not record["metrics"]["identical"]:
+        figures.psnr_per_frame(rows, folder / "figures" / "psnr_per_frame.png")
     figures.contact_sheet(folder / "samples", rows, folder / "figures" / "contact_sheet.png")
     if arm.calibration is not None:
         figures.change_profile(*profile(arm.calibration), record, folder / "figures" / "relative_l1.png")

@@ -18,7 +18,7 @@ from erta.schedule import steps_for_speedup, uniform_mask
 from erta.trace import CallTrace
 from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
-from experiments.models import call_kwargs, call_sigmas, set_sampler
+from experiments.models import call_grid, call_kwargs, call_sigmas, set_sampler
 
 PLAN_KEYS = (
     "policy",
@@ -111,11 +111,12 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     """Reuse at planned steps. Evenly spread steps without adjustment and rectification need no calibration."""
     cache = cfg.cache
     if cache.policy == "uniform" and not cache.adjust_time and not cache.rectify:
-        sigmas = call_sigmas(pipe, call_kwargs(cfg))
+        grid = call_grid(pipe, call_kwargs(cfg))
         plan = erta.Plan(
-            mask=uniform_mask(cfg.model.num_inference_steps, step_count(cfg)),
-            sigmas=sigmas,
-            nominal_sigmas=sigmas,
+            mask=uniform_mask(cfg.model.num_inference_steps, step_count(cfg, grid.takeover), grid.takeover),
+            sigmas=grid.sigmas,
+            nominal_sigmas=grid.sigmas,
+            takeover=grid.takeover,
             site=cache.site,
             reuse=cache.reuse,
             corrector_at_reused=cache.corrector_at_reused,
@@ -140,8 +141,11 @@ def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:
     )
 
 
-def step_count(cfg: DictConfig) -> int:
-    """The budget in computed steps. Raises BudgetError for a threshold."""
+def step_count(cfg: DictConfig, takeover: int | None = None) -> int:
+    """The budget in computed steps. Raises BudgetError for a threshold.
+
+    With two transformers, the second runs from step `takeover`, which is computed anyhow.
+    """
     chosen = budget(cfg)
     if cfg.cache.threshold is None and "threshold" in chosen:  # the model's published one: not for this method
         chosen = {"speedup": DEFAULT_SPEEDUP}
@@ -149,7 +153,7 @@ def step_count(cfg: DictConfig) -> int:
         raise erta.BudgetError(f"cache={cfg.cache.name} has no threshold: give cache.speedup or cache.steps")
     if "steps" in chosen:
         return int(chosen["steps"])
-    return steps_for_speedup(cfg.model.num_inference_steps, chosen["speedup"])
+    return steps_for_speedup(cfg.model.num_inference_steps, chosen["speedup"], takeover)
 
 
 def profile(calibration: erta.Calibration) -> tuple[np.ndarray, np.ndarray]:

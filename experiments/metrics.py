@@ -52,13 +52,17 @@ class Lpips:
 
     def __call__(self, clip: np.ndarray, reference: np.ndarray) -> float:
         """Mean over frames. Frames below 64 pixels a side are too small for AlexNet."""
+        return float(np.mean(self.by_frame(clip, reference)))
+
+    def by_frame(self, clip: np.ndarray, reference: np.ndarray) -> list[float]:
+        """LPIPS of every frame of (frames, height, width, 3) in [0, 1]."""
         if self._net is None:
             import lpips
 
             self._net = lpips.LPIPS(net="alex", verbose=False).eval()
         a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2) * 2 - 1 for x in (clip, reference))
         with torch.no_grad():
-            return float(self._net(a, b).mean())
+            return self._net(a, b).reshape(-1).tolist()
 
 
 def paired_interval(differences: np.ndarray, seed: int = 0) -> Interval:

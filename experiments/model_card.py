@@ -37,6 +37,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
 def model_card(cfg: DictConfig) -> dict[str, Any]:
     """Parameters, sizes, FLOPs (two per multiply-add) and the expected price of a calibration.
 
+    Of two equal transformers `parameters` counts both; a step runs one of them, and the cache keeps residuals of one.
     `calibration_generations` is a calibration's time for one prompt over that of one generation, in FLOPs: at
     `output` the statistics take a few passes over the latent, at `blocks` every pair runs all but the blocks once.
     """
@@ -54,9 +55,11 @@ def model_card(cfg: DictConfig) -> dict[str, Any]:
     passes = {"output": FLOPS_PER_PAIR * velocity.numel() * window / flops, "blocks": None}
     if head_flops is not None:
         passes["blocks"] = window * head_flops / flops
+    transformers = about.get("transformers", 1)
     return {
         "transformer": about["class"],
-        "parameters": parameters,
+        "transformers": transformers,
+        "parameters": transformers * parameters,
         "latent_shape": list(inputs["hidden_states"].shape[1:]),
         "forwards_per_step": forwards,
         "flops_per_forward": flops,
@@ -77,16 +80,25 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     if model.embedded:
         folder = Path(model.path).expanduser() if model.path else ASSETS / model.name
         config = read_json(folder / "transformer" / "config.json")
-        vae, text = read_json(folder / "vae" / "config.json"), read_json(folder / "text_encoder" / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
+        image = model.num_frames is None
+        latent = (
+            {"channels": vae["latent_channels"], "space": 2 ** (len(vae["block_out_channels"]) - 1), "time": 1}
+            if image
+            else {
+                "channels": vae["z_dim"],
+                "space": vae["scale_factor_spatial"],
+                "time": vae["scale_factor_temporal"],
+            }
+        )
+        width = config["joint_attention_dim"] if image else config["text_dim"]
         about = {
             "class": config["_class_name"],
             "transformer": {key: value for key, value in config.items() if not key.startswith("_")},
-            "latent": {
-                "channels": vae["z_dim"], "space": vae["scale_factor_spatial"], "time": vae["scale_factor_temporal"],
-            },
-            "text": [512, text["d_model"]],
-            "forwards": 2 if model.guidance_scale > 1 else 1,
-        }  # fmt: skip
+            "latent": latent,
+            "text": [model.max_sequence_length or 512, width],
+            "forwards": 2 if model.guidance_scale > 1 and not image else 1,
+        }
     if about is not None and not model.embedded and model.path is not None:
         console.note(f"the card is that of the published {model.name}; model.path is not read")
     if about is None:
@@ -131,9 +143,11 @@ def shown(card: dict[str, Any]) -> list[list[str]]:
         return ", ".join(f"{site} {value:{form}}" for site, value in known.items())
 
     megabytes = {site: None if count is None else count / 1e6 for site, count in card["cache_bytes"].items()}
+    count, billions = card["transformers"], card["parameters"] / 1e9
+    each = f" in {count} of {billions / count:.3f}, one of which runs at a step" if count > 1 else ""
     return [
-        ["transformer", card["transformer"]],
-        ["parameters", f"{card['parameters'] / 1e9:.3f} billion"],
+        ["transformer", card["transformer"] if count == 1 else f"{count} {card['transformer']}"],
+        ["parameters", f"{billions:.3f} billion{each}"],
         ["latent", " x ".join(map(str, card["latent_shape"]))],
         ["forwards a step", str(card["forwards_per_step"])],
         ["TFLOPs a step", f"{card['flops_per_step'] / 1e12:.4g}"],

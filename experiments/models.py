@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 import erta
 from erta.errors import ErtaError
 from erta.scheduler import nominal_sigmas
+from erta.signature import find_denoisers, takeover_step
 from experiments.scenes.captions import words_of
 
 ASSETS = Path(erta.__file__).parent / "assets"
@@ -24,7 +28,8 @@ ASSETS = Path(erta.__file__).parent / "assets"
 def load_pipeline(cfg: DictConfig) -> Any:
     """The pipeline of `cfg.model` with the solver of `cfg.sampler`, on the GPU if there is one.
 
-    Raises ErtaError with what was looked for, and what to do, if the weights are missing or damaged.
+    `model.offload` counts only there. Raises ErtaError with what was looked for, and what to do, if the weights are
+    missing or damaged, and for tiles or a compilation that this model does not know.
     """
     model = cfg.model
     folder = _local_folder(model)
@@ -41,14 +46,63 @@ def load_pipeline(cfg: DictConfig) -> Any:
         if folder is not None:
             raise ErtaError(f"{folder} does not load as a {model.pipeline}: {_first_line(error)}") from error
         raise ErtaError(_missing_weights(model)) from error
+    if model.guidance_scale_2 is not None and getattr(pipe, "transformer_2", None) is None:
+        raise ErtaError(f"model.guidance_scale_2 is for pipelines with two transformers, and {model.name} has one")
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
+    _tile_and_compile(pipe, model)
+    return place(pipe, model)
+
+
+def place(pipe: Any, model: DictConfig) -> Any:
+    """The pipeline on the GPU if there is one, whole or as `model.offload` says."""
     if not torch.cuda.is_available():
         return pipe
+    if model.offload == "none":
+        return pipe.to("cuda")
     if model.offload == "model":
         pipe.enable_model_cpu_offload()
-        return pipe
-    return pipe.to("cuda")
+    else:
+        pipe.enable_sequential_cpu_offload()
+    return pipe
+
+
+def _tile_and_compile(pipe: Any, model: DictConfig) -> None:
+    if model.vae_tiling:
+        try:
+            pipe.vae.enable_tiling()
+        except (AttributeError, NotImplementedError) as error:
+            vae = type(getattr(pipe, "vae", None)).__name__
+            raise ErtaError(f"model.vae_tiling=true: {vae} of {model.name} cannot decode in tiles") from error
+    if model.compile:
+        for transformer in find_denoisers(pipe).values():
+            if not getattr(transformer, "_repeated_blocks", None):
+                raise ErtaError(
+                    f"model.compile=true: {type(transformer).__name__} does not say which of its blocks are repeated"
+                )
+            transformer.compile_repeated_blocks()
+
+
+@contextmanager
+def memory_advice(cfg: DictConfig) -> Iterator[None]:
+    """Inside, running out of GPU memory raises ErtaError with the options that lower what `cfg.model` needs."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ErtaError(_out_of_memory(cfg.model)) from error
+
+
+def _out_of_memory(model: DictConfig) -> str:
+    size = f"{model.height}x{model.width}" + (f" with {model.num_frames} frames" if model.num_frames else "")
+    options = {"none": ["model.offload=model"], "model": ["model.offload=sequential (slow)"]}.get(model.offload, [])
+    options += ["model.vae_tiling=true"] if not model.vae_tiling else []
+    options += ["model.dtype=bfloat16"] if model.dtype == "float32" else []
+    options += [f"fewer than model.num_frames={model.num_frames}"] if model.num_frames else []
+    options += [f"a size below model.height={model.height} model.width={model.width}"]
+    return (
+        f"out of GPU memory: {model.name} at {size}. It needs less with {', '.join(options)}.\n"
+        "What was finished is kept, and the same command goes on from there; with other options a new run starts."
+    )
 
 
 def set_sampler(pipe: Any, cfg: DictConfig) -> None:
@@ -65,8 +119,8 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
 def call_kwargs(cfg: DictConfig) -> dict[str, Any]:
     """The pipeline's arguments of one generation, without prompt and seed."""
     model = cfg.model
-    keys = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length")
-    kwargs = {key: model[key] for key in keys}
+    keys = ["num_inference_steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames"]
+    kwargs = {key: model[key] for key in [*keys, "max_sequence_length"]}
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
@@ -74,8 +128,24 @@ class _GridIsSet(Exception):
     """Ends a pipeline call as soon as its grid is known."""
 
 
+@dataclass(frozen=True)
+class CallGrid:
+    """The nominal grid of a pipeline call, (num_steps + 1,), and where a second transformer takes over on it.
+
+    `takeover` is a step, num_steps if the second never runs, None if there is one transformer.
+    """
+
+    sigmas: np.ndarray
+    takeover: int | None
+
+
 def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
-    """The nominal grid of a pipeline call, (num_steps + 1,), with its text encoding and without its denoising.
+    """The nominal grid of a pipeline call, (num_steps + 1,). See `call_grid`."""
+    return call_grid(pipe, kwargs).sigmas
+
+
+def call_grid(pipe: Any, kwargs: dict[str, Any]) -> CallGrid:
+    """The grid of a pipeline call, with its text encoding and without its denoising.
 
     The pipeline itself is asked: some bring their own sigmas or a shift by image size (FLUX, HunyuanVideo).
     """
@@ -92,7 +162,7 @@ def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
     try:
         pipe(prompt="", output_type="latent", generator=torch.Generator("cpu").manual_seed(0), **kwargs)
     except _GridIsSet:
-        return nominal_sigmas(probe)
+        return CallGrid(nominal_sigmas(probe), takeover_step(pipe, probe.timesteps))
     finally:
         pipe.scheduler = own
         pipe.maybe_free_model_hooks()
@@ -134,6 +204,11 @@ def _local_folder(model: DictConfig) -> Path | None:
         if not folder.is_dir():
             raise ErtaError(f"model.path={model.path} is not a folder")
         return folder
+    if model.embedded and not (ASSETS / model.name).is_dir():
+        raise ErtaError(
+            f"model={model.name} ships without weights: `python run.py experiment=train_tiny model={model.name}` makes "
+            "them (hours on two cores)"
+        )
     return ASSETS / model.name if model.embedded else None
 
 

@@ -17,13 +17,13 @@ from omegaconf import DictConfig
 
 from erta.calibration import Calibration
 from erta.errors import ErtaError
-from erta.signature import find_denoiser, weights_digest
+from erta.signature import model_signature
 from experiments.config import as_plain
 from experiments.prompts import Prompt
 
 SCHEMA = "erta.record/1"
 STATE_FILE = "state.json"
-RESULTS = ("per_prompt.jsonl", "rows.jsonl", "record.json")
+RESULTS = ("per_prompt.jsonl", "rows.jsonl", "vbench.jsonl", "record.json")
 NOT_HASHED = ("resume", "wandb")
 PACKAGES = (
     "torch",
@@ -81,8 +81,8 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
 def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration | None) -> dict[str, Any]:
     """What the rows of a run depend on beyond its configuration."""
     return {
-        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
-        "weights": weights_digest(find_denoiser(pipe)),
+        "prompts": [[prompt.text, prompt.seed, prompt.id] for prompt in prompts],
+        "weights": model_signature(pipe)["weights"],
         "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
     }
 

@@ -15,10 +15,12 @@ from experiments.vbench_runner import to_uint8
 FRAME_MS = 125
 MIN_SHOWN_PX = 128
 MAX_SHOWN_PX = 416
+MAX_CLIPS = 200  # on the page, which holds them itself
 FIGURE_TITLES = {
     "step_map": "Computed and reused steps",
     "relative_l1": "How much the residual changes from step to step",
     "psnr_per_prompt": "PSNR of every prompt against its uncached twin",
+    "psnr_per_frame": "PSNR by frame, over all prompts",
 }
 IMAGE_SCORES = {
     "fid_inception": "FID (Inception)",
@@ -63,10 +65,10 @@ def write(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> N
                 for arm in ("uncached", "cached")
             },
         }
-        for row in rows
+        for row in rows[:MAX_CLIPS]
     ]
     page = environment.get_template("report.html.j2").render(
-        record=record, summary=summary_rows(record), clips=clips, figures=figures
+        record=record, summary=summary_rows(record), clips=clips, figures=figures, num_prompts=len(rows)
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -83,17 +85,27 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("speed-up of denoising", "", f"{metrics['speedup_denoise']:.2f}x"),
         ("  of what this plan can reach", f"{possible:.2f}x", f"{metrics['speedup_denoise'] / possible:.3f}"),
         ("speed-up of the whole call", "", f"{metrics['speedup_pipeline']:.2f}x"),
-        ("PSNR, dB", "", _psnr(record)),
-        ("SSIM", "", f"{metrics['ssim']:.4f}"),
     ]
-    if "lpips" in metrics:
-        rows.append(("LPIPS (alex)", "", f"{metrics['lpips']:.4f}"))
+    where = " of mp4 files" if metrics.get("frames_from") == "mp4" else ""
+    for key, name in (("psnr_db", "PSNR, dB"), ("psnr_frame_mean_db", "PSNR, dB, mean over frames")):
+        if key in metrics:
+            rows.append((name + where, "", _psnr(record, key)))
+    for key, name in (("ssim", "SSIM"), ("ms_ssim", _ms_ssim_name(metrics)), ("lpips", "LPIPS (alex)")):
+        if key in metrics:
+            rows.append((name + where, "", f"{metrics[key]:.4f}"))
     for key, cached in metrics.get("scene_accuracy", {}).items():
         chance = metrics["scene_chance_level"].get(key)
         name = f"scene accuracy, {key}" + (f" (chance {chance:.0%})" if chance else "")
         rows.append((name, f"{metrics['scene_accuracy_uncached'][key]:.1%}", f"{cached:.1%}"))
     for key, cached in metrics.get("vbench", {}).items():
         rows.append((f"VBench {key}", f"{metrics['vbench_uncached'][key]:.4f}", f"{cached:.4f}"))
+        if difference := metrics["vbench_difference"][key]:
+            mean, low, high = (f"{difference[name]:+.4f}" for name in ("mean", "low", "high"))
+            rows.append((f"  cached - uncached, {difference['videos']} videos", "", f"{mean} [{low}, {high}]"))
+    for key in ("vbench_quality", "vbench_semantic", "vbench_total"):
+        if key in metrics:
+            name = f"VBench {key.removeprefix('vbench_')} score"
+            rows.append((name, f"{metrics[key + '_uncached']:.2%}", f"{metrics[key]:.2%}"))
     for key, name in IMAGE_SCORES.items():
         if key in metrics:
             rows.append((name, f"{metrics[f'{key}_uncached']:.3f}", f"{metrics[key]:.3f}"))
@@ -106,12 +118,17 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _psnr(record: dict[str, Any]) -> str:
-    """The mean PSNR. A cache that computed everything is not lossless: it did nothing."""
+def _psnr(record: dict[str, Any], key: str) -> str:
+    """A mean PSNR. A cache that computed everything is not lossless: it did nothing."""
     if record["steps"].get("without_reuse") == record["timing"].get("repeats", 0) > 0:
         return "did not reuse anything"
-    psnr_db = record["metrics"]["psnr_db"]
+    psnr_db = record["metrics"][key]
     return "identical" if psnr_db is None else f"{psnr_db:.2f}"
+
+
+def _ms_ssim_name(metrics: dict[str, Any]) -> str:
+    scales = len(metrics.get("ms_ssim_betas", ()))
+    return "MS-SSIM" if scales == 5 else f"MS-SSIM ({scales} scales)"
 
 
 def _wrong(scene: dict[str, bool] | None) -> str:

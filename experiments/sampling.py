@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from erta.signature import find_denoiser
+from erta.signature import find_denoisers
 from erta.trace import CallTrace, Stopwatch
 
 PutOn = Callable[[Any], AbstractContextManager[CallTrace | None]]
@@ -44,15 +44,14 @@ def generate(
     pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], put_on: PutOn = lambda pipe: nullcontext()
 ) -> Sample:
     """Generate one clip from the noise of a CPU generator, under what `put_on` puts on the pipeline (`Arm.put_on`)."""
-    clock = _DenoiseClock()
-    transformer = find_denoiser(pipe)
+    clock = _DenoiseClock(pipe._execution_device)
     with put_on(pipe) as trace:
-        handles = [
-            transformer.register_forward_pre_hook(clock.forward_starts),
-            transformer.register_forward_hook(clock.forward_ends),
-        ]
+        handles = []
+        for transformer in find_denoisers(pipe).values():
+            handles.append(transformer.register_forward_pre_hook(clock.forward_starts))
+            handles.append(transformer.register_forward_hook(clock.forward_ends))
         try:
-            started = _now()
+            started = now()
             made = pipe(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(seed),
@@ -60,7 +59,7 @@ def generate(
                 callback_on_step_end=clock.step_ends,
                 **kwargs,
             )
-            pipeline_s = _now() - started
+            pipeline_s = now() - started
         finally:
             for handle in handles:
                 handle.remove()
@@ -81,25 +80,27 @@ def generate(
 class _DenoiseClock:
     """Notes the first forward's start and every step's end; synchronises only at those two points of a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device  # where forwards run; under offload the weights are elsewhere when one begins
         self.first_forward_start = self.last_step_end = 0.0
         self.forwards = Stopwatch()
 
     def forward_starts(self, transformer: nn.Module, *_: Any) -> None:
         if self.forwards.count == 0:
-            self.first_forward_start = _now()
-        self.forwards.start(transformer.device)
+            self.first_forward_start = now()
+        self.forwards.start(self.device)
 
     def forward_ends(self, *_: Any) -> None:
         self.forwards.stop()
 
     def step_ends(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step + 1 == pipe.num_timesteps:
-            self.last_step_end = _now()
+            self.last_step_end = now()
         return {}
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds, after everything that the device was given is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

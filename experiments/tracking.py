@@ -23,7 +23,9 @@ class Tracker:
     def log(self, row: dict[str, Any]) -> None:
         """One prompt's numbers."""
         if self._run is not None:
-            self._run.log({key: row[key] for key in ("psnr_db", "ssim", "lpips") if row.get(key) is not None})
+            self._run.log(
+                {key: row[key] for key in ("psnr_db", "ssim", "ms_ssim", "lpips") if row.get(key) is not None}
+            )
 
     def finish(self, record: dict[str, Any]) -> None:
         """The run's metrics as its summary."""

@@ -1,7 +1,8 @@
-"""VBench on finished clips: the real package, in a worker process, with what is missing named beforehand."""
+"""Talks to the VBench worker, a process of its own that may have another interpreter; writes the clips it reads."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,45 +17,106 @@ import numpy as np
 
 from erta.errors import ErtaError
 
-# dimension → weight files under $VBENCH_CACHE_DIR (default ~/.cache/vbench), as vbench 0.1.5 names them
-WEIGHTS = {
-    "temporal_flickering": [],
-    "subject_consistency": ["dino_model/dino_vitbase16_pretrain.pth", "dino_model/facebookresearch_dino_main"],
-    "background_consistency": ["clip_model/ViT-B-32.pt"],
-    "motion_smoothness": ["amt_model/amt-s.pth"],
-    "dynamic_degree": ["raft_model/models/raft-things.pth"],
-    "aesthetic_quality": ["clip_model/ViT-L-14.pt", "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth"],
-    "imaging_quality": ["pyiqa_model/musiq_spaq_ckpt-358bb6af.pth"],
-    "temporal_style": ["ViCLIP/ViClip-InternVid-10M-FLT.pth", "ViCLIP/bpe_simple_vocab_16e6.txt.gz"],
-    "overall_consistency": ["ViCLIP/ViClip-InternVid-10M-FLT.pth", "ViCLIP/bpe_simple_vocab_16e6.txt.gz"],
-    "human_action": ["umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth"],
-}
-WORKER_TIMEOUT_S = 3600
+WORKER = Path(__file__).with_name("vbench_worker.py")
+BASE_TIMEOUT_S, TIMEOUT_PER_VIDEO_S = 1800, 120
+FULL_DISK_BYTES = 1 << 16  # less free space than this is none
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # what is missing was named before, not fetched
 
 
-def split_dimensions(dimensions: list[str], python: str | None) -> tuple[list[str], dict[str, str]]:
-    """Which dimensions can be evaluated here, and for each other one the reason (the file it looked for)."""
-    if python is not None and shutil.which(python) is None:
+class UnreadableVideoError(ErtaError):
+    """A clip on disk is damaged."""
+
+
+def find_info(python: str | None) -> Path | None:
+    """VBench_full_info.json of the package; None if this interpreter is to run the worker and has no vbench.
+
+    Raises ErtaError if `python` is not an interpreter, or has no vbench.
+    """
+    if python is None:
+        spec = find_spec("vbench")
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        return Path(folders[0]) / "VBench_full_info.json" if folders else None
+    if shutil.which(python) is None:
         raise ErtaError(f"bench.python={python} is not an interpreter")
-    unknown = [name for name in dimensions if name not in WEIGHTS]
-    if unknown:
-        raise ErtaError(
-            f"unknown or unsupported VBench dimension {', '.join(unknown)}; choose from {', '.join(WEIGHTS)}"
+    try:
+        found = _ask({"task": "locate"}, python, BASE_TIMEOUT_S)
+    except ErtaError as error:
+        raise ErtaError(f"bench.python={python} cannot run the worker: {error}") from error
+    if found["info"] is None:
+        raise ErtaError(f"bench.python={python} has no vbench package; `make vbench-env` makes .venv-vbench, which has")
+    return Path(found["info"])
+
+
+def failed_imports(dimensions: list[str], python: str | None) -> dict[str, str]:
+    """For each dimension whose code the worker's interpreter cannot import, the module or the error."""
+    return _ask({"task": "imports", "dimensions": dimensions}, python, BASE_TIMEOUT_S)
+
+
+def evaluate(
+    dimension: str,
+    arms: dict[str, Path],
+    prompts: dict[str, str],
+    python: str | None = None,
+    entries: list[dict[str, Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score the clips of each arm: {arm: {"score", "per_video": {file: score}}}.
+
+    Args:
+        arms: a folder for each arm, with the same file names in all of them.
+        prompts: file name → prompt, for clips of any prompt (VBench's custom_input mode).
+        entries: the suite's entries of this dimension instead, each with its file names under `videos`.
+
+    Raises UnreadableVideoError for a clip that cannot be decoded, OSError if the disk is full, and ErtaError with
+    the worker's last line if it fails otherwise.
+    """
+    names = list(prompts) if entries is None else [name for entry in entries for name in entry["videos"]]
+    request: dict[str, Any] = {
+        "task": "score",
+        "dimension": dimension,
+        "arms": {arm: str(folder.absolute()) for arm, folder in arms.items()},
+        "names": list(dict.fromkeys(names)),
+        "prompts": prompts,
+        "entries": entries,
+    }
+    answer = _ask(request, python, BASE_TIMEOUT_S + TIMEOUT_PER_VIDEO_S * len(names) * len(arms))
+    if "unreadable" in answer:
+        paths = answer["unreadable"]
+        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+        raise UnreadableVideoError(
+            f"{paths[0]} cannot be decoded{more}.\nDelete it, and the same command makes it anew and goes on."
         )
-    if python is None and find_spec("vbench") is None:
-        reason = "the vbench package is not installed: `make setup` installs it, or set bench.python"
-        return [], {name: reason for name in dimensions}
-    cache = Path(os.environ.get("VBENCH_CACHE_DIR", "~/.cache/vbench")).expanduser()
-    missing = {}
-    for name in dimensions:
-        absent = [str(cache / file) for file in WEIGHTS[name] if not (cache / file).exists()]
-        if absent:
-            missing[name] = f"weights not found: {', '.join(absent)}"
-    return [name for name in dimensions if name not in missing], missing
+    return answer
+
+
+def _ask(request: dict[str, Any], python: str | None, timeout_s: float) -> dict[str, Any]:
+    """Run the worker once and return its answer."""
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
+        asked.write_text(json.dumps({**request, "scratch": scratch}))
+        command = [python or sys.executable, str(WORKER), str(asked), str(answer)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout_s, check=False, env={**os.environ, **OFFLINE}
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ErtaError(f"the VBench worker took more than {timeout_s:.0f} s") from error
+        except OSError as error:
+            raise ErtaError(f"the VBench worker cannot be started: {error.strerror}") from error
+        if done.returncode == 0 and answer.is_file():
+            return json.loads(answer.read_text())
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        last = lines[-1] if lines else f"exit code {done.returncode} and no answer"
+        if f"[Errno {errno.ENOSPC}]" in last:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), scratch)
+        raise ErtaError(f"the VBench worker failed: {last}")
 
 
 def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:
-    """Frames in [0, 1] as an RGB H.264 file without loss beyond 8 bits: codec noise must not be scored."""
+    """Frames in [0, 1] as an RGB H.264 file without loss beyond 8 bits: codec noise must not be scored.
+
+    Raises OSError, and leaves no file, if it was not written whole: on a full disk the encoder itself fails
+    without a word.
+    """
     import imageio.v2 as imageio  # type: ignore[import-untyped]
 
     settings: dict[str, Any] = {
@@ -62,33 +124,36 @@ def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:
         "pixelformat": "rgb24",
         "output_params": ["-crf", "0"],
         "macro_block_size": 1,
+        "ffmpeg_log_level": "fatal",
     }
-    imageio.mimwrite(path, list(to_uint8(frames)), fps=fps, **settings)
+    try:
+        imageio.mimwrite(path, list(to_uint8(frames)), fps=fps, **settings)
+        if not is_whole_mp4(path):
+            raise OSError(errno.EIO, "the video was not written whole", str(path))
+    except OSError as error:
+        full = error.errno == errno.ENOSPC or shutil.disk_usage(path.parent).free < FULL_DISK_BYTES
+        path.unlink(missing_ok=True)
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def is_whole_mp4(path: Path) -> bool:
+    """Whether the boxes of an MP4 file fill it exactly and its index (`moov`), written last, is among them."""
+    size, kinds, position = path.stat().st_size, [], 0
+    with open(path, "rb") as file:
+        while position + 8 <= size:
+            file.seek(position)
+            length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+            if length == 1:  # a 64-bit length follows
+                length = int.from_bytes(file.read(8), "big")
+            if length < 8:
+                return False
+            kinds.append(kind)
+            position += length
+    return position == size and b"moov" in kinds
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
     """Floats in [0, 1] rounded to 8 bits."""
     return np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
-
-
-def evaluate(folder: Path, prompts: dict[str, str], dimensions: list[str], python: str | None = None) -> dict[str, Any]:
-    """Run the worker on the clips of `folder`: dimension → {"score", "per_video": {file: score}}.
-
-    Raises ErtaError with the worker's last line if it fails.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        request = Path(scratch) / "request.json"
-        answer = Path(scratch) / "answer.json"
-        request.write_text(
-            json.dumps({"folder": str(folder), "prompts": prompts, "dimensions": dimensions, "scratch": scratch})
-        )
-        worker = Path(__file__).with_name("vbench_worker.py")
-        command = [python or sys.executable, str(worker), str(request), str(answer)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise ErtaError(f"the VBench worker took more than {WORKER_TIMEOUT_S} s") from error
-        if done.returncode != 0 or not answer.is_file():
-            lines = (done.stderr or done.stdout).strip().splitlines()
-            raise ErtaError(f"the VBench worker failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
-        return json.loads(answer.read_text())

@@ -96,6 +96,7 @@ def test_main_job(command, tmp_path, cache):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/webp;base64,") == 6 and "http" not in page.split("</style>")[1]
     assert sorted(p.name for p in (folder / "figures").iterdir())[-1] == "step_map.png"
+    assert (folder / "figures" / "psnr_per_frame.png").is_file() == (cache != "none")  # identical frames have no PSNR
     (row,) = load_runs(tmp_path / "outputs").to_dict("records")
     assert (row["cache"], row["computed"], row["prompts"]) == (cache, steps[1], 3)
     assert load_prompts(folder)["uncached.forwards"].tolist() == [12, 12, 12]
@@ -265,13 +266,14 @@ def test_shards_of_a_calibration_merge_to_the_whole(command, tmp_path):
 
 BAD = {
     "unknown group": (["kache=none"], "unknown key kache: did you mean cache?"),
-    "unknown choice": (["cache=magic"], "magic"),
+    "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from ertacache, fewer_steps"),
     "unknown key": (["cache.treshold=0.1"], "did you mean cache.threshold?"),
     "added key": (["+cache.treshold=0.1"], "cannot be added"),
+    "embedded without weights": (["model.name=mine", "model.path=null"], "experiment=train_tiny model=mine"),
     "unknown site": (["cache.site=middle"], "cache.site must be one of output, blocks"),
     "unknown rectifier": (["cache.rectifier=matrix"], "rectifier must be one of channel, scalar"),
     "velocity at the blocks": (["cache=policy", "cache.site=blocks", "cache.reuse=velocity"], "use site=output"),
-    "not a number": (["cache.threshold=abc"], "abc"),
+    "not a number": (["cache.threshold=abc"], "could not be converted to Float"),
     "negative threshold": (["cache.threshold=-1"], "must be ≥ 0"),
     "two budgets": (["cache.threshold=0.1", "cache.steps=3"], "two budgets"),
     "impossible speed-up": (["cache.speedup=100"], "largest is 6"),
@@ -288,6 +290,9 @@ BAD = {
     "missing calibration": (["calibration.path=nowhere.safetensors"], "cannot read a calibration"),
     "missing folder": (["model.path=nowhere"], "is not a folder"),
     "missing prompt file": (["bench.prompts=nowhere.txt"], "cannot read the prompts"),
+    "unknown frames": (["bench.frames_from=gif"], "bench.frames_from must be one of decoded, mp4"),
+    "mp4 of images": (["bench.frames_from=mp4", "model.num_frames=null"], "is for videos"),
+    "mp4 of odd sizes": (["bench.frames_from=mp4", "model.width=40"], "multiples of 16"),
     "train something else": (["experiment=train_tiny", "model=wan21"], "embedded"),
 }
 
@@ -310,7 +315,7 @@ def test_word_outside_the_vocabulary_and_bad_prompt_files(command):
     Path("p.txt").write_bytes(b"caf\xe9\n" * 3)
     assert "not UTF-8" in command("bench.prompts=p.txt")[1]
     Path("p.txt").write_text("a red circle\n")
-    assert "there are 1" in command("bench.prompts=p.txt")[1]
+    assert "bench.num_prompts=3, but p.txt holds only 1" in command("bench.prompts=p.txt")[1]
 
 
 def test_prompts_are_escaped_in_the_report(tmp_path):

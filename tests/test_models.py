@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 import erta
 from erta.errors import ErtaError
 from experiments.cli import CONF
-from experiments.model_card import model_card
+from experiments.model_card import model_card, shown
 from experiments.models import call_sigmas
 from experiments.prompts import calibration_prompts
 from experiments.prompts import test_prompts as prompts_of
@@ -31,6 +31,7 @@ def config(*overrides: str):
     [
         ("wan21", 1.42, [16, 21, 60, 104], 2 * 21 * 30 * 52 * 1536 * 2 / 1e6),
         ("wan21_14b", 14.3, [16, 21, 90, 160], 2 * 21 * 45 * 80 * 5120 * 2 / 1e6),
+        ("wan22_a14b", 28.6, [16, 21, 60, 104], 2 * 21 * 30 * 52 * 5120 * 2 / 1e6),
         ("flux_dev", 11.9, [4096, 64], 4096 * 3072 * 2 / 1e6),
         ("cogvideox_2b", 1.69, [13, 16, 60, 90], None),
         ("hunyuan_video", 12.8, [16, 33, 68, 120], None),
@@ -43,8 +44,19 @@ def test_cards_of_the_real_models(model, billions, latent, blocks_mb):
     assert card["cache_bytes"]["output"] == card["forwards_per_step"] * np.prod(latent) * 2
     assert blocks_mb is None or card["cache_bytes"]["blocks"] / 1e6 == pytest.approx(blocks_mb)
     tokens = np.prod(latent) / 64  # of 2x2 latents with 16 channels; a matrix takes two FLOPs an entry and token
-    assert card["flops_per_forward"] > tokens * card["parameters"]
+    assert card["flops_per_forward"] > tokens * card["parameters"] / card["transformers"]
     assert 1 < card["calibration_generations"]["output"] < 1.01
+
+
+def test_card_of_two_transformers():
+    """A step runs one of them and the cache holds residuals of one. Mutants: both in a forward, one in the parameters."""
+    both = model_card(config("model=wan22_a14b"))
+    one = model_card(config("model=wan21_14b", "model.height=480", "model.width=832"))
+    assert both["parameters"] == 2 * one["parameters"] and one["transformers"] == 1
+    for key in ("flops_per_step", "cache_bytes"):
+        assert both[key] == one[key], key
+    assert dict(shown(both))["parameters"].startswith("28.577 billion in 2 of 14.288")
+    assert dict(shown(one))["parameters"] == "14.288 billion"
 
 
 def test_flops_by_hand():

@@ -23,7 +23,7 @@ from erta.hooks import HOOK_NAME, OBSERVER_NAME, _BranchHook
 from erta.online import OnlineTrace, tensors_in
 from erta.scheduler import counting, step_index
 from erta.session import SESSION, checked_class
-from erta.signature import find_denoiser
+from erta.signature import single_denoiser
 from erta.site import latent_of
 
 COUNTER = "erta_counter"
@@ -61,7 +61,7 @@ def forward_costs(pipe: Any, kwargs: dict[str, Any]) -> dict[str, float]:
 
     FLOPs that a module spends outside its layers (attention's products) are charged to the first layer in it.
     """
-    transformer = find_denoiser(pipe)
+    transformer = single_denoiser(pipe)
     counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops})
     spent: dict[str, int] = {}
 
@@ -194,7 +194,7 @@ def diffusers_cache(pipe: Any, config: Any, costs: dict[str, float]) -> Iterator
     Yields the trace of the last call. Raises InstallError if another cache is on, if the transformer has no caches
     of diffusers, or if this one matched none of its modules (a silent no-op otherwise).
     """
-    transformer, pipe_class, own_scheduler = find_denoiser(pipe), type(pipe), pipe.scheduler
+    transformer, pipe_class, own_scheduler = single_denoiser(pipe), type(pipe), pipe.scheduler
     _check_free(pipe, transformer)
     scheduler, trace = counting(own_scheduler), CountedTrace()
     before = len(_hooks(transformer))

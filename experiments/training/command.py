@@ -45,6 +45,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
         right = draw_sheet(pipe, prompts, kwargs, work / f"sheet_{step:06d}.png")
         console.note(f"step {step}: {right} of {len(prompts)} samples show all that was asked for")
 
+    if cfg.experiment.batch_size is not None and cfg.experiment.batch_size < 1:
+        raise ErtaError(f"experiment.batch_size must be at least 1, not {cfg.experiment.batch_size}")
     pipe = trainer.train(cfg, work, until, sheet)
     if pipe is None or not cfg.experiment.install:
         return

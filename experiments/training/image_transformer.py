@@ -20,10 +20,19 @@ from torch.nn import functional
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from erta.signature import weights_digest
-from experiments.scenes import Scene, caption
+from experiments.scenes import Scene
 from experiments.training.clip import EMBEDDING_DIM
-from experiments.training.flow import encode_scenes, flow_loss, hard_first, noise_levels, noised
-from experiments.training.loop import Losses, StageSettings, Trainer
+from experiments.training.flow import (
+    at_high_noise,
+    encode_captions,
+    encode_scenes,
+    flow_loss,
+    hard_first,
+    noise_levels,
+    noised,
+    pick_captions,
+)
+from experiments.training.loop import Losses, StageSettings, Trainer, compiled
 from experiments.training.muon import Muon
 from experiments.training.text import TEXT_DIM, tokenize
 
@@ -60,10 +69,10 @@ class Texts:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """Transformer arguments: words (b, TEXT_LENGTH, TEXT_DIM) and pooled (b, EMBEDDING_DIM)."""
-        pooled = self.clip(
-            self.clip_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        ).pooler_output
-        words = self.encoder(tokenize(self.tokenizer, captions, TEXT_LENGTH).input_ids).last_hidden_state
+        tokens = self.clip_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        pooled = self.clip(tokens.to(self.clip.device)).pooler_output
+        tokens = tokenize(self.tokenizer, captions, TEXT_LENGTH).input_ids
+        words = self.encoder(tokens.to(self.encoder.device)).last_hidden_state
         return {"encoder_hidden_states": words, "pooled_projections": pooled}
 
 
@@ -93,14 +102,16 @@ def picture_cells(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def encode_pictures(
-    vae: AutoencoderKL, path: Path, count: int, seed: int
+    vae: AutoencoderKL, path: Path, count: int, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
     """Normalised latents as tokens (count, 64, 16), where objects are (count, 64, 16), and the scenes."""
 
     def encode(pictures: torch.Tensor) -> torch.Tensor:
         return vae.encode(pictures.squeeze(2)).latent_dist.mode()
 
-    raw, objects, scenes = encode_scenes(encode, picture_cells, weights_digest(vae), path, count, seed, picture=True)
+    digest = weights_digest(vae)
+    vae.to(device)
+    raw, objects, scenes = encode_scenes(encode, picture_cells, digest, path, count, seed, picture=True, device=device)
     latents = (raw - vae.config.shift_factor) * vae.config.scaling_factor
     return pack(latents), pack(objects.expand_as(latents)), scenes
 
@@ -108,11 +119,11 @@ def encode_pictures(
 class Velocity:
     """The transformer with everything that does not change from call to call."""
 
-    def __init__(self, transformer: Callable[..., tuple[torch.Tensor]]) -> None:
+    def __init__(self, transformer: Callable[..., tuple[torch.Tensor]], device: torch.device | str = "cpu") -> None:
         self.transformer = transformer
         side = LATENT_SIDE // PATCH
-        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
-        self.text_ids = torch.zeros(TEXT_LENGTH, 3)
+        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device(device), torch.float32)
+        self.text_ids = torch.zeros(TEXT_LENGTH, 3, device=device)
 
     def __call__(
         self, noisy: torch.Tensor, sigma: torch.Tensor, guidance: torch.Tensor, text: dict[str, torch.Tensor]
@@ -144,25 +155,28 @@ def train_image_transformer(
     vae: AutoencoderKL,
     texts: Texts,
     on_sample: Callable[[FluxTransformer2DModel, int], None] | None = None,
-    compile_step: bool = True,
+    batch_size: int = BATCH_SIZE,
+    device: torch.device | str = "cpu",
 ) -> FluxTransformer2DModel:
     """Train without guidance under `folder`/first, distil under `folder`/distilled, and save the averaged weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    latents, objects, scenes = encode_pictures(vae, folder / "latents.safetensors", NUM_PICTURES, first.seed)
+    latents, objects, scenes = encode_pictures(vae, folder / "latents.safetensors", NUM_PICTURES, first.seed, device)
     transformer = build_image_transformer(first.seed)
-    velocity = Velocity(torch.compile(transformer) if compile_step else transformer)
-    draws = hard_first(scenes)
+    velocity = Velocity(compiled(transformer.to(device)), device)
+    texts.clip.to(device)
+    texts.encoder.to(device)
+    words, no_text, draws = encode_captions(texts, scenes, first.seed), texts([""]), hard_first(scenes)
 
     def batch(rng: np.random.Generator, dropout: float):
-        picked = draws[rng.integers(0, len(draws), size=BATCH_SIZE)]
-        captions = ["" if rng.random() < dropout else caption(scenes[i], rng) for i in picked]
-        sigma = noise_levels(BATCH_SIZE)
-        return (*noised(latents[picked], sigma), sigma, objects[picked], texts(captions))
+        picked = draws[rng.integers(0, len(draws), size=batch_size)]
+        sigma = noise_levels(batch_size, device)
+        text = pick_captions(words, no_text, picked, dropout, rng)
+        return (*noised(latents[picked], sigma), sigma, objects[picked], text)
 
     def first_loss(step: int, rng: np.random.Generator) -> Losses:
         noisy, wanted, sigma, where, text = batch(rng, CAPTION_DROPOUT)
         loss, per_sample = flow_loss(velocity(noisy, sigma, torch.ones_like(sigma), text), wanted, where, sigma)
-        return loss, {"loss_high_sigma": per_sample.detach()[sigma > 0.8].mean().item()}
+        return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}
 
     def sample(step: int) -> None:
         assert on_sample is not None
@@ -173,16 +187,15 @@ def train_image_transformer(
         Trainer(stage, transformer, loss_fn, optimizers, folder / where, sample if on_sample else None).run()
 
     train(first, first_loss, "first")
-    teacher = Velocity(copy.deepcopy(transformer).requires_grad_(False))
-    no_text = texts([""])
+    teacher = Velocity(copy.deepcopy(transformer).requires_grad_(False), device)
 
     def distillation_loss(step: int, rng: np.random.Generator) -> Losses:
         noisy, _, sigma, where, text = batch(rng, 0.0)
-        guidance = torch.from_numpy(rng.uniform(1, MAX_GUIDANCE, BATCH_SIZE)).float()
+        guidance = torch.from_numpy(rng.uniform(1, MAX_GUIDANCE, batch_size)).float().to(device)
         with torch.no_grad():
             wanted = guided(teacher, noisy, sigma, guidance, text, no_text)
         loss, per_sample = flow_loss(velocity(noisy, sigma, guidance, text), wanted, where, sigma)
-        return loss, {"loss_high_sigma": per_sample.detach()[sigma > 0.8].mean().item()}
+        return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}
 
     train(distillation, distillation_loss, "distilled")
     transformer.save_pretrained(folder / "transformer")

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from torch.nn import functional
 
 from experiments.scenes import sample_scene
 from experiments.training.flow import as_batch
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import Muon
+from experiments.training.video_vae import near_objects
 
 VAE_CONFIG = dict(
     block_out_channels=[16, 32, 64],
@@ -64,8 +64,7 @@ def image_vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> Losses:
     latents = posterior.sample()
     level = MAX_NOISE * latents.detach().std() * torch.rand(len(latents), 1, 1, 1)
     error = vae.decode(latents + level * torch.randn_like(latents)).sample - pictures
-    saturation = pictures.amax(dim=1, keepdim=True) - pictures.amin(dim=1, keepdim=True)
-    near_object = (functional.max_pool2d(saturation, 5, 1, 2) > 0.3).float()
+    near_object = near_objects(pictures.unsqueeze(2)).squeeze(2)
     weight = 1 + OBJECT_WEIGHT * near_object
     kl = posterior.kl().mean()
     loss = (weight * (error.square() + 0.1 * error.abs())).mean() + KL_WEIGHT * kl

@@ -11,8 +11,9 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from erta.errors import ErtaError
+
 LOG_EVERY_S = 60.0  # where there is no terminal for a progress bar
-Losses = tuple[torch.Tensor, dict[str, float]]
+LOOK_EVERY = 20  # steps between two looks at the loss: each makes the device wait
+Losses = tuple[torch.Tensor, dict[str, float | torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,32 @@ class StageSettings:
             return warm
         progress = (step - start) / max(self.steps - start, 1)
         return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def with_steps(settings: StageSettings, steps: int | None) -> StageSettings:
+    """The settings with another number of steps, if one is given."""
+    if steps is not None and steps < 1:
+        raise ErtaError(f"experiment.steps must be at least 1, not {steps}")
+    return settings if steps is None else replace(settings, steps=steps)
+
+
+def training_device(name: str | None) -> torch.device:
+    """Where to train: what is asked for, or a GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ErtaError(f"experiment.device must be cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ErtaError(f"experiment.device={name}: this machine shows no CUDA device")
+    return device
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    """The model compiled for training; on a GPU as a CUDA graph, since a small model's kernels start slower than run."""
+    if next(model.parameters()).device.type != "cuda":
+        return torch.compile(model)
+    torch.set_float32_matmul_precision("high")
+    return torch.compile(model, mode="reduce-overhead")
 
 
 class Trainer:
@@ -91,8 +121,9 @@ class Trainer:
             task = bar.add_task(self.settings.name, total=last, completed=self.step)
             try:
                 while self.step < last:
-                    metrics = self._one_step()
-                    if self.step % 20 == 0:
+                    losses = self._one_step()
+                    if self.step % LOOK_EVERY == 0:
+                        metrics = {name: float(value) for name, value in losses.items()}
                         curve.write(json.dumps({"step": self.step, **metrics}) + "\n")
                         curve.flush()
                         shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
@@ -113,7 +144,7 @@ class Trainer:
         self.model.eval()
         return self.model
 
-    def _one_step(self) -> dict[str, float]:
+    def _one_step(self) -> dict[str, float | torch.Tensor]:
         factor = self.settings.learning_rate_factor(self.step)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -121,7 +152,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
         loss, metrics = self.loss_fn(self.step, np.random.default_rng([self.settings.seed, self.step]))
-        if not torch.isfinite(loss):
+        if self.step % LOOK_EVERY == 0 and not torch.isfinite(loss):
             raise FloatingPointError(f"{self.settings.name}: the loss is not finite at step {self.step}")
         loss.backward()
         nn.utils.clip_grad_norm_(self.named.values(), self.settings.clip_norm)
@@ -131,7 +162,7 @@ class Trainer:
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.named.values()), 1 - decay)
-        return {"loss": loss.item(), **metrics}
+        return {"loss": loss.detach(), **metrics}
 
     def _sample(self, on_sample: Callable[[int], None]) -> None:
         self._swap()
@@ -148,6 +179,8 @@ class Trainer:
                 parameter.data, self.average[name] = self.average[name], parameter.data
 
     def _save(self) -> None:
+        if not all(torch.isfinite(p.detach()).all() for p in self.named.values()):
+            return  # the last checkpoint is the one to go on from
         tensors = {f"model.{name}": p.detach() for name, p in self.named.items()}
         tensors |= {f"average.{name}": p for name, p in self.average.items()}
         for k, optimizer in enumerate(self.optimizers):

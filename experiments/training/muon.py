@@ -1,7 +1,8 @@
 """Muon in float32 for matrices and convolution kernels.
 
 torch.optim.Muon takes matrices only and orthogonalises in bfloat16, which a CPU without bfloat16 units runs
-several times slower than float32: here that would cost more than the training step itself.
+several times slower than float32: here that would cost more than the training step itself. Parameters of one shape
+are orthogonalised together.
 Source: Jordan et al., "Muon: an optimizer for hidden layers", with the AdamW-matched scale of Liu et al. 2025.
 """
 
@@ -17,15 +18,15 @@ NS_STEPS = 5
 
 
 def orthogonalise(gradient: torch.Tensor) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix to (rows, columns), by five Newton-Schulz iterations."""
+    """Nearest semi-orthogonal matrices to (…, rows, columns), by five Newton-Schulz iterations."""
     a, b, c = NS_COEFFICIENTS
-    wide = gradient.shape[0] <= gradient.shape[1]
-    x = gradient if wide else gradient.T
-    x = x / (x.norm() + 1e-7)
+    wide = gradient.shape[-2] <= gradient.shape[-1]
+    x = gradient if wide else gradient.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(NS_STEPS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.T
+    return x if wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,6 +39,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; the learning rate means what it means for AdamW (update RMS 0.2)."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -46,6 +48,11 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                update = orthogonalise(direction) * 0.2 * math.sqrt(max(direction.shape))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"])
+                alike.setdefault(direction.shape, []).append((parameter, direction))
+            for shape, pairs in alike.items():  # many small products cost a GPU more to start than to make
+                updates = (
+                    orthogonalise(torch.stack([direction for _, direction in pairs])) * 0.2 * math.sqrt(max(shape))
+                )
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update.view_as(parameter), alpha=-group["lr"])

@@ -153,7 +153,7 @@ def encode_words(
     tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: list[str], length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (b, length, TEXT_DIM), zero after each caption's end as WanPipeline pads them, and the mask."""
-    tokens = tokenize(tokenizer, captions, length)
+    tokens = tokenize(tokenizer, captions, length).to(encoder.device)
     mask = tokens.attention_mask
     return encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None], mask
 

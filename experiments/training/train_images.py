@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from transformers import CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from experiments.training.clip import clip_tokenizer, train_clip
-from experiments.training.image_transformer import TEXT_LENGTH, Texts, train_image_transformer
+from experiments.training.image_transformer import BATCH_SIZE, TEXT_LENGTH, Texts, train_image_transformer
 from experiments.training.image_vae import train_image_vae
-from experiments.training.loop import StageSettings
+from experiments.training.loop import StageSettings, training_device, with_steps
 from experiments.training.text import train_text_encoder
 
 PARTS = ("autoencoder", "clip", "text", "transformer")
@@ -21,8 +21,8 @@ SETTINGS = {
     "autoencoder": StageSettings("autoencoder", steps=900, learning_rate=7e-3, decay_share=0.6, ema_decay=0.998),
     "clip": StageSettings("clip", steps=1000, learning_rate=2e-3, decay_share=0.5, ema_decay=0.99),
     "text": StageSettings("text", steps=1200, learning_rate=3e-3, decay_share=0.5, ema_decay=0.99),
-    "first": StageSettings("transformer", steps=2500, learning_rate=3e-3, decay_share=0.3, ema_decay=0.998),
-    "distilled": StageSettings("distillation", steps=400, learning_rate=1e-3, ema_decay=0.99),
+    "first": StageSettings("transformer", steps=2000, learning_rate=3e-3, decay_share=0.3, ema_decay=0.998),
+    "distilled": StageSettings("distillation", steps=600, learning_rate=1e-3, ema_decay=0.99),
 }
 SHIFT = 1.15  # what FLUX.1-dev's scheduler arrives at for 1024x1024 pixels
 
@@ -61,15 +61,17 @@ def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int
             transformer=transformer,
         )
         pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return pipe.to(transformer.device)
 
     transformer = train_image_transformer(
-        SETTINGS["first"],
+        with_steps(SETTINGS["first"], cfg.experiment.steps),
         SETTINGS["distilled"],
         work / "transformer",
         vae,
         texts,
         lambda transformer, step: on_sample(assemble(transformer), step),
+        cfg.experiment.batch_size or BATCH_SIZE,
+        training_device(cfg.experiment.device),
     )
     return assemble(transformer)
 

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from experiments.training.loop import StageSettings
+from experiments.training.loop import StageSettings, training_device, with_steps
 from experiments.training.text import train_text_encoder
-from experiments.training.video_transformer import train_transformer
+from experiments.training.video_transformer import BATCH_SIZE, train_transformer
 from experiments.training.video_vae import train_decoder, train_vae
 
 PARTS = ("autoencoder", "decoder", "text", "transformer")
@@ -22,7 +22,7 @@ SETTINGS = {
     "autoencoder": StageSettings("autoencoder", steps=1700, learning_rate=7e-3, decay_share=0.6, ema_decay=0.998),
     "decoder": StageSettings("decoder", steps=1800, learning_rate=4e-3, ema_decay=0.998),
     "text": StageSettings("text", steps=1200, learning_rate=3e-3, decay_share=0.5, ema_decay=0.99),
-    "transformer": StageSettings("transformer", steps=17_500, learning_rate=3e-3, decay_share=0.14, ema_decay=0.999),
+    "transformer": StageSettings("transformer", steps=17_500, learning_rate=3e-3, decay_share=0.3, ema_decay=0.999),
 }
 
 
@@ -59,14 +59,16 @@ def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int
             transformer=transformer,
         )
         pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return pipe.to(transformer.device)
 
     transformer = train_transformer(
-        SETTINGS["transformer"],
+        with_steps(SETTINGS["transformer"], cfg.experiment.steps),
         work / "transformer",
         encoding_vae,
         tokenizer,
         text_encoder,
         lambda transformer, step: on_sample(assemble(transformer), step),
+        cfg.experiment.batch_size or BATCH_SIZE,
+        training_device(cfg.experiment.device),
     )
     return assemble(transformer)

@@ -22,8 +22,17 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from erta.signature import weights_digest
 from experiments.scenes import Scene, caption
-from experiments.training.flow import encode_scenes, flow_loss, hard_first, noise_levels, noised
-from experiments.training.loop import Losses, StageSettings, Trainer
+from experiments.training.flow import (
+    at_high_noise,
+    encode_captions,
+    encode_scenes,
+    flow_loss,
+    hard_first,
+    noise_levels,
+    noised,
+    pick_captions,
+)
+from experiments.training.loop import Losses, StageSettings, Trainer, compiled
 from experiments.training.muon import Muon
 from experiments.training.text import MAX_WORDS, TEXT_DIM, encode_words
 
@@ -59,13 +68,13 @@ class PadCountAttention(WanAttnProcessor):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         if encoder_hidden_states is not None:
-            attention_mask = torch.zeros(1, 1, 1, encoder_hidden_states.shape[1])
+            attention_mask = encoder_hidden_states.new_zeros(1, 1, 1, encoder_hidden_states.shape[1])
             attention_mask[..., -1] = self.log_copies
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
 def encode_clips(
-    vae: AutoencoderKLWan, path: Path, count: int, seed: int
+    vae: AutoencoderKLWan, path: Path, count: int, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
     """Normalised latents (count, 16, 3, 8, 8) of training clips, where objects are, and the scenes; see encode_scenes.
 
@@ -75,9 +84,11 @@ def encode_clips(
     def encode(clips: torch.Tensor) -> torch.Tensor:
         return vae.encode(clips).latent_dist.mode()
 
-    latents, objects, scenes = encode_scenes(encode, object_cells, weights_digest(vae), path, count, seed)
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    digest = weights_digest(vae)
+    vae.to(device)
+    latents, objects, scenes = encode_scenes(encode, object_cells, digest, path, count, seed, device=device)
+    mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
     return (latents - mean) / std, objects, scenes
 
 
@@ -135,32 +146,35 @@ def train_transformer(
     tokenizer: PreTrainedTokenizerFast,
     text_encoder: UMT5EncoderModel,
     on_sample: Callable[[WanTransformer3DModel, int], None] | None = None,
-    until_step: int | None = None,
-    compile_step: bool = True,
+    batch_size: int = BATCH_SIZE,
+    device: torch.device | str = "cpu",
 ) -> WanTransformer3DModel:
-    """Train (or go on training) and save the averaged weights under `folder`/transformer."""
+    """Train (or go on training) on `device`, and save the averaged weights under `folder`/transformer."""
     folder.mkdir(parents=True, exist_ok=True)
-    latents, objects, scenes = encode_clips(vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed)
+    latents, objects, scenes = encode_clips(vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed, device)
     transformer = build_transformer(settings.seed)
     length = MAX_WORDS + 1  # the last position is always a pad and stands for all that are not here
     words, is_word = encode_words(tokenizer, text_encoder, [caption(scene) for scene in scenes[:100]], length)
     attend_to_words(transformer, words[is_word.bool()])
     counted = PadCountAttention(TEXT_LENGTH - length + 1)
     transformer.set_attn_processor(counted)
-    forward = torch.compile(transformer) if compile_step else transformer
+    forward = compiled(transformer.to(device))
+    text_encoder.to(device)
 
-    draws = hard_first(scenes)
+    @torch.no_grad()
+    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+        return {"encoder_hidden_states": encode_words(tokenizer, text_encoder, captions, length)[0]}
+
+    texts, no_text, draws = encode_captions(encode, scenes, settings.seed), encode([""]), hard_first(scenes)
 
     def loss_fn(step: int, rng: np.random.Generator) -> Losses:
-        picked = draws[rng.integers(0, len(draws), size=BATCH_SIZE)]
-        captions = ["" if rng.random() < CAPTION_DROPOUT else caption(scenes[i], rng) for i in picked]
-        with torch.no_grad():
-            text, _ = encode_words(tokenizer, text_encoder, captions, length)
-        sigma = noise_levels(BATCH_SIZE)
+        picked = draws[rng.integers(0, len(draws), size=batch_size)]
+        sigma = noise_levels(batch_size, device)
         noisy, wanted = noised(latents[picked], sigma)
-        velocity = forward(hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
+        text = pick_captions(texts, no_text, picked, CAPTION_DROPOUT, rng)
+        velocity = forward(hidden_states=noisy, timestep=1000 * sigma, return_dict=False, **text)[0]
         loss, per_sample = flow_loss(velocity, wanted, objects[picked], sigma)
-        return loss, {"loss_high_sigma": per_sample.detach()[sigma > 0.8].mean().item()}
+        return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}
 
     def sample(step: int) -> None:
         assert on_sample is not None
@@ -171,7 +185,7 @@ def train_transformer(
             transformer.set_attn_processor(counted)
 
     optimizers = make_optimizers(transformer, settings.learning_rate)
-    Trainer(settings, transformer, loss_fn, optimizers, folder, sample if on_sample else None).run(until_step)
+    Trainer(settings, transformer, loss_fn, optimizers, folder, sample if on_sample else None).run()
     transformer.set_attn_processor(WanAttnProcessor())
     transformer.save_pretrained(folder / "transformer")
     return transformer

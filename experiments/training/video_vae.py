@@ -69,7 +69,7 @@ def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, 
     decoded = vae.decode(posterior.sample()).sample
     error = decoded - clips
     mse = error.square().mean()
-    weight = 1 + OBJECT_WEIGHT * _near_objects(clips)
+    weight = 1 + OBJECT_WEIGHT * near_objects(clips)
     kl = posterior.kl().mean()
     loss = (weight * (error.square() + 0.1 * error.abs())).mean() + KL_WEIGHT * kl
     psnr_db = -10 * torch.log10(mse.detach() / 4)
@@ -100,7 +100,7 @@ def decoder_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tens
         latents = vae.encode(clips).latent_dist.mode()
         level = DECODER_MAX_NOISE * vae.config.latents_std[0] * torch.rand(len(clips), 1, 1, 1, 1)
         latents = latents + level * torch.randn_like(latents)
-        near_object = _near_objects(clips)
+        near_object = near_objects(clips)
         weight = 1 + DECODER_OBJECT_WEIGHT * near_object / near_object.mean(dim=(1, 2, 3, 4), keepdim=True)
     error = vae.decode(latents).sample - clips
     loss = (weight * (error.square() + 0.1 * error.abs())).mean() / (1 + DECODER_OBJECT_WEIGHT)
@@ -109,7 +109,7 @@ def decoder_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tens
     return loss, {"psnr_db": psnr_db.item(), "object_psnr_db": object_psnr_db.item()}
 
 
-def _near_objects(clips: torch.Tensor) -> torch.Tensor:
+def near_objects(clips: torch.Tensor) -> torch.Tensor:
     """1 on coloured pixels and two pixels around them, else 0: (b, 3, t, h, w) → (b, 1, t, h, w)."""
     saturation = clips.amax(dim=1, keepdim=True) - clips.amin(dim=1, keepdim=True)
     return (functional.max_pool3d(saturation, (1, 5, 5), 1, (0, 2, 2)) > 0.3).float()
