@@ -34,6 +34,7 @@ class Call:
         branch: the pipeline's cache context: a guidance branch, or both in one batch.
         x: the latent (or packed tokens) that the transformer is given.
         transformer, args, kwargs: what would be called, for rules that look at an inner signal.
+        forward: the transformer's own forward, below the hook, for rules that run it (or a part of it) themselves.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Call:
     transformer: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
+    forward: Callable[..., Any] | None = None
 
     @property
     def is_last(self) -> bool:
@@ -68,12 +70,23 @@ class OnlineRule(ABC):
     def computed(self, call: Call, velocity: torch.Tensor, residual: torch.Tensor) -> None:
         """The transformer was run: its output, and the residual that the site keeps of it."""
 
+    def stand_in(self, call: Call, kept: torch.Tensor) -> torch.Tensor:
+        """What the site is given at a reused step: what it kept of the last computed one, unless a rule foretells it."""
+        return kept
+
 
 @dataclass
 class OnlineTrace(CallTrace):
     """The trace of a run whose steps were decided while it ran."""
 
     num_steps: int = 0
+    reuse_share: float = 0.0  # of a forward, that a rule runs at every reused step (a probe of the first block)
+
+    @property
+    def forwards(self) -> dict[str, float]:  # type: ignore[override]
+        """Transformer forwards of the last call by cache context, with what reused steps ran of one."""
+        reused = {branch: sum(not computed for _, computed in steps) for branch, steps in self.executed.items()}
+        return {branch: count + self.reuse_share * reused[branch] for branch, count in super().forwards.items()}
 
     def finish(self, kept: Iterable[torch.Tensor] = ()) -> None:
         """Check that every branch saw every step once, in order, and weigh the cache and what else was `kept`.
@@ -123,24 +136,33 @@ class OnlineHook(CachingHook):
             self.trace.num_steps = self.num_steps()
             self.rule.begin(self.trace.num_steps)
         x, forward = latent_of(args, kwargs), self.fn_ref.original_forward
-        call = Call(self.current_step(), self.trace.num_steps, self.branch(), x.detach(), module, args, kwargs)
+        step, branch, total = self.current_step(), self.branch(), self.trace.num_steps
+        call = Call(step, total, branch, x.detach(), module, args, kwargs, forward)
         state = self.states.get_state()
         if state.value is None or self.rule.should_compute(call):
             output, state.value = self.site.compute(self._timed(forward, x.device), args, kwargs)
             self.rule.computed(call, output[0].detach(), state.value.detach())
             self.trace.computed(call.branch, call.step, state.value, time.perf_counter() - entered - self.inside_s)
             return output
-        velocity = self.site.predict(forward, args, kwargs, state.value)
+        velocity = self.site.predict(forward, args, kwargs, self.rule.stand_in(call, state.value))
         self.trace.reused(call.branch, call.step, time.perf_counter() - entered)
         return self._answer(velocity, kwargs)
 
 
 @contextmanager
-def online(pipe: Any, rule: OnlineRule, site: str = "output", reuse: str = "residual") -> Iterator[OnlineTrace]:
+def online(
+    pipe: Any,
+    rule: OnlineRule,
+    site: str | Callable[[nn.Module], Site] = "output",
+    reuse: str = "residual",
+    reuse_share: float = 0.0,
+) -> Iterator[OnlineTrace]:
     """Run `pipe` under an online rule inside the `with`; afterwards, or after an exception, it is as before.
 
     Args:
-        site, reuse: what is kept of a computed step and returned at a reused one (see `erta.site`).
+        site, reuse: what is kept of a computed step and returned at a reused one (see `erta.site`), or what makes
+            the site of a transformer, for rules with one of their own.
+        reuse_share: what part of a forward the rule runs at a reused step.
 
     Yields the trace of the last call. A call that reused nothing says so in `trace.summary()`; it is no error,
     since some prompts may need every step.
@@ -152,11 +174,11 @@ def online(pipe: Any, rule: OnlineRule, site: str = "output", reuse: str = "resi
     if SESSION in pipe.__dict__:
         raise InstallError("erta is installed on this pipeline already: call erta.uninstall(pipe) first")
     transformer, own_scheduler, pipe_class = single_denoiser(pipe), pipe.scheduler, type(pipe)
-    scheduler, trace = counting(own_scheduler), OnlineTrace()
+    scheduler, trace = counting(own_scheduler), OnlineTrace(reuse_share=reuse_share)
     hook = OnlineHook(
         rule,
         trace,
-        make_site(site, transformer, reuse),
+        make_site(site, transformer, reuse) if isinstance(site, str) else site(transformer),
         lambda: step_index(scheduler),
         lambda: len(scheduler.timesteps),
     )
