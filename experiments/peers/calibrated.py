@@ -31,18 +31,24 @@ class Recorder(OnlineRule):
         """To be overridden: what is noted of a step."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Called after the run: take off what was put on."""
+
 
 Seen = TypeVar("Seen", bound=Recorder)
 
 
-def record(cfg: DictConfig, pipe: Any, recorder: type[Seen], num_prompts: int) -> list[Seen]:
+def record(cfg: DictConfig, pipe: Any, recorder: Callable[[], Seen], num_prompts: int) -> list[Seen]:
     """Uncached runs on the first calibration prompts at `cache.site`, one recorder each."""
     prompts, recorders = calibration_prompts(cfg)[:num_prompts], []
     with progress_bar() as bar:
         for index, prompt in enumerate(bar.track(prompts, description=f"{cfg.cache.name}: uncached runs")):
             recorders.append(recorder())
             with online(pipe, recorders[-1], cfg.cache.site):
-                pipe(**latent_call(prompt, CALIBRATION_SEED + index, call_kwargs(cfg)))
+                try:
+                    pipe(**latent_call(prompt, CALIBRATION_SEED + index, call_kwargs(cfg)))
+                finally:
+                    recorders[-1].close()
     return recorders
 
 

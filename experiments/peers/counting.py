@@ -194,18 +194,37 @@ def diffusers_cache(pipe: Any, config: Any, costs: dict[str, float]) -> Iterator
     Yields the trace of the last call. Raises InstallError if another cache is on, if the transformer has no caches
     of diffusers, or if this one matched none of its modules (a silent no-op otherwise).
     """
-    transformer, pipe_class, own_scheduler = single_denoiser(pipe), type(pipe), pipe.scheduler
-    _check_free(pipe, transformer)
-    scheduler, trace = counting(own_scheduler), CountedTrace()
-    before = len(_hooks(transformer))
-    transformer.enable_cache(config)
-    hook, handles = CountingHook(trace, costs, scheduler), []
-    try:
+    transformer = single_denoiser(pipe)
+
+    def put_on(scheduler: Any) -> None:
+        before = len(_hooks(transformer))
+        transformer.enable_cache(config)
         if len(_hooks(transformer)) == before:
             raise InstallError(
                 f"{type(config).__name__} matches no module of {type(transformer).__name__}: it would do nothing. "
                 "Give it identifiers that match."
             )
+
+    with counted(pipe, costs, put_on, transformer.disable_cache) as trace:
+        yield trace
+
+
+@contextmanager
+def counted(
+    pipe: Any, costs: dict[str, float], put_on: Callable[[Any], None], take_off: Callable[[], None]
+) -> Iterator[CountedTrace]:
+    """Run `pipe` inside the `with` under hooks on parts of its transformer, with the layers that run counted.
+
+    Args:
+        put_on: called with the scheduler that counts the steps.
+        take_off: called at the end, and if `put_on` raises.
+    """
+    transformer, pipe_class, own_scheduler = single_denoiser(pipe), type(pipe), pipe.scheduler
+    _check_free(pipe, transformer)
+    scheduler, trace = counting(own_scheduler), CountedTrace()
+    hook, handles = CountingHook(trace, costs, scheduler), []
+    try:
+        put_on(scheduler)
         handles = hook.watch(transformer)
         HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, COUNTER)
         pipe.scheduler, pipe.__class__ = scheduler, checked_class(_CountedSession(pipe_class, transformer, trace))
@@ -215,7 +234,7 @@ def diffusers_cache(pipe: Any, config: Any, costs: dict[str, float]) -> Iterator
         for handle in handles:
             handle.remove()
         HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(COUNTER, recurse=False)
-        transformer.disable_cache()
+        take_off()
         _tidy(transformer)
 
 
