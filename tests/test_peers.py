@@ -14,13 +14,14 @@ from diffusers.hooks import (
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
 
 import erta
 import experiments.peers
 from erta.online import Call, OnlineRule, online
-from experiments.peers import magcache, teacache
+from experiments.peers import magcache, shipped, teacache
 from experiments.peers.constants import FILE, published
 from experiments.peers.counting import diffusers_cache, forward_costs
 from experiments.peers.easycache import EasyCache
@@ -358,6 +359,18 @@ def test_attention_broadcast_keeps_the_branches_apart():
     assert trace.shares["cond"] == trace.shares["uncond"] == pytest.approx([1, rest] * 4)
 
 
+def test_seacache_decides_by_step():
+    """Without a limit on the change, at most two in a row: steps 0, 3, 6 and the last. And FLUX is refused."""
+    pipe = build_pipe()
+    costs = forward_costs(pipe, CALL)
+    with diffusers_cache(pipe, SeaCacheConfig(threshold=1e9, residual_order=0), costs) as trace:
+        run(pipe)
+    for branch in ("cond", "uncond"):
+        assert [computed for _, computed in trace.executed[branch]] == [k in (0, 3, 6, 7) for k in range(8)]
+    with pytest.raises(erta.ErtaError, match="would compute everything"):
+        shipped.seacache(None, build_flux(), None)
+
+
 def test_fewer_steps_with_another_solver(command, tmp_path):  # noqa: F811
     """The uncached run keeps its own solver; the other's grid is recorded. Mutant: both arms under one solver."""
     code, printed = command("cache=fewer_steps", "bench=fidelity", "hydra.run.dir=outputs/a/own")
@@ -432,6 +445,7 @@ PEERS = {
     "first_block": ["cache.steps=5"],
     "taylorseer": ["cache.steps=4", "cache.options.warmup=1"],
     "magcache_diffusers": ["cache.steps=5"],
+    "seacache": ["cache.steps=4"],
     "pab": ["cache.options.timesteps=[0,1000]"],
 }
 

@@ -1,4 +1,4 @@
-"""The caches that diffusers ships, each as an arm: FirstBlockCache, TaylorSeer, MagCache, Pyramid Attention
+"""The caches that diffusers ships, each as an arm: FirstBlockCache, TaylorSeer, MagCache, SeaCache, Pyramid Attention
 Broadcast.
 
 FasterCache is not among them: it wants both guidance branches in one batch, which Wan's pipeline does not run, and
@@ -112,3 +112,26 @@ def pab(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
         )
 
     return shipped_arm(cfg, pipe, Knob("spatial", 1, cfg.model.num_inference_steps, whole=True), config)
+
+
+def seacache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """SeaCache (arXiv 2602.18993): TeaCache's rule on spectrally filtered latents, without a polynomial.
+
+    Raises ErtaError for other models than Wan text-to-video: diffusers' hook asks the pipeline for sigma and step,
+    which the others do not give it, and then computes everything.
+    """
+    from diffusers.hooks import SeaCacheConfig  # not in the oldest diffusers that the rest runs with
+
+    if type(find_denoiser(pipe)).__name__ != "WanTransformer3DModel":
+        raise ErtaError("cache=seacache runs on Wan text-to-video only: diffusers' SeaCache would compute everything")
+
+    def config(threshold: float, order: int, max_skip: int, first: int, last: int) -> SeaCacheConfig:
+        return SeaCacheConfig(
+            threshold=threshold,
+            residual_order=order,
+            max_consecutive_cached=max_skip,
+            retention_steps=first,
+            cache_end_steps=last,
+        )
+
+    return shipped_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), config)
