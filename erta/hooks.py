@@ -21,7 +21,7 @@ from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
 from erta.guidance import SINGLE_BRANCH, branches_of
 from erta.plan import Plan, Rectification
 from erta.site import Site, channel_axis, latent_of, model_name
-from erta.trace import Stopwatch, Trace
+from erta.trace import CallTrace, Stopwatch, Trace
 
 HOOK_NAME = "erta_cache"
 OBSERVER_NAME = "erta_observer"
@@ -58,7 +58,34 @@ class _BranchHook(ModelHook):
         return module
 
 
-class CacheHook(_BranchHook):
+class CachingHook(_BranchHook):
+    """What hooks that leave forwards out have in common: a trace, a site, the clock around the transformer."""
+
+    def __init__(self, trace: CallTrace, site: Site, current_step: Callable[[], int]) -> None:
+        super().__init__()
+        self.trace, self.site, self.current_step = trace, site, current_step
+        self.inside_s = 0.0  # of the last forward, as the CPU sees it
+
+    def _timed(self, forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+        """The transformer's forward alone on the trace's clock; what the site does around it is the hook's time."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            called = time.perf_counter()
+            self.trace.transformer.start(device)
+            output = forward(*args, **kwargs)
+            self.trace.transformer.stop()
+            self.inside_s = time.perf_counter() - called
+            return output
+
+        return run
+
+    @staticmethod
+    def _answer(velocity: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """A predicted velocity in the form that the pipeline asked for."""
+        return Transformer2DModelOutput(sample=velocity) if kwargs.get("return_dict", True) else (velocity,)
+
+
+class CacheHook(CachingHook):
     """Runs the transformer at computed steps; at reused ones predicts from the last residual, rectified if planned.
 
     `on_reuse(step, context, v_cached, true_velocity)`, if set, sees every prediction before rectification, and
@@ -77,12 +104,10 @@ class CacheHook(_BranchHook):
         stage: int = 0,
         replaces: CacheHook | None = None,
     ) -> None:
-        super().__init__()
-        self.plan, self.trace, self.site, self.current_step = plan, trace, site, current_step
-        self.stage, self.replaces = stage, replaces
+        super().__init__(trace, site, current_step)
+        self.plan, self.stage, self.replaces = plan, stage, replaces
         self.coefficients: Coefficients | None = None
         self.on_reuse: OnReuse | None = None
-        self.inside_s = 0.0  # of the last forward, as the CPU sees it
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         entered = time.perf_counter()
@@ -108,20 +133,7 @@ class CacheHook(_BranchHook):
             self.coefficients = Coefficients(self.plan, model_name(module))
         velocity = self.coefficients.rectify(velocity, step, branch)
         self.trace.reused(branch, step, time.perf_counter() - entered)
-        return Transformer2DModelOutput(sample=velocity) if kwargs.get("return_dict", True) else (velocity,)
-
-    def _timed(self, forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-        """The transformer's forward alone on the trace's clock; what the site does around it is the hook's time."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            called = time.perf_counter()
-            self.trace.transformer.start(device)
-            output = forward(*args, **kwargs)
-            self.trace.transformer.stop()
-            self.inside_s = time.perf_counter() - called
-            return output
-
-        return run
+        return self._answer(velocity, kwargs)
 
     def _check(self, x: torch.Tensor, step: int, branch: str) -> None:
         plan = self.plan

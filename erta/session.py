@@ -60,7 +60,7 @@ def install(pipe: Any, plan: Plan) -> Trace:
     attach_all(transformers, hooks, HOOK_NAME)
     session = _Session(pipe, plan, trace, hooks)
     pipe.scheduler = scheduler
-    pipe.__class__ = _checked_class(session)
+    pipe.__class__ = checked_class(session)
     pipe.__dict__[SESSION] = session
     return trace
 
@@ -128,8 +128,11 @@ def call_arguments(pipe_class: type, pipe: Any, args: tuple[Any, ...], kwargs: d
     return dict(bound.arguments)
 
 
-def _checked_class(session: _Session) -> type:
-    """A subclass for this one pipeline object, with the same name, whose call goes through the session."""
+def checked_class(session: Any) -> type:
+    """A subclass for one pipeline object, with the same name, whose call goes through `session.call(pipe, …)`.
+
+    `session.pipe_class` is the class that the pipeline object has now.
+    """
     base = session.pipe_class
 
     @functools.wraps(base.__call__)

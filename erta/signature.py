@@ -52,6 +52,17 @@ def find_denoiser(pipe: Any) -> nn.Module:
     return next(iter(find_denoisers(pipe).values()))
 
 
+def single_denoiser(pipe: Any) -> nn.Module:
+    """The pipeline's only transformer. Raises InstallError where there are two (Wan 2.2): see `find_denoisers`."""
+    found = find_denoisers(pipe)
+    if len(found) > 1:
+        raise InstallError(
+            f"{type(pipe).__name__} has two transformers, and this cache knows pipelines with one: use a planned "
+            "cache (cache=ertacache, policy, uniform), or leave transformer_2 out"
+        )
+    return found[0]
+
+
 def takeover_step(pipe: Any, timesteps: torch.Tensor) -> int | None:
     """The step from which `transformer_2` runs, out of a call's timesteps; None without one.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,17 +51,23 @@ def _between(begin: Any, end: Any) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-@dataclass
-class Trace:
-    """Filled in by the hook during a call, and started anew at the next one.
+NOTHING_RECEIVED = (
+    "the cache was installed but never called: something put the transformer's own forward back, or the "
+    "pipeline uses another transformer. This result was made without the cache."
+)
 
-    `forward_s` is the time inside the transformer at computed steps; `overhead_s` the hook's own at all steps,
-    as the CPU sees it (on a GPU, launching its few operations). At the blocks site a reused step's embeddings
-    and head count as the hook's. `stages` holds for each step which transformer it ran in, or was reused in place
-    of: 0, or 1 for a pipeline's second one.
+
+@dataclass(kw_only=True)
+class CallTrace:
+    """What one pipeline call executed: filled in by a hook during the call, and started anew at the next one.
+
+    `executed` holds, for each cache context (guidance branch, or both in one), the steps in order and whether the
+    transformer was run there. `forward_s` is the time inside the transformer at computed steps; `overhead_s` the
+    hook's own at all steps, as the CPU sees it (on a GPU, launching its few operations). At the blocks site a
+    reused step's embeddings and head count as the hook's. `stages` holds for each step of a planned run which
+    transformer it ran in, or was reused in place of: 0, or 1 for a pipeline's second one.
     """
 
-    plan: Plan
     calls: int = 0
     executed: dict[str, list[tuple[int, bool]]] = field(default_factory=dict)
     stages: dict[int, int] = field(default_factory=dict)
@@ -96,14 +103,30 @@ class Trace:
         """Transformer forwards really made in the last call, by cache context (guidance branch, or both in one)."""
         return {branch: sum(computed for _, computed in steps) for branch, steps in self.executed.items()}
 
+    def reused_anything(self) -> bool:
+        """Whether any forward of the last call was left out."""
+        return any(not computed for steps in self.executed.values() for _, computed in steps)
+
+    def weigh(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note bytes and types of what is in the cache at a call's end, and let go of it."""
+        kept = {id(value): value for value in tensors}.values()
+        self.cache_bytes = sum(value.numel() * value.element_size() for value in kept)
+        self.cache_dtype = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in kept}))
+        self.cached = {}
+        self.calls += 1
+
+
+@dataclass
+class Trace(CallTrace):
+    """The trace of a planned run, which is checked against its plan."""
+
+    plan: Plan
+
     def finish(self) -> None:
         """Check the call that ended against the plan. Raises ExecutionMismatch if they differ."""
         plan = self.plan
         if not self.executed:
-            raise ExecutionMismatch(
-                "the cache was installed but never called: something put the transformer's own forward back, or the "
-                "pipeline uses another transformer. This result was made without the cache."
-            )
+            raise ExecutionMismatch(NOTHING_RECEIVED)
         used = expand(self.executed, plan.guidance_scale)
         if plan.branches is not None and used != set(plan.branches):
             raise ExecutionMismatch(
@@ -118,12 +141,7 @@ class Trace:
                     f"branch {branch!r} did not execute the plan ({plan.num_steps} steps, {plan.num_computed} computed): "
                     f"{where}. Was the pipeline interrupted, or called with other steps?"
                 )
-        self.cache_bytes = sum(value.numel() * value.element_size() for value in self.cached.values())
-        self.cache_dtype = ", ".join(
-            sorted({str(value.dtype).removeprefix("torch.") for value in self.cached.values()})
-        )
-        self.cached = {}
-        self.calls += 1
+        self.weigh(self.cached.values())
 
     def summary(self) -> str:
         """One line for people: computed and reused steps, seconds, cache bytes."""

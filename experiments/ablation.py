@@ -22,7 +22,7 @@ from experiments import config, console
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.fidelity import frames_of
 from experiments.metrics import Interval, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
-from experiments.models import call_kwargs, call_sigmas, load_pipeline
+from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, read_lines
 from experiments.sampling import generate
@@ -116,9 +116,9 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
             bar.update(task, description=row.key)
             row_cfg = compose_row(row)
             arm = get_method(row_cfg.cache._target_)(row_cfg, pipe, lambda row_cfg=row_cfg: calibration_of(row_cfg))
-            grid = arm.plan.sigmas if arm.plan else call_sigmas(pipe, arm.kwargs)
+            grid = arm.sigmas(pipe)
             for index in missing:
-                sample = generate(pipe, prompts[index].text, prompts[index].seed, arm.kwargs, arm.plan)
+                sample = generate(pipe, prompts[index].text, prompts[index].seed, arm.kwargs, arm.put_on)
                 pair = [frames_of(source, clip, mp4) for clip in (sample.frames, references[index])]
                 done[row.key, index] = {
                     "row": row.key,

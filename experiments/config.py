@@ -15,6 +15,7 @@ from experiments import vbench_dimensions
 
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
+BUDGETS = ("threshold", "speedup", "steps")
 OFFLOADS = ("none", "model", "sequential")
 FRAMES_FROM = ("decoded", "mp4")
 MP4_BLOCK = 16  # pixels
@@ -73,6 +74,7 @@ class CacheConfig:
     rectifier_fit: str = "open"  # along uncached trajectories; closed: along the plan's own
     corrector_at_reused: bool = True
     reuse: str = "residual"  # or velocity
+    options: dict[str, Any] = field(default_factory=dict)  # a method's own
 
 
 @dataclass
@@ -159,7 +161,7 @@ def budget(cfg: DictConfig) -> dict[str, float | int]:
 
     Without any, a model's published threshold is used, else a speed-up of 2. Raises BudgetError for two.
     """
-    given = {key: cfg.cache[key] for key in ("threshold", "speedup", "steps") if cfg.cache[key] is not None}
+    given = {key: cfg.cache[key] for key in BUDGETS if cfg.cache[key] is not None}
     if len(given) > 1:
         named = " and ".join(f"cache.{key}={value:g}" for key, value in given.items())
         raise BudgetError(f"two budgets at once: {named}. Give one of cache.threshold, cache.speedup, cache.steps.")

@@ -18,7 +18,7 @@ from experiments import console, fidelity, figures, image_scores, report, tracki
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.methods import Arm, profile
 from experiments.metrics import Lpips, scene_agreement
-from experiments.models import call_kwargs, call_sigmas, check_vocabulary, load_pipeline
+from experiments.models import call_kwargs, check_vocabulary, load_pipeline
 from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
 from experiments.sampling import Sample, generate
@@ -86,8 +86,8 @@ def _sample_all(
                 continue
             samples: dict[str, Sample] = {}
             for name in ARMS if index % 2 == 0 else ARMS[::-1]:  # alternating, so that drift hits both
-                kwargs, plan = (base, None) if name == "uncached" else (arm.kwargs, arm.plan)
-                samples[name] = generate(pipe, prompt.text, prompt.seed, kwargs, plan)
+                side = Arm(None, base) if name == "uncached" else arm
+                samples[name] = generate(pipe, prompt.text, prompt.seed, side.kwargs, side.put_on)
             compared: dict[str, np.ndarray] = {}
             for name, sample in samples.items():
                 mp4 = folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
@@ -117,6 +117,8 @@ def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], scores: dic
             "overhead_calls": sample.overhead_calls,
             "cache_bytes": sample.cache_bytes,
             "cache_dtype": sample.cache_dtype,
+            "without_reuse": sample.mask is not None and sample.forwards > samples["uncached"].forwards - 1e-3,
+            "mask": sample.mask and [int(computed) for computed in sample.mask],
             "scene": scene_agreement(prompt, sample.frames),
         }
     return row
@@ -153,21 +155,22 @@ def _summarise(
         metrics["scene_chance_level"] = CHANCE_LEVEL
     else:
         missing["scene_accuracy"] = "the prompts are not of the scene world"
+    if rows[0]["cached"]["mask"] is not None and timing["hook_overhead_per_step_s"] == 0:
+        missing["hook_overhead"] = "another library's hooks: their own time is not told apart from the model's"
     vbench_metrics, not_evaluated = vbench.summarise()
     metrics |= vbench_metrics
     missing |= not_evaluated
-    plan = arm.plan
-    mask = [1] * arm.kwargs["num_inference_steps"] if plan is None else [int(m) for m in plan.mask]
-    sigmas = call_sigmas(pipe, arm.kwargs) if plan is None else plan.sigmas
+    mask = rows[0]["cached"]["mask"] or [1] * arm.kwargs["num_inference_steps"]
     return {
         **describe_run(cfg, [row["seed"] for row in rows], [row["prompt"] for row in rows]),
         "steps": {
             "total": len(mask),
-            "computed": arm.num_computed,
+            "computed": _whole(_computed_steps(cfg, arm, rows)),
             "mask": mask,
             "uncached": cfg.model.num_inference_steps,
+            "without_reuse": sum(row["cached"]["without_reuse"] for row in rows),
         },
-        "sigmas": [float(s) for s in sigmas],
+        "sigmas": [float(s) for s in arm.sigmas(pipe)],
         "timing": timing,
         "memory": {
             "cache_bytes": max(row["cached"]["cache_bytes"] for row in rows),
@@ -176,7 +179,7 @@ def _summarise(
         },
         "metrics": metrics,
         "missing": missing,
-        "plan_report": plan.report if plan is not None else {},
+        "plan_report": arm.plan.report if arm.plan is not None else arm.report,
     }
 
 
@@ -189,7 +192,7 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
     steps = cfg.model.num_inference_steps
     forward_s = median("uncached", "forward_s") / steps  # all guidance branches
     solver_s = max(median("uncached", "denoise_s") / steps - forward_s, 0.0)
-    cached_steps, computed = arm.kwargs["num_inference_steps"], arm.num_computed
+    cached_steps, computed = arm.kwargs["num_inference_steps"], _computed_steps(cfg, arm, rows)
     possible = steps * (forward_s + solver_s) / (computed * forward_s + cached_steps * solver_s)
     calls = sum(row["cached"]["overhead_calls"] for row in rows)
     overhead_s = sum(row["cached"]["overhead_s"] for row in rows) / calls if calls else 0.0
@@ -204,11 +207,23 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
         "calibration_s": arm.calibration.record["seconds"] if arm.calibration is not None else 0.0,
         "hook_overhead_per_step_s": overhead_s * branches,
         "hook_overhead_of_forward": overhead_s / (forward_s / branches),
-        "forwards": rows[0]["cached"]["forwards"],
+        "forwards": _whole(float(np.mean([row["cached"]["forwards"] for row in rows]))),
         "forwards_uncached": rows[0]["uncached"]["forwards"],
         "repeats": len(rows),
         "speedup_possible": possible,
     }
+
+
+def _computed_steps(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> float:
+    """Steps with a forward in each guidance branch: as planned, or the mean of what an online rule really made."""
+    if arm.attach is None:
+        return arm.num_computed
+    branches = rows[0]["uncached"]["forwards"] / cfg.model.num_inference_steps
+    return float(np.mean([row["cached"]["forwards"] for row in rows])) / branches
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value
 
 
 def _scene_accuracy(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
@@ -243,6 +258,11 @@ def _peak_bytes() -> int:
 
 def _print_summary(record: dict[str, Any], folder: Path) -> None:
     console.table("result", ["", "uncached", "cached"], report.summary_rows(record))
+    idle = record["steps"]["without_reuse"]
+    if idle:
+        console.note(
+            f"did not reuse anything: {idle} of {record['timing']['repeats']} samples, every step was computed"
+        )
     for name, reason in record["missing"].items():
         if not name.startswith(("fid", "clip_score")) or record["config"]["bench"]["image_scores"]:
             console.note(f"not evaluated: {name} ({reason})")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import erta
 from erta.errors import ErtaError
 from erta.schedule import steps_for_speedup, uniform_mask
+from erta.trace import CallTrace
 from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
-from experiments.models import call_grid, call_kwargs
+from experiments.models import call_grid, call_kwargs, call_sigmas, set_sampler
 
 PLAN_KEYS = (
     "policy",
@@ -28,20 +32,43 @@ PLAN_KEYS = (
     "corrector_at_reused",
     "reuse",
 )
+SAMPLERS = Path(__file__).resolve().parents[1] / "conf" / "sampler"
 GetCalibration = Callable[[], erta.Calibration]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The cached side of a comparison: a plan (None: the plain pipeline) and the pipeline's arguments."""
+    """The cached side of a comparison: what is put on the pipeline, and the pipeline's arguments.
+
+    Attributes:
+        plan: a planned cache; None: the plain pipeline, or what `attach` brings.
+        attach: for methods without a plan: a context manager on the pipeline that yields the trace of its last
+            call, or None where it puts on no cache (another solver).
+        report: how the arm was set up, for the record; a plan brings its own.
+    """
 
     plan: erta.Plan | None
     kwargs: dict[str, Any]
     calibration: erta.Calibration | None = None
+    attach: Callable[[Any], AbstractContextManager[CallTrace | None]] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_computed(self) -> int:
         return self.plan.num_computed if self.plan is not None else self.kwargs["num_inference_steps"]
+
+    def put_on(self, pipe: Any) -> AbstractContextManager[CallTrace | None]:
+        """This arm on the pipeline, inside a `with`."""
+        if self.plan is not None:
+            return erta.cached(pipe, self.plan)
+        return self.attach(pipe) if self.attach is not None else nullcontext()
+
+    def sigmas(self, pipe: Any) -> np.ndarray:
+        """The grid that is integrated, float32 (num_steps + 1,)."""
+        if self.plan is not None:
+            return self.plan.sigmas
+        with self.put_on(pipe):
+            return call_sigmas(pipe, self.kwargs)
 
 
 def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -50,8 +77,28 @@ def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm
 
 
 def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """The pipeline itself at as many steps as the budget has forwards."""
-    return Arm(None, {**call_kwargs(cfg), "num_inference_steps": _count(cfg)})
+    """The pipeline itself at as many steps as the budget has forwards.
+
+    `cache.options.sampler` names another solver (of the group `sampler`) for this side alone: the uncached run that
+    it is compared with keeps `sampler=`.
+    """
+    kwargs = {**call_kwargs(cfg), "num_inference_steps": step_count(cfg)}
+    name = cfg.cache.options.get("sampler")
+    if name is None:
+        return Arm(None, kwargs)
+    other = OmegaConf.create({"model": cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{name}.yaml")})
+    swapped = SimpleNamespace(scheduler=pipe.scheduler)
+    set_sampler(swapped, other)
+
+    @contextmanager
+    def attach(pipe: Any) -> Iterator[None]:
+        own, pipe.scheduler = pipe.scheduler, swapped.scheduler
+        try:
+            yield
+        finally:
+            pipe.scheduler = own
+
+    return Arm(None, kwargs, attach=attach, report={"sampler": name})
 
 
 def plan_grid(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -66,7 +113,7 @@ def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     if cache.policy == "uniform" and not cache.adjust_time and not cache.rectify:
         grid = call_grid(pipe, call_kwargs(cfg))
         plan = erta.Plan(
-            mask=uniform_mask(cfg.model.num_inference_steps, _count(cfg, grid.takeover), grid.takeover),
+            mask=uniform_mask(cfg.model.num_inference_steps, step_count(cfg, grid.takeover), grid.takeover),
             sigmas=grid.sigmas,
             nominal_sigmas=grid.sigmas,
             takeover=grid.takeover,
@@ -94,7 +141,11 @@ def planned(cfg: DictConfig, calibration: erta.Calibration) -> erta.Plan:
     )
 
 
-def _count(cfg: DictConfig, takeover: int | None = None) -> int:
+def step_count(cfg: DictConfig, takeover: int | None = None) -> int:
+    """The budget in computed steps. Raises BudgetError for a threshold.
+
+    With two transformers, the second runs from step `takeover`, which is computed anyhow.
+    """
     chosen = budget(cfg)
     if cfg.cache.threshold is None and "threshold" in chosen:  # the model's published one: not for this method
         chosen = {"speedup": DEFAULT_SPEEDUP}

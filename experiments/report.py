@@ -78,8 +78,8 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     metrics, timing, steps = record["metrics"], record["timing"], record["steps"]
     possible = metrics["speedup_possible"]
     rows = [
-        ("steps computed", "", f"{steps['computed']} of {steps['total']}"),
-        ("transformer forwards per sample", str(timing["forwards_uncached"]), str(timing["forwards"])),
+        ("steps computed", "", f"{steps['computed']:.4g} of {steps['total']}"),
+        ("transformer forwards per sample", f"{timing['forwards_uncached']:g}", f"{timing['forwards']:.5g}"),
         ("denoising, median s", f"{timing['denoise_uncached_s']:.3f}", f"{timing['denoise_s']:.3f}"),
         ("whole call, median s", f"{timing['pipeline_uncached_s']:.3f}", f"{timing['pipeline_s']:.3f}"),
         ("speed-up of denoising", "", f"{metrics['speedup_denoise']:.2f}x"),
@@ -89,7 +89,7 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     where = " of mp4 files" if metrics.get("frames_from") == "mp4" else ""
     for key, name in (("psnr_db", "PSNR, dB"), ("psnr_frame_mean_db", "PSNR, dB, mean over frames")):
         if key in metrics:
-            rows.append((name + where, "", "identical" if metrics[key] is None else f"{metrics[key]:.2f}"))
+            rows.append((name + where, "", _psnr(record, key)))
     for key, name in (("ssim", "SSIM"), ("ms_ssim", _ms_ssim_name(metrics)), ("lpips", "LPIPS (alex)")):
         if key in metrics:
             rows.append((name + where, "", f"{metrics[key]:.4f}"))
@@ -112,15 +112,18 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         if f"{key}_to_uncached" in metrics:
             rows.append((f"{name}, against the uncached images", "", f"{metrics[f'{key}_to_uncached']:.3f}"))
     overhead = timing["hook_overhead_per_step_s"]
-    rows.append(
-        (
-            "hook overhead per step, ms",
-            "",
-            f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)",
-        )
-    )
+    shown = f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)"
+    rows.append(("hook overhead per step, ms", "", "" if "hook_overhead" in record["missing"] else shown))
     rows.append(("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype']}"))
     return rows
+
+
+def _psnr(record: dict[str, Any], key: str) -> str:
+    """A mean PSNR. A cache that computed everything is not lossless: it did nothing."""
+    if record["steps"].get("without_reuse") == record["timing"].get("repeats", 0) > 0:
+        return "did not reuse anything"
+    psnr_db = record["metrics"][key]
+    return "identical" if psnr_db is None else f"{psnr_db:.2f}"
 
 
 def _ms_ssim_name(metrics: dict[str, Any]) -> str:

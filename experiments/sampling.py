@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import erta
 from erta.signature import find_denoisers
-from erta.trace import Stopwatch
+from erta.trace import CallTrace, Stopwatch
+
+PutOn = Callable[[Any], AbstractContextManager[CallTrace | None]]
 
 
 @dataclass(frozen=True)
@@ -21,24 +23,29 @@ class Sample:
     """A clip (frames, height, width, 3) in [0, 1] before any encoding, an image has one frame, and what it took.
 
     `denoise_s` runs from the first transformer call to the end of the last scheduler step, `pipeline_s` over
-    the whole call, both synchronised. `forwards` counts transformer forwards over all guidance branches.
+    the whole call, both synchronised. `forwards` counts transformer forwards over all guidance branches (a fraction
+    where a cache leaves parts of a forward out). `mask` says which steps were computed, in the guidance branch that
+    runs first; None without a cache.
     """
 
     frames: np.ndarray
     denoise_s: float
     pipeline_s: float
     forward_s: float
-    forwards: int
+    forwards: float
     overhead_s: float = 0.0
     overhead_calls: int = 0
     cache_bytes: int = 0
     cache_dtype: str = ""
+    mask: tuple[bool, ...] | None = None
 
 
-def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: erta.Plan | None = None) -> Sample:
-    """Generate one clip from the noise of a CPU generator, under `plan` if there is one."""
+def generate(
+    pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], put_on: PutOn = lambda pipe: nullcontext()
+) -> Sample:
+    """Generate one clip from the noise of a CPU generator, under what `put_on` puts on the pipeline (`Arm.put_on`)."""
     clock = _DenoiseClock(pipe._execution_device)
-    with erta.cached(pipe, plan) if plan is not None else nullcontext() as trace:
+    with put_on(pipe) as trace:
         handles = []
         for transformer in find_denoisers(pipe).values():
             handles.append(transformer.register_forward_pre_hook(clock.forward_starts))
@@ -66,6 +73,7 @@ def generate(pipe: Any, prompt: str, seed: int, kwargs: dict[str, Any], plan: er
         overhead_calls=sum(map(len, trace.executed.values())) if trace is not None else 0,
         cache_bytes=trace.cache_bytes if trace is not None else 0,
         cache_dtype=trace.cache_dtype if trace is not None else "",
+        mask=tuple(computed for _, computed in next(iter(trace.executed.values()))) if trace is not None else None,
     )
 
 

@@ -47,7 +47,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     pipe = untrained_pipeline(cfg)
     kwargs = call_kwargs(cfg)
     plain: list[float] = []
-    cached: list[dict[str, float]] = []
+    cached: list[dict[str, Any]] = []
     with progress_bar() as bar:
         task = bar.add_task("generate", total=2 + 2 * cfg.experiment.seeds)
         generate(pipe, {**kwargs, "num_inference_steps": 2})  # warm-up, not measured

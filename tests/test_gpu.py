@@ -34,7 +34,7 @@ def shipped_plan(cfg, **budget) -> erta.Plan:
 def cached(cfg, steps: int):
     plan = shipped_plan(cfg, steps=steps)
     prompt = PICTURE if cfg.model.num_frames is None else PROMPT
-    return generate(load_pipeline(cfg), prompt, 0, call_kwargs(cfg), plan)
+    return generate(load_pipeline(cfg), prompt, 0, call_kwargs(cfg), lambda pipe: erta.cached(pipe, plan))
 
 
 @pytest.mark.parametrize("model", ["wan21_tiny", "flux_tiny"])
@@ -52,7 +52,8 @@ def test_nothing_reused_is_bit_identical():
     cfg = configured()
     pipe, kwargs = load_pipeline(cfg), call_kwargs(cfg)
     plain = generate(pipe, PROMPT, 0, kwargs)
-    whole = generate(pipe, PROMPT, 0, kwargs, shipped_plan(cfg, steps=50))
+    plan = shipped_plan(cfg, steps=50)
+    whole = generate(pipe, PROMPT, 0, kwargs, lambda pipe: erta.cached(pipe, plan))
     assert np.array_equal(plain.frames, whole.frames)
 
 

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
 
 import erta
 from erta.grid import adjusted_sigmas, longer_last_step
 from erta.guidance import guide
+from erta.online import online
 from erta.schedule import sources, steps_for_speedup, uniform_mask
 from erta.session import SESSION
 from erta.site import SITES
 from experiments.models import call_grid, load_pipeline
+from experiments.peers.counting import diffusers_cache, forward_costs
+from experiments.peers.easycache import EasyCache
 from tests.conftest import CALL, PROMPTS, STEPS, build_pipe, run
 from tests.test_cli import command, weights  # noqa: F401
 from tests.test_models import config
@@ -389,6 +392,21 @@ def test_pipelines_whose_second_transformer_is_not_understood():
     pipe._internal_dict = {key: value for key, value in pipe.config.items() if key != "boundary_ratio"}
     with pytest.raises(erta.ErtaError, match="no boundary_ratio"):
         erta.calibrate(pipe, PROMPTS, **CALL)
+
+
+def test_caches_that_decide_while_they_run_are_refused():
+    """They keep one state. Mutant: put on the first transformer alone, so half of the steps are never seen."""
+    pipe = build_two()
+    with pytest.raises(erta.InstallError, match="has two transformers"), online(pipe, EasyCache(0.1)):
+        pass
+    with pytest.raises(erta.InstallError, match="has two transformers"):
+        forward_costs(pipe, CALL)
+    with (
+        pytest.raises(erta.InstallError, match="has two transformers"),
+        diffusers_cache(pipe, FirstBlockCacheConfig(0.1), {}),
+    ):
+        pass
+    assert_bare(pipe)
 
 
 @pytest.mark.parametrize(("cache", "computed"), [("ertacache", 3), ("uniform", 3), ("plan_grid", 3)])

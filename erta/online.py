@@ -1,0 +1,234 @@
+"""Caches that decide while they run: a rule says at each step whether the transformer is run, no plan does.
+
+The hook, the sites, the trace and the way on and off a pipeline are those of planned caches. What is different:
+the number of forwards depends on the prompt, and every decision waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from erta.errors import ExecutionMismatch, InstallError
+from erta.hooks import HOOK_NAME, CachingHook, attach, attach_again_if_dropped, check_detachable, detach
+from erta.scheduler import counting, step_index
+from erta.session import SESSION, checked_class
+from erta.signature import single_denoiser
+from erta.site import Site, latent_of, make_site
+from erta.trace import NOTHING_RECEIVED, CallTrace
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer, as a rule sees it.
+
+    Attributes:
+        step: place in the scheduler's grid, 0 … num_steps - 1.
+        branch: the pipeline's cache context: a guidance branch, or both in one batch.
+        x: the latent (or packed tokens) that the transformer is given.
+        transformer, args, kwargs: what would be called, for rules that look at an inner signal.
+        forward: the transformer's own forward, below the hook, for rules that run it (or a part of it) themselves.
+    """
+
+    step: int
+    num_steps: int
+    branch: str
+    x: torch.Tensor
+    transformer: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+    forward: Callable[..., Any] | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.step == self.num_steps - 1
+
+
+class OnlineRule(ABC):
+    """Decides step by step. A rule knows no model; what it keeps of a run it forgets in `begin`.
+
+    It is asked once for every guidance branch at every step, in the pipeline's order; a rule that decides for all
+    branches at once remembers what it told the first. The first step of every branch is computed without asking.
+    """
+
+    @abstractmethod
+    def begin(self, num_steps: int) -> None:
+        """Forget the last call. Raises ErtaError if the rule's constants are for another number of steps."""
+
+    @abstractmethod
+    def should_compute(self, call: Call) -> bool:
+        """Whether the transformer is to be run."""
+
+    @abstractmethod
+    def computed(self, call: Call, velocity: torch.Tensor, residual: torch.Tensor) -> None:
+        """The transformer was run: its output, and the residual that the site keeps of it."""
+
+    def stand_in(self, call: Call, kept: torch.Tensor) -> torch.Tensor:
+        """What the site is given at a reused step: what it kept of the last computed one, unless a rule foretells it."""
+        return kept
+
+
+@dataclass
+class OnlineTrace(CallTrace):
+    """The trace of a run whose steps were decided while it ran."""
+
+    num_steps: int = 0
+    reuse_share: float = 0.0  # of a forward, that a rule runs at every reused step (a probe of the first block)
+
+    @property
+    def forwards(self) -> dict[str, float]:  # type: ignore[override]
+        """Transformer forwards of the last call by cache context, with what reused steps ran of one."""
+        reused = {branch: sum(not computed for _, computed in steps) for branch, steps in self.executed.items()}
+        return {branch: count + self.reuse_share * reused[branch] for branch, count in super().forwards.items()}
+
+    def finish(self, kept: Iterable[torch.Tensor] = ()) -> None:
+        """Check that every branch saw every step once, in order, and weigh the cache and what else was `kept`.
+
+        Raises ExecutionMismatch.
+        """
+        if not self.executed:
+            raise ExecutionMismatch(NOTHING_RECEIVED)
+        for branch, steps in self.executed.items():
+            if [step for step, _ in steps] != list(range(self.num_steps)):
+                raise ExecutionMismatch(
+                    f"branch {branch!r} was called at {len(steps)} steps, not once at each of {self.num_steps}. Was "
+                    "the pipeline interrupted, or the cache put under another hook?"
+                )
+        self.weigh([*self.cached.values(), *kept])
+
+    def summary(self) -> str:
+        """One line for people: computed steps by branch, seconds, cache bytes; loud if nothing was reused."""
+        if not self.reused_anything():
+            return f"did not reuse anything: all {self.num_steps} steps were computed in every branch"
+        branches = ", ".join(f"{branch}: {count}" for branch, count in sorted(self.forwards.items()))
+        return (
+            f"forwards {branches}, of {self.num_steps} steps; {self.forward_s:.3f} s in the transformer, "
+            f"{1000 * self.overhead_s:.2f} ms in the hook; cache {self.cache_bytes} bytes ({self.cache_dtype})"
+        )
+
+
+class OnlineHook(CachingHook):
+    """Runs the transformer where the rule wants it, and answers elsewhere with the last residual."""
+
+    trace: OnlineTrace
+
+    def __init__(
+        self,
+        rule: OnlineRule,
+        trace: OnlineTrace,
+        site: Site,
+        current_step: Callable[[], int],
+        num_steps: Callable[[], int],
+    ) -> None:
+        super().__init__(trace, site, current_step)
+        self.rule, self.num_steps = rule, num_steps
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        entered = time.perf_counter()
+        if not self.trace.executed:
+            self.trace.num_steps = self.num_steps()
+            self.rule.begin(self.trace.num_steps)
+        x, forward = latent_of(args, kwargs), self.fn_ref.original_forward
+        step, branch, total = self.current_step(), self.branch(), self.trace.num_steps
+        call = Call(step, total, branch, x.detach(), module, args, kwargs, forward)
+        state = self.states.get_state()
+        if state.value is None or self.rule.should_compute(call):
+            output, state.value = self.site.compute(self._timed(forward, x.device), args, kwargs)
+            self.rule.computed(call, output[0].detach(), state.value.detach())
+            self.trace.computed(call.branch, call.step, state.value, time.perf_counter() - entered - self.inside_s)
+            return output
+        velocity = self.site.predict(forward, args, kwargs, self.rule.stand_in(call, state.value))
+        self.trace.reused(call.branch, call.step, time.perf_counter() - entered)
+        return self._answer(velocity, kwargs)
+
+
+@contextmanager
+def online(
+    pipe: Any,
+    rule: OnlineRule,
+    site: str | Callable[[nn.Module], Site] = "output",
+    reuse: str = "residual",
+    reuse_share: float = 0.0,
+) -> Iterator[OnlineTrace]:
+    """Run `pipe` under an online rule inside the `with`; afterwards, or after an exception, it is as before.
+
+    Args:
+        site, reuse: what is kept of a computed step and returned at a reused one (see `erta.site`), or what makes
+            the site of a transformer, for rules with one of their own.
+        reuse_share: what part of a forward the rule runs at a reused step.
+
+    Yields the trace of the last call. A call that reused nothing says so in `trace.summary()`; it is no error,
+    since some prompts may need every step.
+
+    Raises:
+        InstallError: a cache is installed already, or the pipeline has two transformers.
+        ExecutionMismatch: a call did not pass through the hook once a step and branch.
+    """
+    if SESSION in pipe.__dict__:
+        raise InstallError("erta is installed on this pipeline already: call erta.uninstall(pipe) first")
+    transformer, own_scheduler, pipe_class = single_denoiser(pipe), pipe.scheduler, type(pipe)
+    scheduler, trace = counting(own_scheduler), OnlineTrace(reuse_share=reuse_share)
+    hook = OnlineHook(
+        rule,
+        trace,
+        make_site(site, transformer, reuse) if isinstance(site, str) else site(transformer),
+        lambda: step_index(scheduler),
+        lambda: len(scheduler.timesteps),
+    )
+    attach(transformer, hook, HOOK_NAME)
+    session = _OnlineSession(pipe_class, transformer, hook)
+    pipe.scheduler, pipe.__class__ = scheduler, checked_class(session)
+    pipe.__dict__[SESSION] = session
+    try:
+        yield trace
+    finally:
+        check_detachable(transformer, HOOK_NAME)
+        detach(transformer, HOOK_NAME)
+        pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
+        del pipe.__dict__[SESSION]
+
+
+class _OnlineSession:
+    """What happens around every call."""
+
+    def __init__(self, pipe_class: type, transformer: nn.Module, hook: OnlineHook) -> None:
+        self.pipe_class, self.transformer, self.hook = pipe_class, transformer, hook
+
+    def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        attach_again_if_dropped(self.transformer, self.hook)
+        self.hook.reset_state(self.transformer)  # after an exception the last call's state survives
+        self.hook.trace.begin()
+        result = self.pipe_class.__call__(pipe, *args, **kwargs)
+        self.hook.trace.finish(tensors_in(vars(self.hook.rule)))
+        return result
+
+
+def mean_change(now: torch.Tensor, before: torch.Tensor) -> float:
+    """`mean |now - before|`, in float32."""
+    return (now.float() - before.float()).abs().mean().item()
+
+
+def relative_change(now: torch.Tensor, before: torch.Tensor) -> float:
+    """`mean |now - before| / mean |before|`; 0 if nothing changed, infinite if there was nothing before."""
+    change, size = mean_change(now, before), before.float().abs().mean().item()
+    if size == 0:
+        return float("inf") if change else 0.0
+    return change / size
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dictionaries, lists, tuples and states of diffusers' hooks: what a cache keeps."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(inner)
+    elif type(value).__name__.endswith("State"):
+        yield from tensors_in(vars(value))

@@ -1,0 +1,271 @@
+"""Caches that diffusers ships, put on by `enable_cache`, with what they really compute counted.
+
+diffusers' hooks replace the forward of blocks or of attention modules, so a module that is called may compute
+nothing. What is counted are the matrix layers inside, each with its share of a forward's FLOPs; the sum is in
+*forward equivalents*: 1 for a whole forward. A cache that matches no module, or reuses nothing, is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import StateManager
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from erta.errors import ErtaError, InstallError
+from erta.hooks import HOOK_NAME, OBSERVER_NAME, _BranchHook
+from erta.online import OnlineTrace, tensors_in
+from erta.scheduler import counting, step_index
+from erta.session import SESSION, checked_class
+from erta.signature import single_denoiser
+from erta.site import latent_of
+
+COUNTER = "erta_counter"
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+WHOLE = 1 - 1e-6  # of a forward
+
+
+@dataclass
+class CountedTrace(OnlineTrace):
+    """`shares` holds, by cache context, what part of a forward was computed at each step."""
+
+    shares: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def forwards(self) -> dict[str, float]:  # type: ignore[override]
+        """Forward equivalents of the last call, by cache context."""
+        return {branch: sum(shares) for branch, shares in self.shares.items()}
+
+    def begin(self) -> None:
+        super().begin()
+        self.shares = {}
+
+    def note(self, branch: str, step: int, share: float) -> None:
+        """Note a forward of which `share` was computed."""
+        self.shares.setdefault(branch, []).append(share)
+        self.executed.setdefault(branch, []).append((step, share > WHOLE))
+
+
+class _FirstForwardIsDone(Exception):
+    """Ends a pipeline call after one forward."""
+
+
+def forward_costs(pipe: Any, kwargs: dict[str, Any]) -> dict[str, float]:
+    """Each layer's share of an uncached forward's FLOPs, by its name: one forward is run and counted.
+
+    FLOPs that a module spends outside its layers (attention's products) are charged to the first layer in it.
+    """
+    transformer = single_denoiser(pipe)
+    counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops})
+    spent: dict[str, int] = {}
+
+    def watch(name: str, module: nn.Module) -> list[Any]:
+        entered: list[int] = []
+
+        def leave(*_: Any) -> None:
+            spent[name] = spent.get(name, 0) + counter.get_total_flops() - entered.pop()
+
+        return [
+            module.register_forward_pre_hook(lambda *_: entered.append(counter.get_total_flops())),
+            module.register_forward_hook(leave),
+        ]
+
+    def enter(*_: Any) -> None:
+        counter.__enter__()
+
+    def done(*_: Any) -> None:
+        counter.__exit__(None, None, None)
+        raise _FirstForwardIsDone
+
+    handles = [transformer.register_forward_pre_hook(enter)]
+    handles += [handle for name, module in transformer.named_modules() for handle in watch(name, module)]
+    handles.append(transformer.register_forward_hook(done))
+    try:
+        pipe(prompt="", output_type="latent", generator=torch.Generator("cpu").manual_seed(0), **kwargs)
+    except _FirstForwardIsDone:
+        return _shares(transformer, spent)
+    finally:
+        for handle in handles:
+            handle.remove()
+        pipe.maybe_free_model_hooks()
+    raise ErtaError(f"{type(pipe).__name__} never called its transformer")
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _shares(transformer: nn.Module, spent: dict[str, int]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for name, module in transformer.named_modules():
+        inside = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        alone = spent.get(name, 0) - sum(_inclusive(child, transformer, spent) for child in inside)
+        if alone > 0:
+            layers = (n for n, m in module.named_modules(prefix=name) if not list(m.children()) and spent.get(n))
+            layer = next(layers, name)
+            shares[layer] = shares.get(layer, 0.0) + alone / spent[""]
+    return shares
+
+
+def _inclusive(name: str, transformer: nn.Module, spent: dict[str, int]) -> int:
+    """FLOPs inside a module; of a list of modules, which is never called itself, those of its members."""
+    if name in spent:
+        return spent[name]
+    children = transformer.get_submodule(name).named_children()
+    return sum(_inclusive(f"{name}.{child}", transformer, spent) for child, _ in children)
+
+
+class CountingHook(_BranchHook):
+    """Runs the transformer, with whatever cache is inside, and sums the shares of the layers that were run.
+
+    Hooks that keep one state for all guidance branches get one for each, put in place before every forward.
+    """
+
+    def __init__(self, trace: CountedTrace, costs: dict[str, float], scheduler: Any) -> None:
+        super().__init__()
+        self.trace, self.costs, self.scheduler = trace, costs, scheduler
+        self.share = 0.0
+        self.single_states: dict[tuple[int, str], Any] = {}
+
+    def watch(self, transformer: nn.Module) -> list[Any]:
+        """Forward hooks on every layer with a cost."""
+
+        def count(cost: float) -> Callable[..., None]:
+            def ran(*_: Any) -> None:
+                self.share += cost
+
+            return ran
+
+        return [transformer.get_submodule(n).register_forward_hook(count(cost)) for n, cost in self.costs.items()]
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.trace.num_steps = len(self.scheduler.timesteps)
+        step, branch = step_index(self.scheduler), self.branch()
+        self._states_of(module, branch)
+        self.share = 0.0
+        self.trace.transformer.start(latent_of(args, kwargs).device)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self.trace.transformer.stop()
+        self.trace.note(branch, step, self.share)
+        if step == self.trace.num_steps - 1:  # the pipeline clears the states at its end
+            kept = [*_states(module), *(state for (_, other), state in self.single_states.items() if other != branch)]
+            self.trace.cached |= {str(id(tensor)): tensor for tensor in tensors_in(kept)}
+        return output
+
+    def _states_of(self, module: nn.Module, branch: str) -> None:
+        for hook in _hooks(module):
+            state = vars(hook).get("state")
+            if state is not None and not isinstance(state, StateManager):
+                key = (id(hook), branch)
+                if key not in self.single_states:
+                    self.single_states[key] = type(state)()
+                hook.state = self.single_states[key]
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.single_states = {}
+        return super().reset_state(module)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """All diffusers hooks on a module and below it but ours."""
+    registries = [m._diffusers_hook for m in module.modules() if hasattr(m, "_diffusers_hook")]
+    return [hook for registry in registries for name, hook in registry.hooks.items() if name != COUNTER]
+
+
+def _states(module: nn.Module) -> list[Any]:
+    managers = [value for hook in _hooks(module) for value in vars(hook).values() if isinstance(value, StateManager)]
+    return [*(manager._state_cache for manager in managers), *(vars(hook).get("state") for hook in _hooks(module))]
+
+
+@contextmanager
+def diffusers_cache(pipe: Any, config: Any, costs: dict[str, float]) -> Iterator[CountedTrace]:
+    """Run `pipe` inside the `with` under a cache of diffusers; afterwards it is as before.
+
+    Args:
+        config: for `transformer.enable_cache`.
+        costs: of `forward_costs`.
+
+    Yields the trace of the last call. Raises InstallError if another cache is on, if the transformer has no caches
+    of diffusers, or if this one matched none of its modules (a silent no-op otherwise).
+    """
+    transformer = single_denoiser(pipe)
+
+    def put_on(scheduler: Any) -> None:
+        before = len(_hooks(transformer))
+        transformer.enable_cache(config)
+        if len(_hooks(transformer)) == before:
+            raise InstallError(
+                f"{type(config).__name__} matches no module of {type(transformer).__name__}: it would do nothing. "
+                "Give it identifiers that match."
+            )
+
+    with counted(pipe, costs, put_on, transformer.disable_cache) as trace:
+        yield trace
+
+
+@contextmanager
+def counted(
+    pipe: Any, costs: dict[str, float], put_on: Callable[[Any], None], take_off: Callable[[], None]
+) -> Iterator[CountedTrace]:
+    """Run `pipe` inside the `with` under hooks on parts of its transformer, with the layers that run counted.
+
+    Args:
+        put_on: called with the scheduler that counts the steps.
+        take_off: called at the end, and if `put_on` raises.
+    """
+    transformer, pipe_class, own_scheduler = single_denoiser(pipe), type(pipe), pipe.scheduler
+    _check_free(pipe, transformer)
+    scheduler, trace = counting(own_scheduler), CountedTrace()
+    hook, handles = CountingHook(trace, costs, scheduler), []
+    try:
+        put_on(scheduler)
+        handles = hook.watch(transformer)
+        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, COUNTER)
+        pipe.scheduler, pipe.__class__ = scheduler, checked_class(_CountedSession(pipe_class, transformer, trace))
+        yield trace
+    finally:
+        pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
+        for handle in handles:
+            handle.remove()
+        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(COUNTER, recurse=False)
+        take_off()
+        _tidy(transformer)
+
+
+def _check_free(pipe: Any, transformer: nn.Module) -> None:
+    registry = getattr(transformer, "_diffusers_hook", None)
+    taken = registry is not None and any(registry.get_hook(name) for name in (HOOK_NAME, OBSERVER_NAME))
+    if SESSION in pipe.__dict__ or taken:
+        raise InstallError("erta is installed on this pipeline: call erta.uninstall(pipe) before a cache of diffusers")
+    if not hasattr(transformer, "enable_cache"):
+        raise InstallError(f"{type(transformer).__name__} has no caches of diffusers")
+    if transformer.is_cache_enabled:
+        raise InstallError("another cache is enabled on this transformer: call transformer.disable_cache() first")
+
+
+def _tidy(transformer: nn.Module) -> None:
+    """Hooks leave the class's own forward behind as an attribute of every module they were on."""
+    for module in transformer.modules():
+        own = module.__dict__.get("forward")
+        if getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module:
+            del module.__dict__["forward"]
+
+
+class _CountedSession:
+    """What happens around every call."""
+
+    def __init__(self, pipe_class: type, transformer: nn.Module, trace: CountedTrace) -> None:
+        self.pipe_class, self.transformer, self.trace = pipe_class, transformer, trace
+
+    def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks()
+        self.trace.begin()
+        result = self.pipe_class.__call__(pipe, *args, **kwargs)
+        self.trace.finish()
+        return result

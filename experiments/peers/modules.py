@@ -1,0 +1,153 @@
+"""Caches of single modules on a static schedule: one hook and one counter for FORA, SmoothCache, T-GATE and Delta-DiT.
+
+A module's output is kept where it is computed and returned where it is not, in each guidance branch. What is left out
+is counted in forward equivalents, from the layers that really ran (`counting`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+from omegaconf import DictConfig
+from torch import nn
+
+from erta.errors import ErtaError
+from erta.schedule import Mask
+from erta.scheduler import step_index
+from erta.signature import single_denoiser
+from erta.site import model_name
+from experiments.methods import Arm
+from experiments.models import call_kwargs
+from experiments.peers.counting import CountedTrace, counted, forward_costs
+from experiments.peers.knob import Attach, Knob, knob_arm
+
+MODULE_HOOK = "erta_module"
+COMPONENTS = {
+    "WanTransformer3DModel": {
+        "attention": r"blocks\.\d+\.attn1",
+        "cross": r"blocks\.\d+\.attn2",
+        "mlp": r"blocks\.\d+\.ffn",
+    },
+    "FluxTransformer2DModel": {
+        "attention": r"(single_)?transformer_blocks\.\d+\.attn",
+        "mlp": r"transformer_blocks\.\d+\.(ff|ff_context)|single_transformer_blocks\.\d+\.proj_mlp",
+    },
+}
+Schedule = dict[str, Mask]  # by component; one that is not named is always computed
+
+
+class _KeptState(BaseState):
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def reset(self) -> None:
+        self.value = None
+
+
+class ModuleHook(ModelHook):
+    """Runs a module where its mask says so, and returns its last output elsewhere."""
+
+    _is_stateful = True
+
+    def __init__(self, mask: Mask, current_step: Callable[[], int]) -> None:
+        super().__init__()
+        self.mask, self.current_step = mask, current_step
+        self.states = StateManager(_KeptState)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = self.states.get_state()
+        if self.mask[self.current_step()] or state.value is None:
+            state.value = self.fn_ref.original_forward(*args, **kwargs)
+        return state.value
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.states.reset()
+        return module
+
+
+def components_of(transformer: nn.Module) -> dict[str, list[nn.Module]]:
+    """The modules of each component type. Raises ErtaError for a transformer that is not known."""
+    known = COMPONENTS.get(model_name(transformer))
+    if known is None:
+        raise ErtaError(
+            f"the modules of {model_name(transformer)} are not known (those of {', '.join(COMPONENTS)} are): add them "
+            "to experiments/peers/modules.py"
+        )
+    return {
+        kind: [module for name, module in transformer.named_modules() if re.fullmatch(pattern, name)]
+        for kind, pattern in known.items()
+    }
+
+
+@contextmanager
+def hooked(
+    pipe: Any, costs: dict[str, float], hooks_of: Callable[[Any], list[tuple[nn.Module, ModelHook]]]
+) -> Iterator[CountedTrace]:
+    """Run `pipe` inside the `with` under hooks on modules; `hooks_of` makes them from the scheduler."""
+    placed: list[nn.Module] = []
+
+    def put_on(scheduler: Any) -> None:
+        for module, hook in hooks_of(scheduler):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, MODULE_HOOK)
+            placed.append(module)
+        _renew(pipe)
+
+    def take_off() -> None:
+        for module in placed:
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook(MODULE_HOOK, recurse=False)
+        _renew(pipe)
+
+    with counted(pipe, costs, put_on, take_off) as trace:
+        yield trace
+
+
+def _renew(pipe: Any) -> None:
+    """diffusers keeps a list of the modules that are told the guidance branch: have it made anew."""
+    HookRegistry.check_if_exists_or_initialize(single_denoiser(pipe)).invalidate_child_registries_cache()
+
+
+def module_cache(pipe: Any, schedule: Schedule, costs: dict[str, float]) -> Any:
+    """Run `pipe` inside the `with` with each component type computed where the schedule says so."""
+    modules = components_of(single_denoiser(pipe))
+    unknown = sorted(set(schedule) - set(modules))
+    if unknown:
+        name = model_name(single_denoiser(pipe))
+        raise ErtaError(
+            f"{name} has no {', '.join(unknown)} (cross-attention of its own, say): it has {', '.join(modules)}"
+        )
+
+    def hooks_of(scheduler: Any) -> list[tuple[nn.Module, ModelHook]]:
+        return [
+            (module, ModuleHook(mask, lambda: step_index(scheduler)))
+            for kind, mask in schedule.items()
+            for module in modules[kind]
+        ]
+
+    return hooked(pipe, costs, hooks_of)
+
+
+def module_arm(cfg: DictConfig, pipe: Any, knob: Knob, schedule_at: Callable[[Any], Schedule]) -> Arm:
+    """An arm whose schedule of component types follows from a knob."""
+    costs = forward_costs(pipe, call_kwargs(cfg))
+
+    def attach_with(value: Any) -> Attach:
+        schedule = schedule_at(value)
+        return lambda pipe: module_cache(pipe, schedule, costs)
+
+    return knob_arm(cfg, pipe, knob, attach_with)
+
+
+def every(interval: int, num_steps: int) -> Mask:
+    """Steps 0, interval, 2 interval …"""
+    return tuple(step % interval == 0 for step in range(num_steps))
+
+
+def tensors(output: Any) -> tuple[torch.Tensor, ...]:
+    """A module's output as a tuple: some give one tensor, some two (image and text)."""
+    return output if isinstance(output, tuple) else (output,)

@@ -1,0 +1,61 @@
+"""What searched schedules share: the plan of a mask, runs under it, and recorded trajectories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+import erta
+from erta.online import Call
+from erta.schedule import Mask
+from erta.session import latent_call
+from experiments.calibrating import CALIBRATION_SEED
+from experiments.methods import Arm
+from experiments.models import call_grid, call_kwargs
+from experiments.peers.calibrated import Recorder
+from experiments.prompts import calibration_prompts
+
+
+def plan_of(cfg: DictConfig, pipe: Any, mask: Mask, report: dict[str, Any]) -> erta.Plan:
+    """A plan with this mask on the pipeline's own grid, at `cache.site`, without rectification."""
+    grid = call_grid(pipe, call_kwargs(cfg))
+    return erta.Plan(
+        mask=mask,
+        sigmas=grid.sigmas,
+        nominal_sigmas=grid.sigmas,
+        takeover=grid.takeover,
+        site=cfg.cache.site,
+        reuse=cfg.cache.reuse,
+        corrector_at_reused=cfg.cache.corrector_at_reused,
+        report={"policy": cfg.cache.name, **report},
+    )
+
+
+def planned_arm(cfg: DictConfig, pipe: Any, mask: Mask, report: dict[str, Any]) -> Arm:
+    """The arm of a searched mask."""
+    return Arm(plan_of(cfg, pipe, mask, report), call_kwargs(cfg), report=report)
+
+
+def final_latents(pipe: Any, cfg: DictConfig, index: int, plan: erta.Plan | None = None) -> torch.Tensor:
+    """Of calibration prompt `index`, uncached or under a plan, in float32."""
+    call = latent_call(calibration_prompts(cfg)[index], CALIBRATION_SEED + index, call_kwargs(cfg))
+    if plan is None:
+        made = pipe(**call)
+    else:
+        with erta.cached(pipe, plan):
+            made = pipe(**call)
+    return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images).float()
+
+
+class TrajectoryRecorder(Recorder):
+    """Input, output and residual of every step by branch, on the CPU."""
+
+    def begin(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.seen: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+
+    def computed(self, call: Call, velocity: torch.Tensor, residual: torch.Tensor) -> None:
+        step = tuple(value.float().cpu() for value in (call.x, velocity, residual))
+        self.seen.setdefault(call.branch, []).append(step)  # type: ignore[arg-type]

@@ -1,0 +1,137 @@
+"""The caches that diffusers ships, each as an arm: FirstBlockCache, TaylorSeer, MagCache, SeaCache, Pyramid Attention
+Broadcast.
+
+FasterCache is not among them: it wants both guidance branches in one batch, which Wan's pipeline does not run, and
+skips the unconditional half of it, which FLUX does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from omegaconf import DictConfig
+
+from erta.errors import ErtaError
+from erta.signature import find_denoiser
+from experiments.methods import Arm, GetCalibration
+from experiments.models import call_kwargs
+from experiments.peers.counting import diffusers_cache, forward_costs
+from experiments.peers.knob import Attach, Knob, check_number, knob_arm, options_of
+from experiments.peers.magcache import ratios_of
+
+# the outputs of attention and feed-forward, as TaylorSeer forecasts them; diffusers' default matches none of Wan's
+TAYLOR_CACHED = {
+    "WanTransformer3DModel": [r"blocks\.\d+\.(attn1|attn2|ffn)"],
+    "FluxTransformer2DModel": [
+        r"transformer_blocks\.\d+\.(attn|ff|ff_context)",
+        r"single_transformer_blocks\.\d+\.proj_out",
+    ],
+}
+# computed for nothing where FLUX's proj_out, which is all that reads them, is forecast
+TAYLOR_SKIPPED = {"FluxTransformer2DModel": [r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"]}
+
+
+def shipped_arm(cfg: DictConfig, pipe: Any, knob: Knob, make_config: Callable[..., Any]) -> Arm:
+    """A cache of diffusers; `make_config` is called with the YAML file's options, the knob among them."""
+    options, costs = options_of(cfg), forward_costs(pipe, call_kwargs(cfg))
+
+    def attach_with(value: float) -> Attach:
+        values = {**options, knob.name: check_number(knob.name, value, 0)}
+        return lambda pipe: diffusers_cache(pipe, make_config(**values), costs)
+
+    return knob_arm(cfg, pipe, knob, attach_with)
+
+
+def first_block(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """FirstBlockCache (ParaAttention): block 0 is run, and its residual's change decides about the others."""
+    return shipped_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), FirstBlockCacheConfig)
+
+
+def taylorseer(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """TaylorSeer (arXiv 2503.06923): attention and feed-forward outputs are forecast between full steps.
+
+    Factors are kept in the model's dtype, not always in bfloat16 as by diffusers' default.
+    """
+    transformer = find_denoiser(pipe)
+    name = type(transformer).__name__
+    if name not in TAYLOR_CACHED:
+        raise ErtaError(f"cache=taylorseer does not know the modules of {name} (it knows {', '.join(TAYLOR_CACHED)})")
+
+    def config(interval: int, order: int, warmup: int) -> TaylorSeerCacheConfig:
+        return TaylorSeerCacheConfig(
+            cache_interval=check_number("interval", interval, 1, whole=True),
+            max_order=check_number("order", order, 0, whole=True),
+            disable_cache_before_step=check_number("warmup", warmup, 1, whole=True),
+            taylor_factors_dtype=transformer.dtype,
+            cache_identifiers=TAYLOR_CACHED[name],
+            skip_predict_identifiers=TAYLOR_SKIPPED.get(name),
+        )
+
+    return shipped_arm(cfg, pipe, Knob("interval", 1, cfg.model.num_inference_steps, whole=True), config)
+
+
+def magcache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """diffusers' MagCache: one list of ratios, the first branch's, serves all guidance branches (ours keeps two)."""
+    ratios = next(iter(ratios_of(cfg, pipe).values()))
+
+    def config(delta: float, max_skip: int, retention: float, constants: str) -> MagCacheConfig:
+        return MagCacheConfig(
+            threshold=delta,
+            max_skip_steps=max_skip,
+            retention_ratio=retention,
+            num_inference_steps=cfg.model.num_inference_steps,
+            mag_ratios=ratios,
+        )
+
+    made = shipped_arm(cfg, pipe, Knob("delta", 1e-6, 1e3), config)
+    made.report["ratios"] = ratios
+    return made
+
+
+def pab(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """Pyramid Attention Broadcast (arXiv 2408.12588): attention outputs are reused, feed-forwards always run.
+
+    diffusers keeps one state for all guidance branches, so with separate passes the unconditional branch would be
+    given the conditional one's attention; here each branch has its own (see `CountingHook`).
+    """
+
+    def config(spatial: int, cross: int | None, timesteps: list[int]) -> PyramidAttentionBroadcastConfig:
+        return PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=check_number("spatial", spatial, 1, whole=True),
+            cross_attention_block_skip_range=cross,
+            spatial_attention_timestep_skip_range=tuple(timesteps),
+            cross_attention_timestep_skip_range=tuple(timesteps),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+
+    return shipped_arm(cfg, pipe, Knob("spatial", 1, cfg.model.num_inference_steps, whole=True), config)
+
+
+def seacache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """SeaCache (arXiv 2602.18993): TeaCache's rule on spectrally filtered latents, without a polynomial.
+
+    Raises ErtaError for other models than Wan text-to-video: diffusers' hook asks the pipeline for sigma and step,
+    which the others do not give it, and then computes everything.
+    """
+    from diffusers.hooks import SeaCacheConfig  # not in the oldest diffusers that the rest runs with
+
+    if type(find_denoiser(pipe)).__name__ != "WanTransformer3DModel":
+        raise ErtaError("cache=seacache runs on Wan text-to-video only: diffusers' SeaCache would compute everything")
+
+    def config(threshold: float, order: int, max_skip: int, first: int, last: int) -> SeaCacheConfig:
+        return SeaCacheConfig(
+            threshold=threshold,
+            residual_order=order,
+            max_consecutive_cached=max_skip,
+            retention_steps=first,
+            cache_end_steps=last,
+        )
+
+    return shipped_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), config)
