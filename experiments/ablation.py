@@ -86,7 +86,7 @@ class Results:
 
 def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) -> Results:
     """Sample every row on every prompt and seed. What `rows.jsonl` in `folder` already holds is not made again."""
-    _refuse_what_rows_decide(cfg)
+    refuse_what_rows_decide(cfg)
     once, pipe = test_prompts(cfg), load_pipeline(cfg)
     if not hasattr(pipe.scheduler, "disable_corrector"):
         rows = [row for row in rows if NO_CORRECTOR not in row.overrides]
@@ -103,7 +103,7 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
     check_inputs(folder, describe_inputs(pipe, prompts, calibration_of(cfg)))
     path = folder / "rows.jsonl"
     done = {(row["row"], row["index"]): row for row in read_lines(path)}
-    references = _uncached(pipe, cfg, prompts, folder)
+    references = uncached_clips(pipe, cfg, prompts, folder)
     source, mp4 = cfg.bench.frames_from, folder / "compared.mp4"
     if source != "decoded":
         console.note(f"PSNR and SSIM compare frames read from {source} files, in all rows")
@@ -141,7 +141,8 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
     )
 
 
-def _refuse_what_rows_decide(cfg: DictConfig) -> None:
+def refuse_what_rows_decide(cfg: DictConfig) -> None:
+    """Raise ErtaError for settings that every row of a table sets for itself."""
     typed = [item for item in HydraConfig.get().overrides.task if item.startswith(("cache=", "cache."))]
     if typed:
         raise ErtaError(f"{', '.join(typed)}: the rows of this table decide about the cache; leave it out")
@@ -169,12 +170,12 @@ def tabulate(results: Results, reference: str) -> list[list[str]]:
         mean, gain = mean_psnr(values), ""
         against = reference + results.groups[key]
         if against in results.rows and key != against:
-            gain = _interval(results.psnr_gain(key, against), "+.2f")
+            gain = interval_text(results.psnr_gain(key, against), "+.2f")
         scenes = [row["scene"]["all"] for row in samples if row["scene"]]
         change = ""
         if scenes and len(known) == len(scenes):
             by_prompt = (np.array(scenes, float) - np.array(known, float)).reshape(results.seeds, -1).mean(0)
-            change = _interval(paired_interval(by_prompt), "+.1%")
+            change = interval_text(paired_interval(by_prompt), "+.1%")
         table.append(
             [
                 key,
@@ -203,11 +204,12 @@ def write_markdown(path: Path, headings: list[str], table: list[list[str]], belo
     console.note(f"table: {path}")
 
 
-def _interval(interval: Interval | None, form: str) -> str:
+def interval_text(interval: Interval | None, form: str) -> str:
+    """An interval as `mean [low, high]`; nothing if there is none."""
     return "" if interval is None else f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
-def _uncached(pipe: Any, cfg: DictConfig, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
+def uncached_clips(pipe: Any, cfg: DictConfig, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
     """Uncached clips, kept beside the rows so that a continued run compares with the same ones."""
     clips = []
     store = folder / "uncached"

@@ -123,6 +123,11 @@ class ExperimentConfig:
 
 
 @dataclass
+class CompareConfig:
+    quick: bool = False
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -130,6 +135,7 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     seed: int = 0
     resume: bool = True

@@ -146,3 +146,23 @@ def _save(figure: plt.Figure, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def pareto(points: list[dict[str, Any]], axis: str, label: str, path: Path) -> None:
+    """PSNR of every method over `axis`, a method's budgets joined; nothing beats the points on the black line."""
+    known = [p for p in points if p["psnr_db"] is not None and p[axis] is not None]
+    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    methods = sorted({p["method"] for p in known})
+    for method, colour in zip(methods, plt.colormaps["turbo"](np.linspace(0.03, 0.97, len(methods))), strict=True):
+        mine = sorted((p for p in known if p["method"] == method), key=lambda p: p[axis])
+        axes.plot([p[axis] for p in mine], [p["psnr_db"] for p in mine], "-o", color=colour, lw=0.8, ms=4)
+        place = (mine[0][axis], mine[0]["psnr_db"])
+        axes.annotate(method, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    front: list[dict[str, Any]] = []
+    cheap_first = 1 if axis == "forwards" else -1
+    for p in sorted(known, key=lambda p: (cheap_first * p[axis], -p["psnr_db"])):
+        if not front or p["psnr_db"] > front[-1]["psnr_db"]:
+            front.append(p)
+    axes.plot([p[axis] for p in front], [p["psnr_db"] for p in front], color="black", lw=2, alpha=0.4, zorder=0)
+    axes.set(xlabel=label, ylabel="PSNR against the uncached clip, dB")
+    _save(figure, path)

@@ -135,24 +135,26 @@ def untrained_pipeline(cfg: DictConfig) -> Any:
     for key, parameter in transformer.named_parameters():  # as from_pretrained keeps them
         if any(part in key.split(".") for part in transformer._keep_in_fp32_modules or ()):
             parameter.data = parameter.data.float()
-    pipe = BUILDERS[name](transformer, about["text"][1], dtype)
+    pipe = BUILDERS[name](transformer, about, dtype)
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
     return place(pipe, cfg.model)
 
 
-def _build_wan(transformer: nn.Module, width: int, dtype: torch.dtype) -> Any:
-    tokenizer = build_tokenizer()
+def _build_wan(transformer: nn.Module, about: dict[str, Any], dtype: torch.dtype) -> Any:
+    tokenizer, (_, width) = build_tokenizer(), about["text"]
     config = UMT5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     text_encoder = _in_dtype(lambda: UMT5EncoderModel(config), dtype).eval()
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    return diffusers.WanPipeline(
+    pipe = diffusers.WanPipeline(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=scheduler, transformer=transformer
     )
+    pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal = about["latent"]["space"], about["latent"]["time"]
+    return pipe
 
 
-def _build_flux(transformer: nn.Module, width: int, dtype: torch.dtype) -> Any:
-    tokenizer = build_tokenizer()
+def _build_flux(transformer: nn.Module, about: dict[str, Any], dtype: torch.dtype) -> Any:
+    tokenizer, (_, width) = build_tokenizer(), about["text"]
     words = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     pooled = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -164,7 +166,7 @@ def _build_flux(transformer: nn.Module, width: int, dtype: torch.dtype) -> Any:
     )
     short = build_tokenizer()
     short.model_max_length = pooled.max_position_embeddings
-    return diffusers.FluxPipeline(
+    pipe = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=None,
         text_encoder=_in_dtype(lambda: CLIPTextModel(pooled), dtype).eval(),
@@ -173,6 +175,8 @@ def _build_flux(transformer: nn.Module, width: int, dtype: torch.dtype) -> Any:
         tokenizer_2=tokenizer,
         transformer=transformer,
     )
+    pipe.vae_scale_factor = about["latent"]["space"]
+    return pipe
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {"WanTransformer3DModel": _build_wan, "FluxTransformer2DModel": _build_flux}

@@ -17,6 +17,8 @@ from experiments.training.loop import StageSettings, training_device, with_steps
 from experiments.training.text import train_text_encoder
 
 PARTS = ("autoencoder", "clip", "text", "transformer")
+# Steps and batch for two cores. The shipped transformer was made on a GPU with experiment.batch_size=256 and
+# experiment.steps=20300 (of the first stage).
 SETTINGS = {
     "autoencoder": StageSettings("autoencoder", steps=900, learning_rate=7e-3, decay_share=0.6, ema_decay=0.998),
     "clip": StageSettings("clip", steps=1000, learning_rate=2e-3, decay_share=0.5, ema_decay=0.99),
