@@ -1,0 +1,84 @@
+"""experiment=compare: one harness for all methods, rows that fail leave the others alone, arithmetic of a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from erta.errors import BudgetError
+from experiments import compare
+from experiments.ablation import Row
+from experiments.record import read_lines
+from tests.test_cli import command, folders, weights  # noqa: F401  (fixtures)
+
+
+def one(psnr: float | None, **changes) -> dict:
+    values = {"forwards": 6, "reused": True, "denoise_s": 1.0, "uncached_s": None, "psnr_db": psnr, "ssim": 0.9}
+    return {**values, "lpips": None, "scene": True, "cache_bytes": 8, **changes}
+
+
+def test_comparison_command(command, tmp_path, monkeypatch):  # noqa: F811
+    """Mutants: a failure that ends the run, or that exits with 0; a row that hides its reason."""
+    caches = tmp_path / "caches"
+    caches.mkdir()
+    for name in ("none", "ertacache", "uniform", "fora", "t_gate"):
+        (caches / f"{name}.yaml").touch()
+
+    def broken(*_):
+        raise RuntimeError("a peer broke\nsecond line")
+
+    def unreachable(*_):
+        raise BudgetError("cache=t_gate reaches 4 to 6 steps")
+
+    monkeypatch.setattr(compare, "CACHES", caches)
+    monkeypatch.setattr("experiments.peers.fora.arm", broken)
+    monkeypatch.setattr("experiments.peers.t_gate.arm", unreachable)
+    monkeypatch.setattr(compare, "QUICK_PROMPTS", 2)
+    arguments = ("experiment=compare", "compare.quick=true", "calibration.window=5", "hydra.run.dir=outputs/c")
+    code, printed = command(*arguments)
+    assert code == 1 and "failed inside the pipeline: fora (3)" in printed, printed
+    record = json.loads(Path("outputs/c/record.json").read_text())
+    assert record["not_run"] == {
+        "fora (3)": "RuntimeError: a peer broke", "t_gate (3)": "cache=t_gate reaches 4 to 6 steps",
+    }  # fmt: skip
+    rows = read_lines(Path("outputs/c/rows.jsonl"))
+    assert [(r["row"], r["forwards"]) for r in rows] == [
+        ("none", 12), ("none", 12), ("ertacache (3)", 6), ("ertacache (3)", 6), ("uniform (3)", 6), ("uniform (3)", 6),
+    ]  # fmt: skip
+    assert all(r["uncached_s"] > 0 for r in rows) and rows[0]["psnr_db"] is None and rows[2]["psnr_db"] > 0
+    table = Path("outputs/c/table_3.md").read_text()
+    assert "identical" in table and "a peer broke" in table and "not run, see below" in table
+    for axis in ("speedup", "forwards"):
+        assert Path(f"outputs/c/figures/psnr_by_{axis}.png").stat().st_size > 5000
+    code, printed = command("experiment=compare", "cache.steps=3")
+    assert code == 1 and "decide about the cache" in printed
+
+
+def test_a_row_of_the_table():
+    """Mutants: unpaired differences, the speed-up of other samples than the timed ones, means over what is missing."""
+    reference = compare.Outcome(Row("ertacache", (), 3), [one(30.0), one(40.0)])
+    timed = [one(33.0, denoise_s=1.0, uncached_s=2.0), one(43.0, denoise_s=9.0)]
+    outcome = compare.Outcome(Row("uniform", (), 3), timed, setup_s=1.5)
+    assert outcome.speedup == 2.0
+    cells = dict(zip(compare.COLUMNS, compare.cells(outcome, reference), strict=True))
+    assert cells["PSNR dB"] == "38.00" and cells["against ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
+    assert cells["speed-up, measured"] == "2.00x" and cells["LPIPS"] == "" and cells["scene, all"] == "100.0%"
+    assert compare.cells(reference, reference)[4] == ""
+
+
+def test_a_cache_that_computed_everything_says_so():
+    """Mutant: such a row ranked by its perfect PSNR."""
+    idle = compare.Outcome(Row("taylorseer", (), 3), [one(None, reused=False)])
+    assert compare.cells(idle, None)[1] == "did not reuse anything"
+    whole = compare.Outcome(Row("none", (), None), [one(None, reused=False)])
+    assert compare.cells(whole, None)[3] == "identical"
+
+
+@pytest.mark.parametrize(("steps", "counts"), [(50, (25, 17, 12)), (30, (15, 10, 8))])
+def test_every_method_stands_at_every_budget(steps, counts):
+    rows = compare.table_rows(steps, compare.SPEEDUPS)
+    assert rows[0].label == "none" and rows[1].label == compare.REFERENCE
+    assert {row.computed for row in rows[1:]} == set(counts)
+    assert len(rows) == 1 + 3 * (len(list(compare.CACHES.glob("*.yaml"))) - 1)
