@@ -40,6 +40,7 @@ REFERENCE = "ertacache"
 NO_BUDGET = "none"  # one row, whatever the budget
 SPEEDUPS = (2, 3, 4)
 QUICK_PROMPTS, QUICK_SPEEDUPS = 8, (2,)
+SEARCHED = ("budcache", "lemica")  # by hundreds of generations: not in a quick comparison
 TIMED = 4  # prompts of each row whose uncached run is timed right before the cached one
 ROWS, ARMS = "rows.jsonl", "arms.jsonl"
 COLUMNS = (
@@ -92,7 +93,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """
     refuse_what_rows_decide(cfg)
     prompts = test_prompts(cfg)[: QUICK_PROMPTS if cfg.compare.quick else None]
-    rows = table_rows(cfg.model.num_inference_steps, QUICK_SPEEDUPS if cfg.compare.quick else SPEEDUPS)
+    rows = table_rows(cfg)
     outcomes, failed = sample_all(cfg, folder, rows, prompts)
     tables = tabulate(outcomes)
     for count, table in tables.items():
@@ -117,11 +118,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
         raise ErtaError(f"failed inside the pipeline: {', '.join(failed)}. The other rows are in {folder}")
 
 
-def table_rows(num_steps: int, speedups: tuple[int, ...]) -> list[Row]:
-    """Every method at every budget, the reference first; what knows no budget once."""
-    names = sorted(path.stem for path in CACHES.glob("*.yaml") if path.stem != NO_BUDGET)
+def table_rows(cfg: DictConfig) -> list[Row]:
+    """Every method at every budget, the reference first; what knows no budget once.
+
+    Raises ErtaError for a method in `compare.methods` that does not exist.
+    """
+    known = sorted(path.stem for path in CACHES.glob("*.yaml") if path.stem != NO_BUDGET)
+    if unknown := [name for name in cfg.compare.methods if name not in known]:
+        raise ErtaError(f"compare.methods: there is no {', '.join(unknown)}. Choose from {', '.join(known)}")
+    quick = cfg.compare.quick
+    names = list(cfg.compare.methods) or [name for name in known if not (quick and name in SEARCHED)]
     names.sort(key=lambda name: name != REFERENCE)
-    counts = [round(num_steps / speedup) for speedup in speedups]
+    counts = [round(cfg.model.num_inference_steps / speedup) for speedup in (QUICK_SPEEDUPS if quick else SPEEDUPS)]
     return [Row(NO_BUDGET, (f"cache={NO_BUDGET}",))] + [Row(n, (f"cache={n}",), k) for k in counts for n in names]
 
 

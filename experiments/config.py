@@ -28,6 +28,7 @@ class ModelConfig:
     pipeline: str = MISSING
     path: str | None = None
     hub_id: str | None = None
+    revision: str | None = None  # a commit or tag on the hub
     embedded: bool = False
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
@@ -125,6 +126,7 @@ class ExperimentConfig:
 @dataclass
 class CompareConfig:
     quick: bool = False
+    methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
 
 
 @dataclass

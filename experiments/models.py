@@ -41,6 +41,7 @@ def load_pipeline(cfg: DictConfig) -> Any:
             str(folder) if folder is not None else model.hub_id,
             torch_dtype=getattr(torch, model.dtype),
             local_files_only=folder is not None,
+            **({"revision": model.revision} if folder is None and model.revision is not None else {}),
         )
     except (OSError, ValueError, SafetensorError) as error:
         if folder is not None:

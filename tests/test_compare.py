@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from erta.errors import BudgetError
+from erta.errors import BudgetError, ErtaError
 from experiments import compare
 from experiments.ablation import Row
 from experiments.record import read_lines
@@ -76,9 +77,24 @@ def test_a_cache_that_computed_everything_says_so():
     assert compare.cells(whole, None)[3] == "identical"
 
 
+def configured(steps: int = 50, **options):
+    return OmegaConf.create(
+        {"model": {"num_inference_steps": steps}, "compare": {"quick": False, "methods": [], **options}}
+    )
+
+
 @pytest.mark.parametrize(("steps", "counts"), [(50, (25, 17, 12)), (30, (15, 10, 8))])
 def test_every_method_stands_at_every_budget(steps, counts):
-    rows = compare.table_rows(steps, compare.SPEEDUPS)
+    rows = compare.table_rows(configured(steps))
     assert rows[0].label == "none" and rows[1].label == compare.REFERENCE
     assert {row.computed for row in rows[1:]} == set(counts)
     assert len(rows) == 1 + 3 * (len(list(compare.CACHES.glob("*.yaml"))) - 1)
+
+
+def test_methods_can_be_chosen():
+    quick = compare.table_rows(configured(quick=True))
+    assert {row.computed for row in quick[1:]} == {25} and not {row.label for row in quick} & set(compare.SEARCHED)
+    few = compare.table_rows(configured(methods=["uniform", "ertacache"]))
+    assert [row.label for row in few[:3]] == ["none", "ertacache", "uniform"] and len(few) == 1 + 3 * 2
+    with pytest.raises(ErtaError, match="there is no teecache"):
+        compare.table_rows(configured(methods=["teecache"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,7 +14,7 @@ import erta
 from erta.errors import ErtaError
 from experiments.cli import CONF
 from experiments.model_card import model_card, shown
-from experiments.models import call_sigmas
+from experiments.models import call_sigmas, load_pipeline
 from experiments.prompts import calibration_prompts
 from experiments.prompts import test_prompts as prompts_of
 from tests.conftest import CALL, PROMPTS, build_pipe
@@ -121,3 +122,17 @@ def test_vbench_calibration_prompts_come_last_in_its_tests():
     assert len(held_out) == 20 and len(texts) == 900 and not {*held_out} & {*texts}
     more = config("model=wan21", "bench.num_prompts=900", "calibration.num_prompts=30")
     assert [prompt.text for prompt in prompts_of(more)] == texts and calibration_prompts(more)[:20] == held_out
+
+
+def test_a_revision_is_asked_for_on_the_hub_only(monkeypatch, tmp_path):
+    """Mutant: the pin dropped on its way to diffusers."""
+    asked = []
+
+    def from_pretrained(source, **options):
+        asked.append((source, options.get("revision")))
+        raise OSError("no network")
+
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(ErtaError, match="no weights"):
+        load_pipeline(config("model=wan21", "model.revision=abc123"))
+    assert asked == [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "abc123")]
