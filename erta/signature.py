@@ -60,7 +60,7 @@ def single_denoiser(pipe: Any) -> nn.Module:
             f"{type(pipe).__name__} has two transformers, and this cache knows pipelines with one: use a planned "
             "cache (cache=ertacache, policy, uniform), or leave transformer_2 out"
         )
-    return found[0]
+    return next(iter(found.values()))
 
 
 def takeover_step(pipe: Any, timesteps: torch.Tensor) -> int | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
+from omegaconf import OmegaConf
 
 import erta
 from erta.grid import adjusted_sigmas, longer_last_step
@@ -18,10 +19,12 @@ from erta.guidance import guide
 from erta.online import online
 from erta.schedule import sources, steps_for_speedup, uniform_mask
 from erta.session import SESSION
+from erta.signature import single_denoiser
 from erta.site import SITES
 from experiments.models import call_grid, load_pipeline
 from experiments.peers.counting import diffusers_cache, forward_costs
 from experiments.peers.easycache import EasyCache
+from experiments.peers.searched import plan_of
 from tests.conftest import CALL, PROMPTS, STEPS, build_pipe, run
 from tests.test_cli import command, weights  # noqa: F401
 from tests.test_models import config
@@ -406,7 +409,16 @@ def test_caches_that_decide_while_they_run_are_refused():
         diffusers_cache(pipe, FirstBlockCacheConfig(0.1), {}),
     ):
         pass
+    with pytest.raises(erta.InstallError, match="has two transformers"):
+        plan_of(OmegaConf.create({}), pipe, (True,) * 8, {})
     assert_bare(pipe)
+
+
+def test_a_lone_second_transformer_is_the_only_one():
+    """Mutant: the first taken for granted, a KeyError."""
+    pipe = build_two()
+    pipe.transformer = None
+    assert single_denoiser(pipe) is pipe.transformer_2
 
 
 @pytest.mark.parametrize(("cache", "computed"), [("ertacache", 3), ("uniform", 3), ("plan_grid", 3)])

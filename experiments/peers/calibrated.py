@@ -12,9 +12,8 @@ from omegaconf import DictConfig
 
 from erta.online import Call, OnlineRule, online
 from erta.session import latent_call
-from experiments.calibrating import CALIBRATION_SEED, MADE_HERE, expected_signature, progress_bar
+from experiments.calibrating import CALIBRATION_SEED, MADE_HERE, expected_signature, progress_bar, prompts_for
 from experiments.models import call_kwargs
-from experiments.prompts import calibration_prompts
 from experiments.record import read_json, write_json
 
 
@@ -40,7 +39,7 @@ Seen = TypeVar("Seen", bound=Recorder)
 
 def record(cfg: DictConfig, pipe: Any, recorder: Callable[[], Seen], num_prompts: int) -> list[Seen]:
     """Uncached runs on the first calibration prompts at `cache.site`, one recorder each."""
-    prompts, recorders = calibration_prompts(cfg)[:num_prompts], []
+    prompts, recorders = prompts_for(cfg, pipe)[:num_prompts], []
     with progress_bar() as bar:
         for index, prompt in enumerate(bar.track(prompts, description=f"{cfg.cache.name}: uncached runs")):
             recorders.append(recorder())

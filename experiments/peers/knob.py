@@ -19,12 +19,11 @@ from erta.online import OnlineRule, online
 from erta.session import latent_call
 from erta.trace import CallTrace
 from experiments import console
-from experiments.calibrating import CALIBRATION_SEED, progress_bar
+from experiments.calibrating import CALIBRATION_SEED, progress_bar, prompts_for
 from experiments.config import BUDGETS
 from experiments.methods import Arm, step_count
 from experiments.models import call_kwargs
 from experiments.peers.calibrated import kept
-from experiments.prompts import calibration_prompts
 
 PROMPTS = 3  # of the calibration split, for each value that is tried
 MAX_TRIES = 14
@@ -96,7 +95,7 @@ def knob_arm(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any]
 
 def _known_or_found(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any], Attach]) -> dict[str, Any]:
     """The search's result, kept for the next run of the same method on the same model, grid and budget."""
-    target, prompts = step_count(cfg), calibration_prompts(cfg)[:PROMPTS]
+    target, prompts = step_count(cfg), prompts_for(cfg, pipe)[:PROMPTS]
 
     def find() -> dict[str, Any]:
         with progress_bar() as bar:

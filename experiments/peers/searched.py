@@ -11,21 +11,24 @@ import erta
 from erta.online import Call
 from erta.schedule import Mask
 from erta.session import latent_call
-from experiments.calibrating import CALIBRATION_SEED
+from erta.signature import single_denoiser
+from experiments.calibrating import CALIBRATION_SEED, prompts_for
 from experiments.methods import Arm
 from experiments.models import call_grid, call_kwargs
 from experiments.peers.calibrated import Recorder
-from experiments.prompts import calibration_prompts
 
 
 def plan_of(cfg: DictConfig, pipe: Any, mask: Mask, report: dict[str, Any]) -> erta.Plan:
-    """A plan with this mask on the pipeline's own grid, at `cache.site`, without rectification."""
+    """A plan with this mask on the pipeline's own grid, at `cache.site`, without rectification.
+
+    Raises InstallError on two transformers: no search knows that a step must be computed where the second takes over.
+    """
+    single_denoiser(pipe)
     grid = call_grid(pipe, call_kwargs(cfg))
     return erta.Plan(
         mask=mask,
         sigmas=grid.sigmas,
         nominal_sigmas=grid.sigmas,
-        takeover=grid.takeover,
         site=cfg.cache.site,
         reuse=cfg.cache.reuse,
         corrector_at_reused=cfg.cache.corrector_at_reused,
@@ -40,7 +43,7 @@ def planned_arm(cfg: DictConfig, pipe: Any, mask: Mask, report: dict[str, Any]) 
 
 def final_latents(pipe: Any, cfg: DictConfig, index: int, plan: erta.Plan | None = None) -> torch.Tensor:
     """Of calibration prompt `index`, uncached or under a plan, in float32."""
-    call = latent_call(calibration_prompts(cfg)[index], CALIBRATION_SEED + index, call_kwargs(cfg))
+    call = latent_call(prompts_for(cfg, pipe)[index], CALIBRATION_SEED + index, call_kwargs(cfg))
     if plan is None:
         made = pipe(**call)
     else:
