@@ -107,8 +107,16 @@ def _out_of_memory(model: DictConfig) -> str:
 
 
 def set_sampler(pipe: Any, cfg: DictConfig) -> None:
-    """Put the solver of `cfg.sampler` on the pipeline, or set the model's shift on its own solver."""
+    """Put the solver of `cfg.sampler` on the pipeline, or set the model's shift on its own solver.
+
+    Raises ErtaError for another solver on a model without a fixed shift (FLUX).
+    """
     sampler = cfg.sampler
+    if sampler.scheduler is not None and cfg.model.flow_shift is None:
+        raise ErtaError(
+            f"sampler={sampler.name}: model={cfg.model.name} has no model.flow_shift, its own solver works the shift out "
+            "by image size; keep sampler=default"
+        )
     if sampler.scheduler is None:
         if cfg.model.flow_shift is not None and "flow_shift" in pipe.scheduler.config:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.model.flow_shift)

@@ -136,3 +136,10 @@ def test_a_revision_is_asked_for_on_the_hub_only(monkeypatch, tmp_path):
     with pytest.raises(ErtaError, match="no weights"):
         load_pipeline(config("model=wan21", "model.revision=abc123"))
     assert asked == [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "abc123")]
+
+
+@pytest.mark.parametrize("sampler", ["flow_match_euler", "dpmpp"])
+def test_another_solver_needs_a_shift(sampler):
+    """FLUX's shift follows from the image size. Mutant: a solver with no shift, which fails far inside diffusers."""
+    with pytest.raises(ErtaError, match=f"sampler={sampler}: model=flux_tiny has no model.flow_shift"):
+        load_pipeline(config("model=flux_tiny", f"sampler={sampler}"))

@@ -446,7 +446,7 @@ PEERS = {
     "taylorseer": ["cache.steps=4", "cache.options.warmup=1"],
     "magcache_diffusers": ["cache.steps=5"],
     "seacache": ["cache.steps=4"],
-    "pab": ["cache.options.timesteps=[0,1000]"],
+    "pab": ["cache.options.timesteps=[0,1000]", "cache.options.spatial=2"],
 }
 
 
