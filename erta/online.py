@@ -107,7 +107,7 @@ class OnlineTrace(CallTrace):
         """One line for people: computed steps by branch, seconds, cache bytes; loud if nothing was reused."""
         if not self.reused_anything():
             return f"did not reuse anything: all {self.num_steps} steps were computed in every branch"
-        branches = ", ".join(f"{branch}: {count}" for branch, count in sorted(self.forwards.items()))
+        branches = ", ".join(f"{branch}: {count:g}" for branch, count in sorted(self.forwards.items()))
         return (
             f"forwards {branches}, of {self.num_steps} steps; {self.forward_s:.3f} s in the transformer, "
             f"{1000 * self.overhead_s:.2f} ms in the hook; cache {self.cache_bytes} bytes ({self.cache_dtype})"

@@ -80,10 +80,11 @@ class Outcome:
         uncached, cached = (float(np.median(times)) for times in zip(*pairs, strict=True))
         return uncached / cached
 
-    @property
-    def reused_nothing(self) -> bool:
-        """A cache that computed every step of every sample."""
-        return self.row.computed is not None and not any(one["reused"] for one in self.samples)
+    def reused_nothing(self, full: float | None) -> bool:
+        """Whether as many forwards were made as without a cache, `full`."""
+        if self.row.computed is None or full is None or not self.samples:
+            return False
+        return min(one["forwards"] for one in self.samples) > full - 1e-3
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -101,7 +102,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
         console.table(f"{cfg.model.name}, {len(prompts)} held-out prompts, {title}", list(COLUMNS), table)
         write_markdown(folder / f"table_{count}.md", list(COLUMNS), table, reasons(outcomes, count))
     (folder / "figures").mkdir(exist_ok=True)
-    points = [point(outcome) for outcome in outcomes if outcome.samples and not outcome.reused_nothing]
+    full = full_forwards(outcomes)
+    points = [point(outcome) for outcome in outcomes if outcome.samples and not outcome.reused_nothing(full)]
     for axis, label in (("speedup", "measured speed-up of denoising"), ("forwards", "transformer forwards")):
         figures.pareto(points, axis, label, folder / "figures" / f"psnr_by_{axis}.png")
     finish(
@@ -198,7 +200,6 @@ def measurer(
         return {
             "index": index,
             "forwards": made.forwards,
-            "reused": made.mask is None or not all(made.mask),
             "denoise_s": made.denoise_s,
             "uncached_s": plain.denoise_s if plain is not None else None,
             "psnr_db": psnr_db(made.frames, reference),
@@ -218,14 +219,20 @@ def tabulate(outcomes: list[Outcome]) -> dict[int, list[list[str]]]:
         here = [o for o in outcomes if o.row.computed == count]
         reference = next((o for o in here if o.row.label == REFERENCE and o.samples), None)
         here.sort(key=lambda o: -(o.mean("psnr_db") or -1))
-        tables[count] = [cells(o, reference) for o in (*(o for o in outcomes if o.row.computed is None), *here)]
+        lines = [*(o for o in outcomes if o.row.computed is None), *here]
+        tables[count] = [cells(o, reference, full_forwards(outcomes)) for o in lines]
     return tables
 
 
-def cells(outcome: Outcome, reference: Outcome | None) -> list[str]:
-    """One line of a table."""
+def full_forwards(outcomes: list[Outcome]) -> float | None:
+    """Forwards of a run without a cache."""
+    return next((o.mean("forwards") for o in outcomes if o.row.label == NO_BUDGET), None)
+
+
+def cells(outcome: Outcome, reference: Outcome | None, full: float | None) -> list[str]:
+    """One line of a table. `full`: the forwards of a run without a cache."""
     samples = outcome.samples
-    if not samples or outcome.reused_nothing:
+    if not samples or outcome.reused_nothing(full):
         said = "did not reuse anything" if samples else "not run, see below"
         return [outcome.row.label, said, *[""] * (len(COLUMNS) - 2)]
     against = ""

@@ -266,7 +266,7 @@ def test_shards_of_a_calibration_merge_to_the_whole(command, tmp_path):
 
 BAD = {
     "unknown group": (["kache=none"], "unknown key kache: did you mean cache?"),
-    "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from ertacache, fewer_steps"),
+    "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from budcache, dbcache"),
     "unknown key": (["cache.treshold=0.1"], "did you mean cache.threshold?"),
     "added key": (["+cache.treshold=0.1"], "cannot be added"),
     "embedded without weights": (["model.name=mine", "model.path=null"], "experiment=train_tiny model=mine"),

@@ -16,7 +16,7 @@ from tests.test_cli import command, folders, weights  # noqa: F401  (fixtures)
 
 
 def one(psnr: float | None, **changes) -> dict:
-    values = {"forwards": 6, "reused": True, "denoise_s": 1.0, "uncached_s": None, "psnr_db": psnr, "ssim": 0.9}
+    values = {"forwards": 6, "denoise_s": 1.0, "uncached_s": None, "psnr_db": psnr, "ssim": 0.9}
     return {**values, "lpips": None, "scene": True, "cache_bytes": 8, **changes}
 
 
@@ -63,18 +63,19 @@ def test_a_row_of_the_table():
     timed = [one(33.0, denoise_s=1.0, uncached_s=2.0), one(43.0, denoise_s=9.0)]
     outcome = compare.Outcome(Row("uniform", (), 3), timed, setup_s=1.5)
     assert outcome.speedup == 2.0
-    cells = dict(zip(compare.COLUMNS, compare.cells(outcome, reference), strict=True))
+    cells = dict(zip(compare.COLUMNS, compare.cells(outcome, reference, 12), strict=True))
     assert cells["PSNR dB"] == "38.00" and cells["against ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
     assert cells["speed-up, measured"] == "2.00x" and cells["LPIPS"] == "" and cells["scene, all"] == "100.0%"
-    assert compare.cells(reference, reference)[4] == ""
+    assert compare.cells(reference, reference, 12)[4] == ""
 
 
 def test_a_cache_that_computed_everything_says_so():
-    """Mutant: such a row ranked by its perfect PSNR."""
-    idle = compare.Outcome(Row("taylorseer", (), 3), [one(None, reused=False)])
-    assert compare.cells(idle, None)[1] == "did not reuse anything"
-    whole = compare.Outcome(Row("none", (), None), [one(None, reused=False)])
-    assert compare.cells(whole, None)[3] == "identical"
+    """Mutants: such a row ranked by its perfect PSNR; a plan's grid without a cache, which computes all of fewer steps."""
+    idle = compare.Outcome(Row("taylorseer", (), 3), [one(None, forwards=12)])
+    assert compare.cells(idle, None, 12)[1] == "did not reuse anything"
+    assert compare.cells(compare.Outcome(Row("plan_grid", (), 3), [one(40.0)]), None, 12)[1] == "6.0"
+    whole = compare.Outcome(Row("none", (), None), [one(None, forwards=12)])
+    assert compare.cells(whole, None, 12)[3] == "identical" and compare.full_forwards([idle, whole]) == 12
 
 
 def configured(steps: int = 50, **options):
