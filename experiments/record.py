@@ -70,7 +70,8 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
             for name in RESULTS:
                 (fresh / name).unlink(missing_ok=True)
             shutil.rmtree(fresh / "uncached", ignore_errors=True)
-        write_json(fresh / STATE_FILE, {"config_hash": digest, "finished": False})
+            state = None
+        write_json(fresh / STATE_FILE, {**(state or {}), "config_hash": digest, "finished": False})
     except OSError as error:
         raise ErtaError(
             f"cannot write to {fresh}: {error.strerror}. Choose another folder with hydra.run.dir=FOLDER."
