@@ -21,6 +21,7 @@ from erta.errors import ErtaError
 from experiments import config, console
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.fidelity import frames_of
+from experiments.methods import Arm
 from experiments.metrics import Interval, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
@@ -84,6 +85,24 @@ class Results:
         return None if np.isnan(differences).any() else paired_interval(differences)
 
 
+class RowArms:
+    """Makes the arms of rows on one pipeline; a site's calibration is found, or made, once."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.calibrations = pipe, dict[str, Calibration]()
+
+    def calibration(self, cfg: DictConfig) -> Calibration:
+        """That of the configuration's site."""
+        if cfg.cache.site not in self.calibrations:
+            self.calibrations[cfg.cache.site] = get_calibration(cfg, self.pipe)
+        return self.calibrations[cfg.cache.site]
+
+    def build(self, row: Row) -> Arm:
+        """What the row's overrides put on the pipeline."""
+        cfg = compose_row(row)
+        return get_method(cfg.cache._target_)(cfg, self.pipe, lambda: self.calibration(cfg))
+
+
 def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) -> Results:
     """Sample every row on every prompt and seed. What `rows.jsonl` in `folder` already holds is not made again."""
     refuse_what_rows_decide(cfg)
@@ -92,15 +111,8 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
         rows = [row for row in rows if NO_CORRECTOR not in row.overrides]
         console.note(f"{type(pipe.scheduler).__name__} has no corrector: rows with the corrector off are left out")
     prompts = [replace(p, seed=p.seed + SEED_STRIDE * s) for s in range(seeds) for p in once]
-    calibrations: dict[str, Calibration] = {}
-
-    def calibration_of(row_cfg: DictConfig) -> Calibration:
-        site = row_cfg.cache.site
-        if site not in calibrations:
-            calibrations[site] = get_calibration(row_cfg, pipe)
-        return calibrations[site]
-
-    check_inputs(folder, describe_inputs(pipe, prompts, calibration_of(cfg)))
+    arms = RowArms(pipe)
+    check_inputs(folder, describe_inputs(pipe, prompts, arms.calibration(cfg)))
     path = folder / "rows.jsonl"
     done = {(row["row"], row["index"]): row for row in read_lines(path)}
     references = uncached_clips(pipe, cfg, prompts, folder)
@@ -114,8 +126,7 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
             if not missing:
                 continue
             bar.update(task, description=row.key)
-            row_cfg = compose_row(row)
-            arm = get_method(row_cfg.cache._target_)(row_cfg, pipe, lambda row_cfg=row_cfg: calibration_of(row_cfg))
+            arm = arms.build(row)
             grid = arm.sigmas(pipe)
             for index in missing:
                 sample = generate(pipe, prompts[index].text, prompts[index].seed, arm.kwargs, arm.put_on)

@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
-from erta.calibration import Calibration
 from erta.errors import ErtaError
 from experiments import console, figures
 from experiments.ablation import (
     Row,
-    compose_row,
+    RowArms,
     interval_text,
     refuse_what_rows_decide,
     uncached_clips,
     write_markdown,
 )
-from experiments.calibrating import get_calibration, progress_bar
+from experiments.calibrating import progress_bar
 from experiments.methods import Arm
 from experiments.metrics import Lpips, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline
@@ -140,15 +138,8 @@ def sample_all(
 ) -> tuple[list[Outcome], list[str]]:
     """Every row on every prompt, and the rows that failed. What `rows.jsonl` holds already is not made again."""
     pipe = load_pipeline(cfg)
-    calibrations: dict[str, Calibration] = {}
-
-    def calibration_of(row_cfg: DictConfig) -> Calibration:
-        site = row_cfg.cache.site
-        if site not in calibrations:
-            calibrations[site] = get_calibration(row_cfg, pipe)
-        return calibrations[site]
-
-    check_inputs(folder, describe_inputs(pipe, prompts, calibration_of(cfg)))
+    arms = RowArms(pipe)
+    check_inputs(folder, describe_inputs(pipe, prompts, arms.calibration(cfg)))
     references = uncached_clips(pipe, cfg, prompts, folder)
     measure = measurer(cfg, pipe, prompts, references)
     done = {(line["row"], line["index"]): line for line in read_lines(folder / ROWS)}
@@ -163,9 +154,8 @@ def sample_all(
             missing = [k for k in range(len(prompts)) if (row.key, k) not in done]
             try:
                 if missing:
-                    row_cfg = compose_row(row)
                     started = now()
-                    arm = get_method(row_cfg.cache._target_)(row_cfg, pipe, lambda c=row_cfg: calibration_of(c))
+                    arm = arms.build(row)
                     if row.key not in setup_s:
                         setup_s[row.key] = now() - started
                         append_line(folder / ARMS, {"row": row.key, "setup_s": setup_s[row.key], "report": arm.report})

@@ -21,7 +21,7 @@ from experiments.metrics import Lpips, scene_agreement
 from experiments.models import call_kwargs, check_vocabulary, load_pipeline
 from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
-from experiments.sampling import Sample, generate
+from experiments.sampling import Sample, generate, possible_speedup
 from experiments.scenes import CHANCE_LEVEL
 from experiments.vbench_runner import to_uint8, write_lossless
 
@@ -184,7 +184,7 @@ def _summarise(
 
 
 def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the paired runs, and what this plan can reach at most: N (F + s) / (K F + N s)."""
+    """Medians over the paired runs, and what this plan can reach at most."""
 
     def median(name: str, key: str) -> float:
         return float(np.median([row[name][key] for row in rows]))
@@ -193,7 +193,7 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
     forward_s = median("uncached", "forward_s") / steps  # all guidance branches
     solver_s = max(median("uncached", "denoise_s") / steps - forward_s, 0.0)
     cached_steps, computed = arm.kwargs["num_inference_steps"], _computed_steps(cfg, arm, rows)
-    possible = steps * (forward_s + solver_s) / (computed * forward_s + cached_steps * solver_s)
+    possible = possible_speedup(steps, computed, forward_s, solver_s, cached_steps)
     calls = sum(row["cached"]["overhead_calls"] for row in rows)
     overhead_s = sum(row["cached"]["overhead_s"] for row in rows) / calls if calls else 0.0
     branches = rows[0]["uncached"]["forwards"] / steps

@@ -77,6 +77,20 @@ def generate(
     )
 
 
+def possible_speedup(
+    calls: int, forwards: float, forward_s: float, rest_s: float, cached_calls: int | None = None
+) -> float:
+    """What a cache can reach at most: N (F + s) / (K F + M s), with M = N unless the cached run has fewer steps.
+
+    Args:
+        calls, forwards, cached_calls: N steps, of which K run the transformer, against M steps of the cached run; or
+            all three times the guidance branches, with seconds by branch.
+        forward_s, rest_s: of a forward, and of the rest of a step (the solver).
+    """
+    cached = calls if cached_calls is None else cached_calls
+    return calls * (forward_s + rest_s) / (forwards * forward_s + cached * rest_s)
+
+
 class _DenoiseClock:
     """Notes the first forward's start and every step's end; synchronises only at those two points of a call."""
 

@@ -25,7 +25,7 @@ from experiments.methods import planned
 from experiments.model_card import describe
 from experiments.models import call_kwargs, memory_advice, place, set_sampler
 from experiments.record import describe_run, mark_finished, write_json
-from experiments.sampling import now
+from experiments.sampling import now, possible_speedup
 from experiments.training.text import build_tokenizer
 
 PROMPT = "a red circle"  # any words will do
@@ -43,7 +43,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 def measure(cfg: DictConfig) -> dict[str, Any]:
-    """Medians over the pairs, in seconds and bytes. `possible_speedup` is N (F + s) / (K F + N s)."""
+    """Medians over the pairs, in seconds and bytes."""
     pipe = untrained_pipeline(cfg)
     kwargs = call_kwargs(cfg)
     plain: list[float] = []
@@ -87,7 +87,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         "uncached_s": uncached_s,
         "cached_s": middle["denoise_s"],
         "speedup": uncached_s / middle["denoise_s"],
-        "possible_speedup": calls * (forward_s + rest_s) / (forwards * forward_s + calls * rest_s),
+        "possible_speedup": possible_speedup(calls, forwards, forward_s, rest_s),
         "forwards": [calls, forwards],
         "forward_s": forward_s,
         "hook_share": middle["hook_s"] / forward_s,

@@ -21,7 +21,7 @@ from experiments.calibrating import progress_bar
 from experiments.methods import Arm, GetCalibration, step_count
 from experiments.peers.calibrated import kept
 from experiments.peers.knob import check_number, options_of
-from experiments.peers.searched import final_latents, plan_of, planned_arm
+from experiments.peers.searched import planned_arm, trial_runs
 
 PREFIX = 0.3
 HOT, COLD = 1.0, 0.01
@@ -32,14 +32,14 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     iterations, count = check_number("iterations", options_of(cfg)["iterations"], 0, whole=True), step_count(cfg)
 
     def find() -> dict[str, Any]:
-        reference = final_latents(pipe, cfg, 0)
+        run = trial_runs(cfg, pipe)
+        reference = run(None)
         with progress_bar() as bar:
             task = bar.add_task("budcache: masks", total=None)
 
             def error(mask: Mask) -> float:
                 bar.advance(task)
-                made = final_latents(pipe, cfg, 0, plan_of(cfg, pipe, mask, {}))
-                return math.log((made - reference).pow(2).mean().item() + 1e-20)
+                return math.log((run(mask) - reference).pow(2).mean().item() + 1e-20)
 
             mask, value = anneal(error, cfg.model.num_inference_steps, count, iterations, cfg.seed)
         return {"mask": [int(step) for step in mask], "log_mse": value}

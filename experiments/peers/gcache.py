@@ -20,7 +20,7 @@ from experiments.methods import Arm, GetCalibration, step_count
 from experiments.peers.calibrated import kept, record
 from experiments.peers.knob import check_number, options_of
 from experiments.peers.paths import best_path
-from experiments.peers.searched import TrajectoryRecorder, final_latents, plan_of, planned_arm
+from experiments.peers.searched import TrajectoryRecorder, planned_arm, trial_runs
 
 PROMPTS, DEGREE, LARGEST = 3, 3, 10.0
 
@@ -32,14 +32,14 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     def find() -> dict[str, Any]:
         recorders = record(cfg, pipe, TrajectoryRecorder, PROMPTS)
         change = np.mean([residual_change(recorder) for recorder in recorders], axis=0)
-        reference, draw = final_latents(pipe, cfg, 0), np.random.default_rng(cfg.seed)
+        run, draw = trial_runs(cfg, pipe), np.random.default_rng(cfg.seed)
+        reference = run(None)
         tried: list[dict[str, Any]] = []
         for trial in range(trials + 1):
             weights = draw.uniform(0, LARGEST, DEGREE + 1) if trial else np.zeros(DEGREE + 1)
             mask = best_path(edge_costs(change, weights), count)
             known = [one for one in tried if one["mask"] == [int(step) for step in mask]]
-            made = None if known else final_latents(pipe, cfg, 0, plan_of(cfg, pipe, mask, {}))
-            error = known[0]["mse"] if made is None else (made - reference).pow(2).mean().item()
+            error = known[0]["mse"] if known else (run(mask) - reference).pow(2).mean().item()
             tried.append({"weights": weights.tolist(), "mask": [int(step) for step in mask], "mse": error})
         return min(tried, key=lambda one: one["mse"])
 

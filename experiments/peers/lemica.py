@@ -19,7 +19,7 @@ from experiments.methods import Arm, GetCalibration, step_count
 from experiments.peers.calibrated import kept
 from experiments.peers.knob import check_number, options_of
 from experiments.peers.paths import best_path
-from experiments.peers.searched import final_latents, plan_of, planned_arm
+from experiments.peers.searched import planned_arm, trial_runs
 
 
 def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -45,10 +45,11 @@ def cost_matrix(edges: list[list[float]], num_steps: int) -> np.ndarray:
 
 def stretch_costs(cfg: DictConfig, pipe: Any, max_skip: int) -> list[list[float]]:
     """(i, j, mean |difference of the final latents|) with steps i + 1 … j - 1 reused, all others computed."""
-    steps, reference, edges = cfg.model.num_inference_steps, final_latents(pipe, cfg, 0), []
+    steps, run, edges = cfg.model.num_inference_steps, trial_runs(cfg, pipe), []
+    reference = run(None)
     stretches = [(i, j) for i in range(steps) for j in range(i + 2, min(i + max_skip + 1, steps) + 1)]
     with progress_bar() as bar:
         for i, j in bar.track(stretches, description="lemica: one run for each stretch"):
-            plan = plan_of(cfg, pipe, tuple(not i < step < j for step in range(steps)), {})
-            edges.append([i, j, (final_latents(pipe, cfg, 0, plan) - reference).abs().mean().item()])
+            made = run(tuple(not i < step < j for step in range(steps)))
+            edges.append([i, j, (made - reference).abs().mean().item()])
     return edges

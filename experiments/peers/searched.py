@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,15 +44,19 @@ def planned_arm(cfg: DictConfig, pipe: Any, mask: Mask, report: dict[str, Any]) 
     return Arm(plan_of(cfg, pipe, mask, report), call_kwargs(cfg), report=report)
 
 
-def final_latents(pipe: Any, cfg: DictConfig, index: int, plan: erta.Plan | None = None) -> torch.Tensor:
-    """Of calibration prompt `index`, uncached or under a plan, in float32."""
-    call = latent_call(prompts_for(cfg, pipe)[index], CALIBRATION_SEED + index, call_kwargs(cfg))
-    if plan is None:
-        made = pipe(**call)
-    else:
-        with erta.cached(pipe, plan):
-            made = pipe(**call)
-    return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images).float()
+def trial_runs(cfg: DictConfig, pipe: Any) -> Callable[[Mask | None], torch.Tensor]:
+    """What runs the first calibration prompt under a mask (None: uncached) and gives its final latents, in float32.
+
+    The grid and the prompt are looked up once for all runs of a search.
+    """
+    prompt, whole = prompts_for(cfg, pipe)[0], plan_of(cfg, pipe, (True,) * cfg.model.num_inference_steps, {})
+
+    def run(mask: Mask | None) -> torch.Tensor:
+        with nullcontext() if mask is None else erta.cached(pipe, replace(whole, mask=mask)):
+            made = pipe(**latent_call(prompt, CALIBRATION_SEED, call_kwargs(cfg)))
+        return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images).float()
+
+    return run
 
 
 class TrajectoryRecorder(Recorder):
