@@ -6,6 +6,7 @@ is compared with the same uncached clips, paired by prompt and seed; forwards ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,7 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
     path = folder / "rows.jsonl"
     done = {(row["row"], row["index"]): row for row in read_lines(path)}
     references = uncached_clips(pipe, cfg, prompts, folder)
-    source, mp4 = cfg.bench.frames_from, folder / "compared.mp4"
-    if source != "decoded":
-        console.note(f"PSNR and SSIM compare frames read from {source} files, in all rows")
+    compared = comparer(cfg, folder)
     with progress_bar() as bar:
         task = bar.add_task("rows", total=len(rows) * len(prompts), completed=len(done))
         for row in rows:
@@ -130,7 +129,7 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
             grid = arm.sigmas(pipe)
             for index in missing:
                 sample = generate(pipe, prompts[index].text, prompts[index].seed, arm.kwargs, arm.put_on)
-                pair = [frames_of(source, clip, mp4) for clip in (sample.frames, references[index])]
+                pair = compared(sample.frames, references[index])
                 done[row.key, index] = {
                     "row": row.key,
                     "index": index,
@@ -150,6 +149,14 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
         groups={row.key: row.group for row in rows},
         uncached_scene=[scene_agreement(p, frames) for p, frames in zip(prompts, references, strict=True)],
     )
+
+
+def comparer(cfg: DictConfig, folder: Path) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
+    """What gives the frames of a clip and of its reference as `bench.frames_from` wants them compared."""
+    source, mp4 = cfg.bench.frames_from, folder / "compared.mp4"
+    if source != "decoded":
+        console.note(f"PSNR and SSIM compare frames read from {source} files, in all rows")
+    return lambda clip, reference: [frames_of(source, each, mp4) for each in (clip, reference)]
 
 
 def refuse_what_rows_decide(cfg: DictConfig) -> None:

@@ -20,6 +20,7 @@ from experiments import console, figures
 from experiments.ablation import (
     Row,
     RowArms,
+    comparer,
     interval_text,
     refuse_what_rows_decide,
     uncached_clips,
@@ -141,7 +142,7 @@ def sample_all(
     arms = RowArms(pipe)
     check_inputs(folder, describe_inputs(pipe, prompts, arms.calibration(cfg)))
     references = uncached_clips(pipe, cfg, prompts, folder)
-    measure = measurer(cfg, pipe, prompts, references)
+    measure = measurer(cfg, folder, pipe, prompts, references)
     done = {(line["row"], line["index"]): line for line in read_lines(folder / ROWS)}
     setup_s = {line["row"]: line["setup_s"] for line in read_lines(folder / ARMS)}
     outcomes, failed = [], []
@@ -177,24 +178,24 @@ def sample_all(
 
 
 def measurer(
-    cfg: DictConfig, pipe: Any, prompts: list[Prompt], references: list[np.ndarray]
+    cfg: DictConfig, folder: Path, pipe: Any, prompts: list[Prompt], references: list[np.ndarray]
 ) -> Callable[[Arm, int], dict[str, Any]]:
     """What measures an arm on the k-th prompt; the first few right after an uncached run."""
-    lpips, base = Lpips(), call_kwargs(cfg)
+    lpips, base, compared = Lpips(), call_kwargs(cfg), comparer(cfg, folder)
 
     def measure(arm: Arm, index: int) -> dict[str, Any]:
-        prompt, reference = prompts[index], references[index]
+        prompt = prompts[index]
         plain = generate(pipe, prompt.text, prompt.seed, base) if index < TIMED else None
         made = generate(pipe, prompt.text, prompt.seed, arm.kwargs, arm.put_on)
-        scene = scene_agreement(prompt, made.frames)
+        scene, pair = scene_agreement(prompt, made.frames), compared(made.frames, references[index])
         return {
             "index": index,
             "forwards": made.forwards,
             "denoise_s": made.denoise_s,
             "uncached_s": plain.denoise_s if plain is not None else None,
-            "psnr_db": psnr_db(made.frames, reference),
-            "ssim": ssim(made.frames, reference),
-            "lpips": None if lpips.missing else lpips(made.frames, reference),
+            "psnr_db": psnr_db(*pair),
+            "ssim": ssim(*pair),
+            "lpips": None if lpips.missing else lpips(*pair),
             "scene": None if scene is None else scene["all"],
             "cache_bytes": made.cache_bytes,
         }

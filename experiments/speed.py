@@ -29,6 +29,7 @@ from experiments.sampling import now, possible_speedup
 from experiments.training.text import build_tokenizer
 
 PROMPT = "a red circle"  # any words will do
+PLANNED = "experiments.methods.reuse"
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -43,7 +44,11 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 def measure(cfg: DictConfig) -> dict[str, Any]:
-    """Medians over the pairs, in seconds and bytes."""
+    """Medians over the pairs, in seconds and bytes. Raises ErtaError for a cache without a plan."""
+    if cfg.cache._target_ != PLANNED:
+        raise ErtaError(
+            f"experiment=speed times planned caches (ertacache, policy, uniform, …), not cache={cfg.cache.name}"
+        )
     pipe = untrained_pipeline(cfg)
     kwargs = call_kwargs(cfg)
     plain: list[float] = []

@@ -99,3 +99,16 @@ def test_methods_can_be_chosen():
     assert [row.label for row in few[:3]] == ["none", "ertacache", "uniform"] and len(few) == 1 + 3 * 2
     with pytest.raises(ErtaError, match="there is no teecache"):
         compare.table_rows(configured(methods=["teecache"]))
+
+
+def test_frames_are_compared_as_asked_for(command):  # noqa: F811
+    """Mutant: bench.frames_from ignored."""
+    found = {}
+    for source in ("decoded", "mp4"):
+        arguments = ["compare.methods=[uniform]", "compare.quick=true", f"bench.frames_from={source}"]
+        code, printed = command(
+            "experiment=compare", *arguments, "bench.num_prompts=1", f"hydra.run.dir=outputs/{source}"
+        )
+        assert code == 0 and ("read from mp4 files" in printed) == (source == "mp4"), printed
+        found[source] = [row["psnr_db"] for row in read_lines(Path(f"outputs/{source}/rows.jsonl"))]
+    assert found["decoded"][0] is found["mp4"][0] is None and found["decoded"][1] != found["mp4"][1]

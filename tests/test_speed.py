@@ -42,6 +42,13 @@ def test_the_weights_are_not_the_shipped_ones():
     assert not torch.allclose(made.proj_out.weight, shipped.proj_out.weight)
 
 
+@pytest.mark.parametrize("cache", ["easycache", "fewer_steps", "plan_grid", "none"])
+def test_other_caches_are_not_timed_as_if_they_were_planned(cache):
+    """Mutant: every cache timed as ERTACache's plan."""
+    with pytest.raises(ErtaError, match=f"times planned caches .* not cache={cache}"):
+        speed.measure(configured("model=flux_tiny", f"cache={cache}"))
+
+
 @pytest.mark.parametrize(
     ("model", "said"), [("flux_dev", "needs a GPU"), ("wan22_a14b", "is neither"), ("cogvideox_2b", "is neither")]
 )
