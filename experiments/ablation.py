@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
 from erta.calibration import Calibration
@@ -22,7 +21,7 @@ from erta.errors import ErtaError
 from experiments import config, console
 from experiments.calibrating import get_calibration, progress_bar
 from experiments.fidelity import frames_of
-from experiments.methods import Arm
+from experiments.methods import Arm, make_arm
 from experiments.metrics import Interval, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
@@ -101,7 +100,7 @@ class RowArms:
     def build(self, row: Row) -> Arm:
         """What the row's overrides put on the pipeline."""
         cfg = compose_row(row)
-        return get_method(cfg.cache._target_)(cfg, self.pipe, lambda: self.calibration(cfg))
+        return make_arm(cfg, self.pipe, lambda: self.calibration(cfg))
 
 
 def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) -> Results:

@@ -28,11 +28,11 @@ from experiments.ablation import (
 )
 from experiments.calibrating import progress_bar
 from experiments.methods import Arm
-from experiments.metrics import Lpips, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
+from experiments.metrics import Interval, Lpips, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
-from experiments.sampling import generate, now
+from experiments.sampling import generate
 
 CACHES = Path(__file__).resolve().parents[1] / "conf" / "cache"
 REFERENCE = "ertacache"
@@ -40,7 +40,9 @@ NO_BUDGET = "none"  # one row, whatever the budget
 SPEEDUPS = (2, 3, 4)
 QUICK_PROMPTS, QUICK_SPEEDUPS = 8, (2,)
 SEARCHED = ("budcache", "lemica")  # by hundreds of generations: not in a quick comparison
-TIMED = 4  # prompts of each row whose uncached run is timed right before the cached one
+GRIDS = ("uniform", "lemica", "gcache", "budcache", "meancache")  # whose steps plan_grid tries too, beside the policy's
+TIMED, QUICK_TIMED = 8, 4  # prompts of each row whose uncached run is timed right before the cached one
+COMPARED = ("psnr_db", "ssim", "lpips", "scene")
 ROWS, ARMS = "rows.jsonl", "arms.jsonl"
 COLUMNS = (
     "method",
@@ -52,7 +54,7 @@ COLUMNS = (
     "LPIPS",
     "scene, all",
     "cache bytes",
-    "set-up s",
+    "calibration s",
 )
 
 
@@ -62,7 +64,7 @@ class Outcome:
 
     row: Row
     samples: list[dict[str, Any]] = field(default_factory=list)
-    setup_s: float = 0.0
+    calibration_s: float = 0.0
     reason: str | None = None
 
     def mean(self, key: str) -> float | None:
@@ -72,12 +74,16 @@ class Outcome:
 
     @property
     def speedup(self) -> float | None:
-        """Ratio of the median denoising times, over the pairs that were timed in turns."""
-        pairs = [(one["uncached_s"], one["denoise_s"]) for one in self.samples if one["uncached_s"] is not None]
-        if not pairs:
+        """Median ratio of the denoising times, over the pairs that were timed in turns."""
+        ratios = [one["uncached_s"] / one["denoise_s"] for one in self.samples if one["uncached_s"] is not None]
+        return float(np.median(ratios)) if ratios else None
+
+    def gain(self, key: str, over: Outcome) -> Interval | None:
+        """Paired difference of `key` to another row, 95 % over prompts; None where a sample does not know it."""
+        pairs = [(a[key], b[key]) for a, b in zip(self.samples, over.samples, strict=True)]
+        if any(value is None for pair in pairs for value in pair):
             return None
-        uncached, cached = (float(np.median(times)) for times in zip(*pairs, strict=True))
-        return uncached / cached
+        return paired_interval(np.array([float(a) - float(b) for a, b in pairs]))
 
     def reused_nothing(self, full: float | None) -> bool:
         """Whether as many forwards were made as without a cache, `full`."""
@@ -102,7 +108,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
         write_markdown(folder / f"table_{count}.md", list(COLUMNS), table, reasons(outcomes, count))
     (folder / "figures").mkdir(exist_ok=True)
     full = full_forwards(outcomes)
-    points = [point(outcome) for outcome in outcomes if outcome.samples and not outcome.reused_nothing(full)]
+    points = [
+        point(one, reference_of(one, outcomes)) for one in outcomes if one.samples and not one.reused_nothing(full)
+    ]
     for axis, label in (("speedup", "measured speed-up of denoising"), ("forwards", "transformer forwards")):
         figures.pareto(points, axis, label, folder / "figures" / f"psnr_by_{axis}.png")
     finish(
@@ -131,7 +139,11 @@ def table_rows(cfg: DictConfig) -> list[Row]:
     names = list(cfg.compare.methods) or [name for name in known if not (quick and name in SEARCHED)]
     names.sort(key=lambda name: name != REFERENCE)
     counts = [round(cfg.model.num_inference_steps / speedup) for speedup in (QUICK_SPEEDUPS if quick else SPEEDUPS)]
-    return [Row(NO_BUDGET, (f"cache={NO_BUDGET}",))] + [Row(n, (f"cache={n}",), k) for k in counts for n in names]
+    grids = [name for name in GRIDS if name in names] if "plan_grid" in names else []
+    methods = {name: (f"cache={name}",) for name in names} | {
+        f"plan_grid of {name}": ("cache=plan_grid", f"cache.options.of={name}") for name in grids
+    }
+    return [Row(NO_BUDGET, (f"cache={NO_BUDGET}",))] + [Row(n, o, k) for k in counts for n, o in methods.items()]
 
 
 def sample_all(
@@ -144,7 +156,7 @@ def sample_all(
     references = uncached_clips(pipe, cfg, prompts, folder)
     measure = measurer(cfg, folder, pipe, prompts, references)
     done = {(line["row"], line["index"]): line for line in read_lines(folder / ROWS)}
-    setup_s = {line["row"]: line["setup_s"] for line in read_lines(folder / ARMS)}
+    calibration_s = {line["row"]: line["calibration_s"] for line in read_lines(folder / ARMS)}
     outcomes, failed = [], []
     with progress_bar() as bar:
         task = bar.add_task("rows", total=len(rows) * len(prompts), completed=len(done))
@@ -155,11 +167,11 @@ def sample_all(
             missing = [k for k in range(len(prompts)) if (row.key, k) not in done]
             try:
                 if missing:
-                    started = now()
                     arm = arms.build(row)
-                    if row.key not in setup_s:
-                        setup_s[row.key] = now() - started
-                        append_line(folder / ARMS, {"row": row.key, "setup_s": setup_s[row.key], "report": arm.report})
+                    if row.key not in calibration_s:
+                        calibration_s[row.key] = arm.calibration_s
+                        about = {"row": row.key, "calibration_s": arm.calibration_s, "report": arm.report}
+                        append_line(folder / ARMS, about)
                     for k in missing:
                         done[row.key, k] = {"row": row.key, **measure(arm, k)}
                         append_line(folder / ROWS, done[row.key, k])
@@ -170,10 +182,11 @@ def sample_all(
                 outcome.reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 failed.append(row.key)
             if outcome.reason:
+                bar.advance(task, sum((row.key, k) not in done for k in missing))
                 console.note(f"{row.key} {'failed' if row.key in failed else 'is left out'}: {outcome.reason}")
                 continue
             outcome.samples = [done[row.key, k] for k in range(len(prompts))]
-            outcome.setup_s = setup_s[row.key]
+            outcome.calibration_s = calibration_s[row.key]
     return outcomes, failed
 
 
@@ -182,10 +195,11 @@ def measurer(
 ) -> Callable[[Arm, int], dict[str, Any]]:
     """What measures an arm on the k-th prompt; the first few right after an uncached run."""
     lpips, base, compared = Lpips(), call_kwargs(cfg), comparer(cfg, folder)
+    timed = QUICK_TIMED if cfg.compare.quick else TIMED
 
     def measure(arm: Arm, index: int) -> dict[str, Any]:
         prompt = prompts[index]
-        plain = generate(pipe, prompt.text, prompt.seed, base) if index < TIMED else None
+        plain = generate(pipe, prompt.text, prompt.seed, base) if index < timed else None
         made = generate(pipe, prompt.text, prompt.seed, arm.kwargs, arm.put_on)
         scene, pair = scene_agreement(prompt, made.frames), compared(made.frames, references[index])
         return {
@@ -208,11 +222,16 @@ def tabulate(outcomes: list[Outcome]) -> dict[int, list[list[str]]]:
     tables = {}
     for count in sorted({o.row.computed for o in outcomes if o.row.computed is not None}, reverse=True):
         here = [o for o in outcomes if o.row.computed == count]
-        reference = next((o for o in here if o.row.label == REFERENCE and o.samples), None)
         here.sort(key=lambda o: -(o.mean("psnr_db") or -1))
         lines = [*(o for o in outcomes if o.row.computed is None), *here]
-        tables[count] = [cells(o, reference, full_forwards(outcomes)) for o in lines]
+        tables[count] = [cells(o, reference_of(here[0], outcomes), full_forwards(outcomes)) for o in lines]
     return tables
+
+
+def reference_of(outcome: Outcome, outcomes: list[Outcome]) -> Outcome | None:
+    """The reference at the budget of a row, if it was run."""
+    same = (one for one in outcomes if one.row.label == REFERENCE and one.row.computed == outcome.row.computed)
+    return next((one for one in same if one.samples), None)
 
 
 def full_forwards(outcomes: list[Outcome]) -> float | None:
@@ -228,9 +247,7 @@ def cells(outcome: Outcome, reference: Outcome | None, full: float | None) -> li
         return [outcome.row.label, said, *[""] * (len(COLUMNS) - 2)]
     against = ""
     if reference is not None and reference is not outcome:
-        pairs = [(a["psnr_db"], b["psnr_db"]) for a, b in zip(samples, reference.samples, strict=True)]
-        if all(value is not None for pair in pairs for value in pair):
-            against = interval_text(paired_interval(np.array([a - b for a, b in pairs])), "+.2f")
+        against = interval_text(outcome.gain("psnr_db", reference), "+.2f")
     psnr, speedup = mean_psnr([one["psnr_db"] for one in samples]), outcome.speedup
     lpips, scene = outcome.mean("lpips"), outcome.mean("scene")
     return [
@@ -243,7 +260,7 @@ def cells(outcome: Outcome, reference: Outcome | None, full: float | None) -> li
         "" if lpips is None else f"{lpips:.4f}",
         "" if scene is None else f"{scene:.1%}",
         f"{max(one['cache_bytes'] for one in samples):,}",
-        f"{outcome.setup_s:.1f}",
+        f"{outcome.calibration_s:.0f}",
     ]
 
 
@@ -252,7 +269,15 @@ def reasons(outcomes: list[Outcome], count: int) -> str:
     return "\n".join(f"- {o.row.label}: {o.reason}" for o in outcomes if o.reason and o.row.computed in (count, None))
 
 
-def point(outcome: Outcome) -> dict[str, Any]:
-    """A row as a point of the figures."""
-    means = {key: outcome.mean(key) for key in ("forwards", "psnr_db")}
-    return {"method": outcome.row.label, "computed": outcome.row.computed, "speedup": outcome.speedup, **means}
+def point(outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:
+    """A row as a point of the figures, and all its paired differences to the reference: [mean, low, high]."""
+    means = {key: outcome.mean(key) for key in ("forwards", *COMPARED, "cache_bytes")}
+    gains = {key: outcome.gain(key, reference) for key in COMPARED} if reference is not None else {}
+    return {
+        "method": outcome.row.label,
+        "computed": outcome.row.computed,
+        "speedup": outcome.speedup,
+        **means,
+        "calibration_s": outcome.calibration_s,
+        f"against_{REFERENCE}": {key: [g.mean, g.low, g.high] for key, g in gains.items() if g is not None},
+    }

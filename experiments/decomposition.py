@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
 import erta
 from erta.errors import ErtaError
 from experiments import console, figures
 from experiments.calibrating import get_calibration, progress_bar
+from experiments.methods import make_arm
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import test_prompts
 from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
@@ -29,7 +29,7 @@ PARTS = ("injected", "propagated", "grid")
 def run(cfg: DictConfig, folder: Path) -> None:
     """Split every prompt's error; write `rows.jsonl`, `figures/decomposition.png` and `record.json`, print the parts."""
     prompts, pipe = test_prompts(cfg), load_pipeline(cfg)
-    arm = get_method(cfg.cache._target_)(cfg, pipe, lambda: get_calibration(cfg, pipe))
+    arm = make_arm(cfg, pipe, lambda: get_calibration(cfg, pipe))
     if arm.plan is None or all(arm.plan.mask):
         raise ErtaError(f"cache={cfg.cache.name} reuses nothing here, so there is no error to split")
     arm.plan.save(folder / "plan.json")

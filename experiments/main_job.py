@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import get_method
 from omegaconf import DictConfig
 from PIL import Image
 
 from erta.calibration import Calibration
 from experiments import console, fidelity, figures, image_scores, report, tracking, vbench_job
 from experiments.calibrating import get_calibration, progress_bar
-from experiments.methods import Arm, profile
+from experiments.methods import Arm, make_arm, profile
 from experiments.metrics import Lpips, scene_agreement
 from experiments.models import call_kwargs, check_vocabulary, load_pipeline
 from experiments.prompts import Prompt, test_prompts
@@ -45,7 +44,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
             known.append(get_calibration(cfg, pipe))
         return known[0]
 
-    arm: Arm = get_method(cfg.cache._target_)(cfg, pipe, calibration)
+    arm = make_arm(cfg, pipe, calibration)
     if arm.plan is not None:
         arm.plan.save(folder / "plan.json")
     check_inputs(folder, describe_inputs(pipe, prompts, arm.calibration))
@@ -204,7 +203,7 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
         "pipeline_uncached_s": median("uncached", "pipeline_s"),
         "forward_s": forward_s / branches,
         "solver_step_s": solver_s,
-        "calibration_s": arm.calibration.record["seconds"] if arm.calibration is not None else 0.0,
+        "calibration_s": arm.calibration_s,
         "hook_overhead_per_step_s": overhead_s * branches,
         "hook_overhead_of_forward": overhead_s / (forward_s / branches),
         "forwards": _whole(float(np.mean([row["cached"]["forwards"] for row in rows]))),

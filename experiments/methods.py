@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 import erta
@@ -19,6 +20,7 @@ from erta.trace import CallTrace
 from experiments.calibrating import closed_loop_plan
 from experiments.config import DEFAULT_SPEEDUP, budget
 from experiments.models import call_grid, call_kwargs, call_sigmas, set_sampler
+from experiments.peers.calibrated import search_seconds
 
 PLAN_KEYS = (
     "policy",
@@ -45,6 +47,7 @@ class Arm:
         attach: for methods without a plan: a context manager on the pipeline that yields the trace of its last
             call, or None where it puts on no cache (another solver).
         report: how the arm was set up, for the record; a plan brings its own.
+        searched_s: seconds that searches and measurements of the method's own took, also if an earlier run made them.
     """
 
     plan: erta.Plan | None
@@ -52,6 +55,12 @@ class Arm:
     calibration: erta.Calibration | None = None
     attach: Callable[[Any], AbstractContextManager[CallTrace | None]] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    searched_s: float = 0.0
+
+    @property
+    def calibration_s(self) -> float:
+        """Seconds spent on calibration prompts before the first clip: calibration and searches."""
+        return self.searched_s + (self.calibration.record["seconds"] if self.calibration is not None else 0.0)
 
     @property
     def num_computed(self) -> int:
@@ -69,6 +78,13 @@ class Arm:
             return self.plan.sigmas
         with self.put_on(pipe):
             return call_sigmas(pipe, self.kwargs)
+
+
+def make_arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """The arm of `cfg.cache._target_`, with what it took to set it up."""
+    with search_seconds() as spent:
+        arm: Arm = get_method(cfg.cache._target_)(cfg, pipe, get_calibration)
+    return replace(arm, searched_s=arm.searched_s + sum(spent.values()))
 
 
 def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -99,12 +115,6 @@ def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> 
             pipe.scheduler = own
 
     return Arm(None, kwargs, attach=attach, report={"sampler": name})
-
-
-def plan_grid(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """The same solver on the plan's computed sigmas, without a cache (ours; no paper shows it)."""
-    plan = planned(cfg, get_calibration()).grid_only()
-    return Arm(plan, {**call_kwargs(cfg), "num_inference_steps": plan.num_steps}, get_calibration())
 
 
 def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -51,14 +54,32 @@ def record(cfg: DictConfig, pipe: Any, recorder: Callable[[], Seen], num_prompts
     return recorders
 
 
+_SPENT: ContextVar[dict[str, float] | None] = ContextVar("seconds of what is kept", default=None)
+
+
+@contextmanager
+def search_seconds() -> Iterator[dict[str, float]]:
+    """By name, the seconds that everything took which `kept` gives inside the `with`, also if an earlier run made it."""
+    spent: dict[str, float] = {}
+    token = _SPENT.set(spent)
+    try:
+        yield spent
+    finally:
+        _SPENT.reset(token)
+
+
 def kept(cfg: DictConfig, pipe: Any, name: str, setup: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """`make()`, or what an earlier run made for the same model, grid, guidance, size and `setup`."""
     size = [cfg.model.height, cfg.model.width, cfg.model.num_frames, cfg.model.max_sequence_length]
     digest = hashlib.sha256(json.dumps([expected_signature(cfg, pipe), size, setup]).encode()).hexdigest()[:10]
     path = MADE_HERE / f"{cfg.model.name}-{name}-{digest}.json"
     found: dict[str, Any] | None = read_json(path)
-    if found is None:
-        found = make()
+    if found is None or "made" not in found:
+        started = time.perf_counter()
+        made = make()
+        found = {"seconds": time.perf_counter() - started, "made": made}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
-    return found
+    if (spent := _SPENT.get()) is not None:
+        spent[path.name] = found["seconds"]
+    return found["made"]

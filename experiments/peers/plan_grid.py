@@ -1,0 +1,48 @@
+"""What a static method's choice of steps is worth without its cache (ours; no paper shows it).
+
+The same solver runs on nothing but the sigmas of the computed steps: as many forwards, no reuse. Where this does as well
+as the method, the method has found a grid, and caching adds nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from erta.errors import ErtaError
+from experiments.config import BUDGETS, CacheConfig
+from experiments.methods import Arm, GetCalibration, make_arm
+from experiments.models import call_kwargs
+from experiments.peers.knob import options_of
+from experiments.peers.searched import plan_of
+
+CACHES = Path(__file__).resolve().parents[2] / "conf" / "cache"
+
+
+def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """The grid of the method that `cache.options.of` names, at the same budget and site.
+
+    Raises ErtaError for a method that chooses no whole steps beforehand.
+    """
+    name = options_of(cfg)["of"]
+    path = CACHES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in CACHES.glob("*.yaml")))
+        raise ErtaError(f"cache.options.of={name}: there is no such method. Choose from {known}")
+    same = {key: cfg.cache[key] for key in (*BUDGETS, "site", "reuse")}
+    other = OmegaConf.merge(OmegaConf.structured(CacheConfig), OmegaConf.load(path), same)
+    planning = copy.deepcopy(cfg)
+    planning.cache = other
+    made = make_arm(planning, pipe, get_calibration)
+    plan = made.plan
+    if plan is None and "mask" in made.report:
+        plan = plan_of(cfg, pipe, tuple(map(bool, made.report["mask"])), {})
+    if plan is None:
+        raise ErtaError(f"cache.options.of={name}: {name} does not choose beforehand which steps are computed")
+    grid = plan.grid_only()
+    return Arm(
+        grid, {**call_kwargs(cfg), "num_inference_steps": grid.num_steps}, made.calibration, searched_s=made.searched_s
+    )
