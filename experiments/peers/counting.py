@@ -29,6 +29,7 @@ from erta.site import latent_of
 COUNTER = "erta_counter"
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 WHOLE = 1 - 1e-6  # of a forward
+State = Callable[[], Any]  # what a cache keeps: tensors, nested
 
 
 @dataclass
@@ -127,9 +128,9 @@ class CountingHook(_BranchHook):
     Hooks that keep one state for all guidance branches get one for each, put in place before every forward.
     """
 
-    def __init__(self, trace: CountedTrace, costs: dict[str, float], scheduler: Any) -> None:
+    def __init__(self, trace: CountedTrace, costs: dict[str, float], scheduler: Any, state: State) -> None:
         super().__init__()
-        self.trace, self.costs, self.scheduler = trace, costs, scheduler
+        self.trace, self.costs, self.scheduler, self.state = trace, costs, scheduler, state
         self.share = 0.0
         self.single_states: dict[tuple[int, str], Any] = {}
 
@@ -154,7 +155,11 @@ class CountingHook(_BranchHook):
         self.trace.transformer.stop()
         self.trace.note(branch, step, self.share)
         if step == self.trace.num_steps - 1:  # the pipeline clears the states at its end
-            kept = [*_states(module), *(state for (_, other), state in self.single_states.items() if other != branch)]
+            kept = [
+                self.state(),
+                *_states(module),
+                *(state for (_, other), state in self.single_states.items() if other != branch),
+            ]
             self.trace.cached |= {str(id(tensor)): tensor for tensor in tensors_in(kept)}
         return output
 
@@ -211,23 +216,31 @@ def diffusers_cache(pipe: Any, config: Any, costs: dict[str, float]) -> Iterator
 
 @contextmanager
 def counted(
-    pipe: Any, costs: dict[str, float], put_on: Callable[[Any], None], take_off: Callable[[], None]
+    pipe: Any,
+    costs: dict[str, float],
+    put_on: Callable[[Any], Any],
+    take_off: Callable[[], Any],
+    before_call: Callable[[], Any] = lambda: None,
+    state: State = list,
 ) -> Iterator[CountedTrace]:
     """Run `pipe` inside the `with` under hooks on parts of its transformer, with the layers that run counted.
 
     Args:
         put_on: called with the scheduler that counts the steps.
         take_off: called at the end, and if `put_on` raises.
+        before_call: called before every call of the pipeline.
+        state: what is kept between steps beyond the states of diffusers' hooks; its tensors count as cache.
     """
     transformer, pipe_class, own_scheduler = single_denoiser(pipe), type(pipe), pipe.scheduler
     _check_free(pipe, transformer)
     scheduler, trace = counting(own_scheduler), CountedTrace()
-    hook, handles = CountingHook(trace, costs, scheduler), []
+    hook, handles = CountingHook(trace, costs, scheduler, state), []
     try:
         put_on(scheduler)
         handles = hook.watch(transformer)
         HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, COUNTER)
-        pipe.scheduler, pipe.__class__ = scheduler, checked_class(_CountedSession(pipe_class, transformer, trace))
+        session = _CountedSession(pipe_class, transformer, trace, before_call)
+        pipe.scheduler, pipe.__class__ = scheduler, checked_class(session)
         yield trace
     finally:
         pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
@@ -260,11 +273,14 @@ def _tidy(transformer: nn.Module) -> None:
 class _CountedSession:
     """What happens around every call."""
 
-    def __init__(self, pipe_class: type, transformer: nn.Module, trace: CountedTrace) -> None:
-        self.pipe_class, self.transformer, self.trace = pipe_class, transformer, trace
+    def __init__(
+        self, pipe_class: type, transformer: nn.Module, trace: CountedTrace, before_call: Callable[[], Any]
+    ) -> None:
+        self.pipe_class, self.transformer, self.trace, self.before_call = pipe_class, transformer, trace, before_call
 
     def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
         HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks()
+        self.before_call()
         self.trace.begin()
         result = self.pipe_class.__call__(pipe, *args, **kwargs)
         self.trace.finish()

@@ -1,24 +1,108 @@
-"""DBCache of the cache-dit package, plain and with Taylor forecasts: not run yet, since the package is an optional extra.
+"""DBCache of the cache-dit package (vipshop/cache-dit), plain and with Taylor forecasts: an optional extra, `peers`.
 
-Site: the residual of the blocks between the first Fn, which decide, and the last Bn, which always run. Online. The arm
-itself is not written: with the package missing it names the extra, and with the package there it says so too.
+Site: the residual of the blocks between the first Fn, which always run and whose residual's relative change since the
+last computed step decides, and the last Bn, which always run too; in FLUX so in each of its two stacks. Stored: the
+residuals of the first and of the middle blocks, of both token streams, in each guidance branch; with
+`cache.options.taylor` also their differences, which forecast the middle's residual. Online. The package is put on the
+bare transformer and its state made anew before every call; what really runs is counted here, not by its statistics.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig
 
 from erta.errors import ErtaError
+from erta.signature import single_denoiser
+from erta.site import BLOCK_STACKS, model_name
 from experiments.methods import Arm, GetCalibration
+from experiments.models import call_kwargs
+from experiments.peers.counting import CountedTrace, counted, forward_costs
+from experiments.peers.knob import Attach, Knob, check_number, knob_arm, options_of
 
-PACKAGE = "cache_dit"
+PUBLISHED_FIRST = 8
+os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # else a line for every block and call; read at its import
 
 
 def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """Raises ErtaError: see the module."""
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise ErtaError(f"cache={cfg.cache.name} needs the package cache-dit, an extra: pip install cache-dit")
-    raise ErtaError(f"cache={cfg.cache.name} is not here yet: cache-dit is installed, but its arm is not written")
+    """DBCache at `cache.options.threshold`, or at the threshold that meets the budget.
+
+    Raises ErtaError if cache-dit is missing, or does not know the transformer.
+    """
+    try:
+        from cache_dit import BlockAdapterRegister, DBCacheConfig, TaylorSeerCalibratorConfig
+    except ImportError as error:
+        raise ErtaError(
+            f"cache={cfg.cache.name} needs the package cache-dit, an extra: pip install -e '.[peers]'"
+        ) from error
+    transformer, options = single_denoiser(pipe), options_of(cfg)
+    if not BlockAdapterRegister.is_supported(transformer):
+        raise ErtaError(f"cache={cfg.cache.name}: cache-dit does not know {model_name(transformer)}")
+    costs = forward_costs(pipe, call_kwargs(cfg))
+    order = options["taylor"]
+    if order is not None:
+        check_number("taylor", order, 1, whole=True)
+
+    def attach_with(threshold: float) -> Attach:
+        config = DBCacheConfig(
+            Fn_compute_blocks=first_blocks(transformer, options["first"]),
+            Bn_compute_blocks=check_number("last", options["last"], 0, whole=True),
+            residual_diff_threshold=check_number("threshold", threshold, 0),
+            max_warmup_steps=check_number("warmup", options["warmup"], 1, whole=True),
+            max_continuous_cached_steps=check_number("max_skip", options["max_skip"], 0, whole=True) or -1,
+        )
+        forecast = {} if order is None else {"calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=order)}
+        return lambda pipe: cache_dit_cache(pipe, costs, cache_config=config, **forecast)
+
+    return knob_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), attach_with)
+
+
+def first_blocks(transformer: Any, asked: int | None) -> int:
+    """Fn: what was asked for, else 8 as published, but 1 if that were half of a stack of blocks or more."""
+    if asked is not None:
+        return check_number("first", asked, 1, whole=True)
+    stack = BLOCK_STACKS.get(model_name(transformer))
+    shortest = min(len(transformer.get_submodule(name)) for name in stack.lists) if stack else 2 * PUBLISHED_FIRST
+    return PUBLISHED_FIRST if shortest > 2 * PUBLISHED_FIRST else 1
+
+
+@contextmanager
+def cache_dit_cache(pipe: Any, costs: dict[str, float], **configs: Any) -> Iterator[CountedTrace]:
+    """Run `pipe` inside the `with` under cache-dit with these configs; afterwards it is as before.
+
+    Yields the trace of the last call, with forward equivalents by `costs` (see `forward_costs`).
+    """
+    import cache_dit
+
+    transformer = single_denoiser(pipe)
+    own = {module: module.__dict__.get("forward") for module in transformer.modules()}
+
+    def state() -> list[Any]:
+        contexts = [transformer._context_manager.get_context(name) for name in transformer._context_names]
+        return [value for context in contexts for value in (context.buffers, *map(vars, _calibrators(context)))]
+
+    def take_off() -> None:
+        cache_dit.disable_cache(transformer)
+        for module, forward in own.items():  # FLUX's is exchanged, which disable_cache leaves
+            if forward is None:
+                module.__dict__.pop("forward", None)
+        transformer.__dict__.pop("_is_patched", None)
+
+    with counted(
+        pipe,
+        costs,
+        put_on=lambda scheduler: cache_dit.enable_cache(transformer, **configs),
+        take_off=take_off,
+        before_call=lambda: cache_dit.refresh_context(transformer),
+        state=state,
+    ) as trace:
+        yield trace
+
+
+def _calibrators(context: Any) -> list[Any]:
+    pairs = (*context.get_calibrators(), *context.get_cfg_calibrators())
+    return [calibrator for calibrator in pairs if calibrator is not None]
