@@ -61,12 +61,15 @@ def test_a_row_of_the_table():
     """Mutants: unpaired differences, the speed-up of other samples than the timed ones, means over what is missing."""
     reference = compare.Outcome(Row("ertacache", (), 3), [one(30.0), one(40.0)])
     timed = [one(33.0, denoise_s=1.0, uncached_s=2.0), one(43.0, denoise_s=9.0)]
-    outcome = compare.Outcome(Row("uniform", (), 3), timed, setup_s=1.5)
+    outcome = compare.Outcome(Row("uniform", (), 3), timed, calibration_s=1.5)
     assert outcome.speedup == 2.0
     cells = dict(zip(compare.COLUMNS, compare.cells(outcome, reference, 12), strict=True))
     assert cells["PSNR dB"] == "38.00" and cells["against ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
     assert cells["speed-up, measured"] == "2.00x" and cells["LPIPS"] == "" and cells["scene, all"] == "100.0%"
-    assert compare.cells(reference, reference, 12)[4] == ""
+    assert compare.cells(reference, reference, 12)[4] == "" and cells["calibration s"] == "2"
+    point = compare.point(outcome, reference)
+    assert point["against_ertacache"]["psnr_db"] == [3, 3, 3] and point["against_ertacache"]["scene"] == [0, 0, 0]
+    assert "lpips" not in point["against_ertacache"] and point["calibration_s"] == 1.5
 
 
 def test_a_cache_that_computed_everything_says_so():
@@ -89,7 +92,10 @@ def test_every_method_stands_at_every_budget(steps, counts):
     rows = compare.table_rows(configured(steps))
     assert rows[0].label == "none" and rows[1].label == compare.REFERENCE
     assert {row.computed for row in rows[1:]} == set(counts)
-    assert len(rows) == 1 + 3 * (len(list(compare.CACHES.glob("*.yaml"))) - 1)
+    grids = [row for row in rows if row.label.startswith("plan_grid of ")]
+    assert {row.overrides for row in grids} >= {("cache=plan_grid", "cache.options.of=lemica")}
+    assert len(rows) == 1 + 3 * (len(list(compare.CACHES.glob("*.yaml"))) - 1) + len(grids)
+    assert len({row.key for row in rows}) == len(rows) and len(grids) == 3 * len(compare.GRIDS)
 
 
 def test_methods_can_be_chosen():

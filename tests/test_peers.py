@@ -21,7 +21,7 @@ from diffusers.hooks import (
 import erta
 import experiments.peers
 from erta.online import Call, OnlineRule, online
-from experiments.peers import dbcache, magcache, shipped, teacache
+from experiments.peers import magcache, shipped, teacache
 from experiments.peers.constants import FILE, published
 from experiments.peers.counting import diffusers_cache, forward_costs
 from experiments.peers.easycache import EasyCache
@@ -446,6 +446,7 @@ PEERS = {
     "taylorseer": ["cache.steps=4", "cache.options.warmup=1"],
     "magcache_diffusers": ["cache.steps=5"],
     "seacache": ["cache.steps=4"],
+    "meancache": ["cache.steps=4"],
     "pab": ["cache.options.timesteps=[0,1000]", "cache.options.spatial=2"],
 }
 
@@ -482,10 +483,3 @@ def test_a_knob_by_its_own_key_and_a_run_that_reuses_nothing(command, tmp_path):
     assert code == 1 and "reaches 5 to 6" in printed
     code, printed = command("cache=easycache", "cache.options.tua=0.1")
     assert code == 1 and "unknown key cache.options.tua" in printed
-
-
-@pytest.mark.parametrize("cache", ["dbcache", "dbcache_taylor"])
-def test_a_missing_package_is_named(command, monkeypatch, cache):  # noqa: F811
-    monkeypatch.setattr(dbcache.importlib.util, "find_spec", lambda name: None)
-    code, printed = command(f"cache={cache}", "cache.steps=3")
-    assert code == 1 and f"cache={cache} needs the package cache-dit" in printed
