@@ -10,10 +10,10 @@ run: setup           ## the main job on the embedded model; ARGS="cache=uniform"
 	$(BIN)/python run.py $(ARGS)
 
 test: setup          ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: setup     ## the slow tests, which CI runs too
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 lint: setup          ## ruff and mypy
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from experiments.scenes.attributes import (
 )
 from experiments.scenes.render import SIZE_PX
 from experiments.training.loop import Losses, StageSettings, Trainer
-from experiments.training.muon import Muon
+from experiments.training.muon import muon_and_adamw
 from experiments.training.text import build_tokenizer
 
 TEXT_POSITIONS = 40  # of the text tower; checked against the longest caption by a test
@@ -139,12 +139,11 @@ def train_clip(settings: StageSettings, folder: Path) -> CLIPModel:
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         return contrastive_loss(model, (pictures - IMAGE_MEAN) / IMAGE_STD, text.input_ids, text.attention_mask)
 
-    named = list(model.named_parameters())
-    inside = {name for name, p in named if ".layers." in name and p.ndim == 2}
-    matrices = [p for name, p in named if name in inside]
-    others = [p for name, p in named if name not in inside]
-    adam = torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    Trainer(settings, model, loss_fn, [Muon(matrices, lr=settings.learning_rate), adam], folder).run()
+    def is_inside(name: str, parameter: torch.Tensor) -> bool:
+        return ".layers." in name and parameter.ndim == 2
+
+    optimizers = muon_and_adamw(model, is_inside, settings.learning_rate, betas=(0.9, 0.98), adamw_decay=1e-4)
+    Trainer(settings, model, loss_fn, optimizers, folder).run()
     model.save_pretrained(folder / "clip")
     build_processor().save_pretrained(folder / "clip")
     return model

@@ -33,7 +33,7 @@ from experiments.training.flow import (
     pick_captions,
 )
 from experiments.training.loop import Losses, StageSettings, Trainer, compiled
-from experiments.training.muon import Muon
+from experiments.training.muon import muon_and_adamw
 from experiments.training.text import TEXT_DIM, tokenize
 
 TEXT_LENGTH = 32  # of the T5 captions; checked against the longest caption by a test
@@ -204,8 +204,8 @@ def train_image_transformer(
 
 def make_optimizers(transformer: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    named = list(transformer.named_parameters())
-    inside = {name for name, p in named if "transformer_blocks." in name and p.ndim == 2 and "norm" not in name}
-    muon = Muon([p for name, p in named if name in inside], lr=learning_rate, weight_decay=0.01)
-    others = [p for name, p in named if name not in inside]
-    return [muon, torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+
+    def is_inside(name: str, parameter: torch.Tensor) -> bool:
+        return "transformer_blocks." in name and parameter.ndim == 2 and "norm" not in name
+
+    return muon_and_adamw(transformer, is_inside, learning_rate, muon_decay=0.01, betas=(0.9, 0.98))

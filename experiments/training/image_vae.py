@@ -12,7 +12,7 @@ from torch import nn
 from experiments.scenes import sample_scene
 from experiments.training.flow import as_batch
 from experiments.training.loop import Losses, StageSettings, Trainer
-from experiments.training.muon import Muon
+from experiments.training.muon import muon_and_adamw
 from experiments.training.video_vae import near_objects
 
 VAE_CONFIG = dict(
@@ -76,11 +76,11 @@ def image_vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> Losses:
 def make_optimizers(vae: AutoencoderKL, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the kernels inside, AdamW for the ends and the norms."""
     ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
-    inside = {name for name, p in vae.named_parameters() if p.ndim == 4 and not name.startswith(ends)}
-    kernels = [p for name, p in vae.named_parameters() if name in inside]
-    others = [p for name, p in vae.named_parameters() if name not in inside]
-    adam = torch.optim.AdamW(others, lr=0.7 * learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    return [Muon(kernels, lr=learning_rate), adam]
+
+    def is_inside(name: str, parameter: torch.Tensor) -> bool:
+        return parameter.ndim == 4 and not name.startswith(ends)
+
+    return muon_and_adamw(vae, is_inside, learning_rate, adamw_decay=1e-4, lr=0.7 * learning_rate, betas=(0.9, 0.99))
 
 
 def train_image_vae(settings: StageSettings, folder: Path) -> AutoencoderKL:

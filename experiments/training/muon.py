@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
@@ -56,3 +58,19 @@ class Muon(torch.optim.Optimizer):
                 for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view_as(parameter), alpha=-group["lr"])
+
+
+def muon_and_adamw(
+    model: nn.Module,
+    is_inside: Callable[[str, nn.Parameter], bool],
+    learning_rate: float,
+    muon_decay: float = 0.0,
+    adamw_decay: float = 0.0,
+    **adamw: Any,
+) -> list[torch.optim.Optimizer]:
+    """Muon for the parameters that are inside, AdamW, with the options given, for the others; frozen ones are left out."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    inside = [parameter for name, parameter in trained if is_inside(name, parameter)]
+    others = [parameter for name, parameter in trained if not is_inside(name, parameter)]
+    muon = Muon(inside, lr=learning_rate, weight_decay=muon_decay)
+    return [muon, torch.optim.AdamW(others, **{"lr": learning_rate, "weight_decay": adamw_decay, **adamw})]

@@ -26,7 +26,7 @@ from transformers import (
 from experiments.scenes import Scene, caption, sample_scene, vocabulary
 from experiments.scenes.attributes import BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES
 from experiments.training.loop import Losses, StageSettings, Trainer
-from experiments.training.muon import Muon
+from experiments.training.muon import muon_and_adamw
 
 TEXT_DIM = 64
 MAX_WORDS = 34  # of a caption, with the end token; checked by a test
@@ -170,10 +170,10 @@ def train_text_encoder(settings: StageSettings, folder: Path, length: int = MAX_
         loss, accuracy = model(tokens.input_ids, tokens.attention_mask, scenes)
         return loss, {"worst_slot_accuracy": accuracy}
 
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if ".layer." in name and p.ndim == 2 and "bias" not in name]
-    others = [p for name, p in named if not (".layer." in name and p.ndim == 2 and "bias" not in name)]
-    adam = torch.optim.AdamW(others, lr=settings.learning_rate, weight_decay=1e-4)
-    Trainer(settings, model, loss_fn, [Muon(matrices, lr=settings.learning_rate), adam], folder).run()
+    def is_inside(name: str, parameter: torch.Tensor) -> bool:
+        return ".layer." in name and parameter.ndim == 2 and "bias" not in name
+
+    optimizers = muon_and_adamw(model, is_inside, settings.learning_rate, adamw_decay=1e-4)
+    Trainer(settings, model, loss_fn, optimizers, folder).run()
     tokenizer.save_pretrained(folder / "tokenizer")
     model.encoder.save_pretrained(folder / "text_encoder")

@@ -33,7 +33,7 @@ from experiments.training.flow import (
     pick_captions,
 )
 from experiments.training.loop import Losses, StageSettings, Trainer, compiled
-from experiments.training.muon import Muon
+from experiments.training.muon import muon_and_adamw
 from experiments.training.text import MAX_WORDS, TEXT_DIM, encode_words
 
 TEXT_LENGTH = 512  # what WanPipeline pads to by default
@@ -132,11 +132,11 @@ def attend_to_words(transformer: WanTransformer3DModel, words: torch.Tensor) -> 
 
 def make_optimizers(transformer: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    named = list(transformer.named_parameters())
-    matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
-    others = [p for name, p in named if not (name.startswith("blocks.") and p.ndim == 2)]
-    muon = Muon(matrices, lr=learning_rate, weight_decay=0.01)
-    return [muon, torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+
+    def is_inside(name: str, parameter: torch.Tensor) -> bool:
+        return name.startswith("blocks.") and parameter.ndim == 2
+
+    return muon_and_adamw(transformer, is_inside, learning_rate, muon_decay=0.01, betas=(0.9, 0.98))
 
 
 def train_transformer(

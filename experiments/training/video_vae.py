@@ -14,7 +14,7 @@ from torch.nn import functional
 from experiments.scenes import sample_scene
 from experiments.training.flow import as_batch
 from experiments.training.loop import Losses, StageSettings, Trainer
-from experiments.training.muon import Muon
+from experiments.training.muon import muon_and_adamw
 
 VAE_CONFIG = dict(
     base_dim=16,
@@ -117,20 +117,12 @@ def near_objects(clips: torch.Tensor) -> torch.Tensor:
 
 def make_optimizers(vae: AutoencoderKLWan, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the kernels inside, AdamW for the ends, the latent projections and the norms."""
-    kernels: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for name, parameter in vae.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        inside = (
-            parameter[0].numel() > 1
-            and parameter.ndim >= 4
-            and not name.startswith(("quant", "post_quant"))
-            and "conv_out" not in name
-        )
-        (kernels if inside else others).append(parameter)
-    adam = torch.optim.AdamW(others, lr=0.7 * learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    return [Muon(kernels, lr=learning_rate), adam]
+
+    def is_inside(name: str, parameter: torch.Tensor) -> bool:
+        end = name.startswith(("quant", "post_quant")) or "conv_out" in name
+        return parameter.ndim >= 4 and parameter[0].numel() > 1 and not end
+
+    return muon_and_adamw(vae, is_inside, learning_rate, adamw_decay=1e-4, lr=0.7 * learning_rate, betas=(0.9, 0.99))
 
 
 def train_vae(
