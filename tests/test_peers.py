@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers.hooks import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -359,6 +360,37 @@ def test_attention_broadcast_keeps_the_branches_apart():
     assert trace.shares["cond"] == trace.shares["uncond"] == pytest.approx([1, rest] * 4)
 
 
+@pytest.mark.parametrize(("build", "call"), [(build_pipe, WAN_CALL), (build_flux, FLUX_CALL)])
+def test_fastercache_extrapolates_self_attention(build, call):
+    """Self-attention is left out at every second step below the timestep, in each branch by its own two outputs.
+
+    Mutants: identifiers that match nothing, one state for both branches, cross-attention left out as well.
+    """
+    pipe = build()
+    before, costs = generate(pipe, call), forward_costs(pipe, call)
+    transformer = pipe.transformer
+    patterns = shipped.FASTER_CACHED[type(transformer).__name__]
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 999),
+        spatial_attention_block_identifiers=patterns,
+        temporal_attention_block_identifiers=(),
+        attention_weight_callback=lambda module: 0.3,
+        current_timestep_callback=lambda: pipe.current_timestep,
+        is_guidance_distilled=True,
+    )
+    modules = [name for name, _ in transformer.named_modules() if any(re.search(p, name) for p in patterns)]
+    assert len(modules) == len([n for n, _ in transformer.named_modules() if n.endswith((".attn1", ".attn"))]) >= 2
+    with diffusers_cache(pipe, config, costs) as trace:
+        first = generate(pipe, call)
+        assert torch.equal(generate(pipe, call), first)
+    left = 1 - sum(cost for name, cost in costs.items() if name.startswith(tuple(f"{m}." for m in modules)))
+    for shares in trace.shares.values():
+        assert shares[0] == pytest.approx(1) and set(np.round(shares, 6)) == {1, round(left, 6)}
+    assert not torch.equal(first, before) and trace.cache_bytes > 0
+    assert torch.equal(generate(pipe, call), before)
+
+
 def test_seacache_decides_by_step():
     """Without a limit on the change, at most two in a row: steps 0, 3, 6 and the last. And FLUX is refused."""
     pipe = build_pipe()
@@ -447,6 +479,7 @@ PEERS = {
     "magcache_diffusers": ["cache.steps=5"],
     "seacache": ["cache.steps=4"],
     "meancache": ["cache.steps=4"],
+    "fastercache": ["cache.options.timesteps=[-1,999]", "cache.options.spatial=2"],
     "pab": ["cache.options.timesteps=[0,1000]", "cache.options.spatial=2"],
 }
 

@@ -1,8 +1,5 @@
 """The caches that diffusers ships, each as an arm: FirstBlockCache, TaylorSeer, MagCache, SeaCache, Pyramid Attention
-Broadcast.
-
-FasterCache is not among them: it wants both guidance branches in one batch, which Wan's pipeline does not run, and
-skips the unconditional half of it, which FLUX does not have.
+Broadcast, and FasterCache's attention half.
 """
 
 from __future__ import annotations
@@ -11,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers.hooks import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -20,6 +18,7 @@ from omegaconf import DictConfig
 
 from erta.errors import ErtaError
 from erta.signature import find_denoiser
+from erta.site import model_name
 from experiments.methods import Arm, GetCalibration
 from experiments.models import call_kwargs
 from experiments.peers.counting import diffusers_cache, forward_costs
@@ -33,6 +32,10 @@ TAYLOR_CACHED = {
         r"transformer_blocks\.\d+\.(attn|ff|ff_context)",
         r"single_transformer_blocks\.\d+\.proj_out",
     ],
+}
+FASTER_CACHED = {
+    "WanTransformer3DModel": (r"^blocks\.\d+\.attn1$",),
+    "FluxTransformer2DModel": (r"transformer_blocks\.\d+\.attn$",),
 }
 # computed for nothing where FLUX's proj_out, which is all that reads them, is forecast
 TAYLOR_SKIPPED = {"FluxTransformer2DModel": [r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"]}
@@ -54,15 +57,21 @@ def first_block(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> 
     return shipped_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), FirstBlockCacheConfig)
 
 
+def known_modules(cfg: DictConfig, transformer: Any, patterns: dict[str, Any]) -> Any:
+    """The patterns of this transformer's modules. Raises ErtaError for one that is not known."""
+    name = model_name(transformer)
+    if name not in patterns:
+        raise ErtaError(f"cache={cfg.cache.name} does not know the modules of {name} (it knows {', '.join(patterns)})")
+    return patterns[name]
+
+
 def taylorseer(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     """TaylorSeer (arXiv 2503.06923): attention and feed-forward outputs are forecast between full steps.
 
     Factors are kept in the model's dtype, not always in bfloat16 as by diffusers' default.
     """
     transformer = find_denoiser(pipe)
-    name = type(transformer).__name__
-    if name not in TAYLOR_CACHED:
-        raise ErtaError(f"cache=taylorseer does not know the modules of {name} (it knows {', '.join(TAYLOR_CACHED)})")
+    cached = known_modules(cfg, transformer, TAYLOR_CACHED)
 
     def config(interval: int, order: int, warmup: int) -> TaylorSeerCacheConfig:
         return TaylorSeerCacheConfig(
@@ -70,8 +79,8 @@ def taylorseer(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> A
             max_order=check_number("order", order, 0, whole=True),
             disable_cache_before_step=check_number("warmup", warmup, 1, whole=True),
             taylor_factors_dtype=transformer.dtype,
-            cache_identifiers=TAYLOR_CACHED[name],
-            skip_predict_identifiers=TAYLOR_SKIPPED.get(name),
+            cache_identifiers=cached,
+            skip_predict_identifiers=TAYLOR_SKIPPED.get(model_name(transformer)),
         )
 
     return shipped_arm(cfg, pipe, Knob("interval", 1, cfg.model.num_inference_steps, whole=True), config)
@@ -114,6 +123,30 @@ def pab(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     return shipped_arm(cfg, pipe, Knob("spatial", 1, cfg.model.num_inference_steps, whole=True), config)
 
 
+def fastercache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """FasterCache (arXiv 2410.19355), its attention half: self-attention is extrapolated from its last two outputs.
+
+    The other half, which foretells the unconditional branch by frequencies, wants both branches in one batch. Wan's
+    pipeline runs them one after the other and FLUX has none, so there it is left out, as diffusers does for distilled
+    models; each branch keeps its own outputs here. Raises ErtaError for other transformers.
+    """
+    cached = known_modules(cfg, find_denoiser(pipe), FASTER_CACHED)
+
+    def config(spatial: int, timesteps: list[int], weight: float) -> FasterCacheConfig:
+        check_number("weight", weight, 0)
+        return FasterCacheConfig(
+            spatial_attention_block_skip_range=check_number("spatial", spatial, 1, whole=True),
+            spatial_attention_timestep_skip_range=tuple(timesteps),
+            spatial_attention_block_identifiers=cached,
+            temporal_attention_block_identifiers=(),
+            attention_weight_callback=lambda module: weight,
+            current_timestep_callback=lambda: pipe.current_timestep,
+            is_guidance_distilled=True,
+        )
+
+    return shipped_arm(cfg, pipe, Knob("spatial", 1, cfg.model.num_inference_steps, whole=True), config)
+
+
 def seacache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     """SeaCache (arXiv 2602.18993): TeaCache's rule on spectrally filtered latents, without a polynomial.
 
@@ -122,7 +155,7 @@ def seacache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm
     """
     from diffusers.hooks import SeaCacheConfig  # not in the oldest diffusers that the rest runs with
 
-    if type(find_denoiser(pipe)).__name__ != "WanTransformer3DModel":
+    if model_name(find_denoiser(pipe)) != "WanTransformer3DModel":
         raise ErtaError("cache=seacache runs on Wan text-to-video only: diffusers' SeaCache would compute everything")
 
     def config(threshold: float, order: int, max_skip: int, first: int, last: int) -> SeaCacheConfig:
