@@ -38,7 +38,7 @@ CACHES = Path(__file__).resolve().parents[1] / "conf" / "cache"
 REFERENCE = "ertacache"
 NO_BUDGET = "none"  # one row, whatever the budget
 SPEEDUPS = (2, 3, 4)
-QUICK_PROMPTS, QUICK_SPEEDUPS = 8, (2,)
+QUICK_PROMPTS, QUICK_SPEEDUPS, QUICK_KNOB_PROMPTS = 8, (2,), 1
 SEARCHED = ("budcache", "lemica")  # by hundreds of generations: not in a quick comparison
 GRIDS = ("uniform", "lemica", "gcache", "budcache", "meancache")  # whose steps plan_grid tries too, beside the policy's
 TIMED, QUICK_TIMED = 8, 4  # prompts of each row whose uncached run is timed right before the cached one
@@ -139,11 +139,13 @@ def table_rows(cfg: DictConfig) -> list[Row]:
     names = list(cfg.compare.methods) or [name for name in known if not (quick and name in SEARCHED)]
     names.sort(key=lambda name: name != REFERENCE)
     counts = [round(cfg.model.num_inference_steps / speedup) for speedup in (QUICK_SPEEDUPS if quick else SPEEDUPS)]
-    grids = [name for name in GRIDS if name in names] if "plan_grid" in names else []
+    grids = [name for name in GRIDS if name in names] if "plan_grid" in names and not quick else []
     methods = {name: (f"cache={name}",) for name in names} | {
         f"plan_grid of {name}": ("cache=plan_grid", f"cache.options.of={name}") for name in grids
     }
-    return [Row(NO_BUDGET, (f"cache={NO_BUDGET}",))] + [Row(n, o, k) for k in counts for n, o in methods.items()]
+    searching = (f"calibration.knob_prompts={QUICK_KNOB_PROMPTS}",) if quick else ()
+    rows = [Row(name, (*typed, *searching), k) for k in counts for name, typed in methods.items()]
+    return [Row(NO_BUDGET, (f"cache={NO_BUDGET}",)), *rows]
 
 
 def sample_all(

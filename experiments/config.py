@@ -97,6 +97,7 @@ class BenchConfig:
 @dataclass
 class CalibrationConfig:
     num_prompts: int = 20
+    knob_prompts: int = 3  # of them, for each value that is tried of a method's own parameter
     prompts: str | None = None
     window: int = 16
     path: str | None = None
@@ -238,6 +239,7 @@ def validate(cfg: DictConfig) -> None:
     for key, value in {
         "bench.num_prompts": cfg.bench.num_prompts,
         "calibration.num_prompts": cfg.calibration.num_prompts,
+        "calibration.knob_prompts": cfg.calibration.knob_prompts,
     }.items():
         whole_suite = key == "bench.num_prompts" and value is None and cfg.bench.suite == "standard"
         if not whole_suite and (value is None or value < 1):

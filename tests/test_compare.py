@@ -100,6 +100,7 @@ def test_every_method_stands_at_every_budget(steps, counts):
 
 def test_methods_can_be_chosen():
     quick = compare.table_rows(configured(quick=True))
+    assert all("calibration.knob_prompts=1" in row.overrides for row in quick[1:])
     assert {row.computed for row in quick[1:]} == {25} and not {row.label for row in quick} & set(compare.SEARCHED)
     few = compare.table_rows(configured(methods=["uniform", "ertacache"]))
     assert [row.label for row in few[:3]] == ["none", "ertacache", "uniform"] and len(few) == 1 + 3 * 2

@@ -25,7 +25,6 @@ from experiments.methods import Arm, step_count
 from experiments.models import call_kwargs
 from experiments.peers.calibrated import kept
 
-PROMPTS = 3  # of the calibration split, for each value that is tried
 MAX_TRIES = 14
 CLOSE_ENOUGH = 0.17  # of a step: no more values are tried
 WITHIN = 0.5  # of a step: counts as the budget that was asked for
@@ -95,7 +94,7 @@ def knob_arm(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any]
 
 def _known_or_found(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any], Attach]) -> dict[str, Any]:
     """The search's result, kept for the next run of the same method on the same model, grid and budget."""
-    target, prompts = step_count(cfg), prompts_for(cfg, pipe)[:PROMPTS]
+    target, prompts = step_count(cfg), prompts_for(cfg, pipe)[: cfg.calibration.knob_prompts]
 
     def find() -> dict[str, Any]:
         with progress_bar() as bar:
