@@ -149,20 +149,52 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def pareto(points: list[dict[str, Any]], axis: str, label: str, path: Path) -> None:
-    """PSNR of every method over `axis`, a method's budgets joined; nothing beats the points on the black line."""
-    known = [p for p in points if p["psnr_db"] is not None and p[axis] is not None]
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
-    methods = sorted({p["method"] for p in known})
-    for method, colour in zip(methods, plt.colormaps["turbo"](np.linspace(0.03, 0.97, len(methods))), strict=True):
-        mine = sorted((p for p in known if p["method"] == method), key=lambda p: p[axis])
-        axes.plot([p[axis] for p in mine], [p["psnr_db"] for p in mine], "-o", color=colour, lw=0.8, ms=4)
-        place = (mine[0][axis], mine[0]["psnr_db"])
-        axes.annotate(method, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
-    front: list[dict[str, Any]] = []
-    cheap_first = 1 if axis == "forwards" else -1
-    for p in sorted(known, key=lambda p: (cheap_first * p[axis], -p["psnr_db"])):
-        if not front or p["psnr_db"] > front[-1]["psnr_db"]:
-            front.append(p)
-    axes.plot([p[axis] for p in front], [p["psnr_db"] for p in front], color="black", lw=2, alpha=0.4, zorder=0)
-    axes.set(xlabel=label, ylabel="PSNR against the uncached clip, dB")
+    """PSNR of every method over `axis`, a panel for each budget; nothing beats the points on the grey line."""
+    known = [p for p in points if None not in (p["psnr_db"], p[axis], p["computed"])]
+    budgets = sorted({p["computed"] for p in known}, reverse=True)
+    figure, panels = plt.subplots(
+        1, max(1, len(budgets)), figsize=(7 * max(1, len(budgets)), 7.5), squeeze=False, layout="constrained"
+    )
+    for panel, budget in zip(panels[0], budgets, strict=False):
+        here = sorted((p for p in known if p["computed"] == budget), key=lambda p: p["psnr_db"])
+        front: list[dict[str, Any]] = []
+        for p in sorted(here, key=lambda p: ((1 if axis == "forwards" else -1) * p[axis], -p["psnr_db"])):
+            if not front or p["psnr_db"] > front[-1]["psnr_db"]:
+                front.append(p)
+        panel.plot([p[axis] for p in front], [p["psnr_db"] for p in front], color=GREY, lw=3, alpha=0.4, zorder=0)
+        colours = [_kind_colour(p["method"]) for p in here]
+        panel.scatter([p[axis] for p in here], [p["psnr_db"] for p in here], c=colours, s=28, zorder=3)
+        low, high = panel.get_ylim()
+        heights = _spread([(p["psnr_db"] - low) / (high - low) for p in here])
+        for p, colour, height in zip(here, colours, heights, strict=True):
+            panel.annotate(
+                p["method"],
+                (p[axis], p["psnr_db"]),
+                xytext=(1.04, height),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=9,
+                color=colour,
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "alpha": 0.5},
+            )
+        panel.set(title=f"{budget} computed steps", xlabel=label)
+    panels[0, 0].set_ylabel("PSNR against the uncached samples, dB")
     _save(figure, path)
+
+
+def _kind_colour(method: str) -> str:
+    """One colour for what caches nothing, one for the paper's method and its parts, one for the others."""
+    if method.startswith(("fewer_steps", "plan_grid")):
+        return REUSED
+    return "#c1121f" if method in ("ertacache", "policy", "policy_time") else COMPUTED
+
+
+def _spread(heights: list[float], apart: float = 0.032) -> list[float]:
+    """Rising heights moved as little as it takes to keep them apart, and inside 0 … 1 if they fit."""
+    made = list(heights)
+    for k in range(1, len(made)):
+        made[k] = max(made[k], made[k - 1] + apart)
+    ceiling = max(1.0, apart * (len(made) - 1))
+    for k in reversed(range(len(made))):
+        made[k] = min(made[k], ceiling - apart * (len(made) - 1 - k))
+    return made

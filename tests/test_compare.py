@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from erta.errors import BudgetError, ErtaError
-from experiments import compare
+from experiments import compare, figures
 from experiments.ablation import Row
 from experiments.record import read_lines
 from tests.test_cli import command, folders, weights  # noqa: F401  (fixtures)
@@ -119,3 +119,9 @@ def test_frames_are_compared_as_asked_for(command):  # noqa: F811
         assert code == 0 and ("read from mp4 files" in printed) == (source == "mp4"), printed
         found[source] = [row["psnr_db"] for row in read_lines(Path(f"outputs/{source}/rows.jsonl"))]
     assert found["decoded"][0] is found["mp4"][0] is None and found["decoded"][1] != found["mp4"][1]
+
+
+def test_labels_of_the_figures_are_kept_apart():
+    """Mutants: labels on top of each other, in another order, or pushed out of the panel."""
+    made = figures._spread([0.1, 0.11, 0.11, 0.9, 0.99, 0.99, 1.0], apart=0.1)
+    assert made == pytest.approx([0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.0])
