@@ -1,14 +1,15 @@
 """DBCache of the cache-dit package (vipshop/cache-dit), plain and with Taylor forecasts: an optional extra, `peers`.
 
 Site: the residual of the blocks between the first Fn, which always run and whose residual's relative change since the
-last computed step decides, and the last Bn, which always run too; in FLUX so in each of its two stacks. Stored: the
-residuals of the first and of the middle blocks, of both token streams, in each guidance branch; with
-`cache.options.taylor` also their differences, which forecast the middle's residual. Online. The package is put on the
-bare transformer and its state made anew before every call; what really runs is counted here, not by its statistics.
+last computed step decides, and the last Bn, which always run too; FLUX's two stacks count as one. Stored: the residuals
+of the first and of the middle blocks, of both token streams, in each guidance branch; with `cache.options.taylor` also
+their differences, which forecast the middle's residual (from the fourth computed step on). Online. The package is put on
+the bare transformer and its state made anew before every call; what really runs is counted here, not by its statistics.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,12 +63,12 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
 
 
 def first_blocks(transformer: Any, asked: int | None) -> int:
-    """Fn: what was asked for, else 8 as published, but 1 if that were half of a stack of blocks or more."""
+    """Fn: what was asked for, else 8 as published, but 1 if that were half of the blocks or more."""
     if asked is not None:
         return check_number("first", asked, 1, whole=True)
     stack = BLOCK_STACKS.get(model_name(transformer))
-    shortest = min(len(transformer.get_submodule(name)) for name in stack.lists) if stack else 2 * PUBLISHED_FIRST
-    return PUBLISHED_FIRST if shortest > 2 * PUBLISHED_FIRST else 1
+    count = sum(len(transformer.get_submodule(name)) for name in stack.lists) if stack else math.inf
+    return PUBLISHED_FIRST if count > 2 * PUBLISHED_FIRST else 1
 
 
 @contextmanager
