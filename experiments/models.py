@@ -224,9 +224,12 @@ def _local_folder(model: DictConfig) -> Path | None:
 def _missing_weights(model: DictConfig) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    pinned = f" --revision {model.revision}" if model.revision is not None else ""
+    other = ", or take what is in the cache (model.revision=null)" if pinned else ""
     return (
-        f"no weights for model={model.name}: {model.hub_id} is neither in {HF_HUB_CACHE} nor reachable on the hub.\n"
-        f"Download them with `hf download {model.hub_id} --local-dir {model.name}` and add model.path={model.name}, "
+        f"no weights for model={model.name}: {model.hub_id}{f' at {model.revision[:7]}' if pinned else ''} is neither in "
+        f"{HF_HUB_CACHE} nor reachable on the hub.\n"
+        f"Download them with `hf download {model.hub_id}{pinned} --local-dir {model.name}` and add model.path={model.name}{other}, "
         "or try the embedded model: python run.py model=wan21_tiny"
     )
 

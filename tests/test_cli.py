@@ -147,6 +147,7 @@ def test_calibration_is_reused_and_resumed(command, tmp_path, monkeypatch):
     assert json.loads(Path("outputs/z/other/record.json").read_text())["plan_report"]["interpolated_from_steps"] == 6
 
 
+@pytest.mark.slow
 def test_tables_of_rows(command, tmp_path, monkeypatch):
     """Each row is run by its own overrides and compared in pairs; a second call takes up what is there."""
     from experiments import budgets, table3_ablation

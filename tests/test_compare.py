@@ -108,6 +108,7 @@ def test_methods_can_be_chosen():
         compare.table_rows(configured(methods=["teecache"]))
 
 
+@pytest.mark.slow
 def test_frames_are_compared_as_asked_for(command):  # noqa: F811
     """Mutant: bench.frames_from ignored."""
     found = {}

@@ -163,6 +163,7 @@ def test_profile_over_frames_by_hand(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_run_compares_decoded_frames_or_mp4_files(command, tmp_path):  # noqa: F811
     """Mutants: the metric of the other frames than the record says, mp4 files of one arm only."""
     pages, records = {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import diffusers
@@ -136,6 +137,20 @@ def test_a_revision_is_asked_for_on_the_hub_only(monkeypatch, tmp_path):
     with pytest.raises(ErtaError, match="no weights"):
         load_pipeline(config("model=wan21", "model.revision=abc123"))
     assert asked == [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "abc123")]
+
+
+@pytest.mark.parametrize("model", ["wan21", "wan21_14b", "wan22_a14b", "flux_dev", "cogvideox_2b", "hunyuan_video"])
+def test_weights_of_the_hub_are_pinned(model, monkeypatch):
+    """Mutants: a branch for a commit; a message whose download command gets other weights than the run would."""
+    cfg = config(f"model={model}")
+    assert re.fullmatch("[0-9a-f]{40}", cfg.model.revision)
+
+    def from_pretrained(source, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(getattr(diffusers, cfg.model.pipeline), "from_pretrained", from_pretrained)
+    with pytest.raises(ErtaError, match=f"{cfg.model.hub_id} --revision {cfg.model.revision} --local-dir {model}"):
+        load_pipeline(cfg)
 
 
 @pytest.mark.parametrize("sampler", ["flow_match_euler", "dpmpp"])

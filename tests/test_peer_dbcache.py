@@ -72,6 +72,7 @@ def test_how_many_blocks_decide():
     assert first_blocks(build_pipe().transformer, None) == 1 and first_blocks(build_flux().transformer, 2) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cache", "first"), [("dbcache", 3), ("dbcache_taylor", 4)])
 def test_in_the_harness(command, tmp_path, monkeypatch, cache, first):  # noqa: F811
     """The budget is met on calibration prompts; a missing package is named."""

@@ -163,6 +163,7 @@ def test_delta_dit_ranges():
 PEERS = {"fora": 5, "smoothcache": 4, "t_gate": 5, "delta_dit": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", PEERS)
 def test_in_the_harness(command, tmp_path, cache):  # noqa: F811
     """Through the command line: not more than the budget, and the record tells what was made."""

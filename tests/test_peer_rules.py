@@ -132,6 +132,7 @@ def test_sensitivities_of_a_linear_model():
 PEERS = {"dicache": ["cache.steps=5"], "sencache": ["cache.steps=4", "cache.options.first=10"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", PEERS)
 def test_in_the_harness(command, tmp_path, cache):  # noqa: F811
     """Through the command line: the budget is met on calibration prompts, and the record tells what was made."""

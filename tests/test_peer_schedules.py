@@ -163,6 +163,7 @@ def test_the_grid_of_a_searched_schedule(command, tmp_path):  # noqa: F811
 PEERS = {"gcache": ["cache.options.trials=2"], "lemica": [], "budcache": ["cache.options.iterations=3"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", PEERS)
 def test_in_the_harness(command, tmp_path, cache):  # noqa: F811
     """Exactly the budget, as a plan, whose file is written."""

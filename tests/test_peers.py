@@ -403,6 +403,7 @@ def test_seacache_decides_by_step():
         shipped.seacache(None, build_flux(), None)
 
 
+@pytest.mark.slow
 def test_fewer_steps_with_another_solver(command, tmp_path):  # noqa: F811
     """The uncached run keeps its own solver; the other's grid is recorded. Mutant: both arms under one solver."""
     code, printed = command("cache=fewer_steps", "bench=fidelity", "hydra.run.dir=outputs/a/own")
@@ -484,6 +485,7 @@ PEERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", PEERS)
 def test_in_the_harness(command, tmp_path, cache):  # noqa: F811
     """Through the command line: the budget is met on calibration prompts, and the record tells what was made."""

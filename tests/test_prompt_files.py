@@ -90,6 +90,7 @@ def test_files_that_cannot_be_read(tmp_path):
             read_prompt_file(path)
 
 
+@pytest.mark.slow
 def test_a_run_takes_ids_and_seeds_from_its_files(command, tmp_path):  # noqa: F811
     """Mutants: the file's seed replaced by a counted one, its id by the index, test prompts used for calibration."""
     tests = [

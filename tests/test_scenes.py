@@ -94,6 +94,7 @@ def swapped(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(scene, objects=tuple(objects))
 
 
+@pytest.mark.slow
 def test_checker_says_no_when_one_attribute_differs(clips):
     rng = np.random.default_rng(3)
     wrong = [agreement(swapped(scene, rng), read_clip(frames))["all"] for scene, frames in clips for _ in range(3)]
@@ -184,6 +185,7 @@ def test_rendering_is_seeded_and_in_range():
     assert not np.array_equal(a, c) and a.min() >= 0 and a.max() <= 1 and a.shape == (9, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_objects_stay_inside_the_frame():
     rng = np.random.default_rng(5)
     for _ in range(100):

@@ -376,6 +376,7 @@ def test_standard_suite(command, tmp_path, small_suite, monkeypatch):
     assert "cached - uncached, 6 videos" in printed
 
 
+@pytest.mark.slow
 def test_damaged_and_lost_videos(command, tmp_path, small_suite, monkeypatch):
     """A damaged clip is named, and when it is deleted it comes back bit for bit."""
 
@@ -400,6 +401,7 @@ def test_damaged_and_lost_videos(command, tmp_path, small_suite, monkeypatch):
     assert (folder / "per_prompt.jsonl").read_text() == rows and test_cli.folders(tmp_path) == [folder]
 
 
+@pytest.mark.slow
 def test_finished_dimensions_are_not_scored_again(command, tmp_path, small_suite, monkeypatch):
     append, scored = vbench_job.append_line, []
 
@@ -480,6 +482,7 @@ def test_without_the_package_custom_prompts_go_unscored_and_the_suite_is_refused
     assert code == 0 and printed.count("`make setup` installs it") == 2, printed
 
 
+@pytest.mark.slow
 def test_weights_folder_with_some_of_the_files(command, tmp_path, monkeypatch):
     """What is there is evaluated; the rest is listed with the files, and the run's own results are kept."""
     (tmp_path / "some" / "clip_model").mkdir(parents=True)
