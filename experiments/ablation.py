@@ -213,11 +213,15 @@ def columns(reference: str) -> list[str]:
     return [name.format(reference=reference) for name in COLUMNS]
 
 
-def write_markdown(path: Path, headings: list[str], table: list[list[str]], below: str = "") -> None:
-    """A table, and text below it, as Markdown."""
+def markdown(headings: list[str], table: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(row) + " |" for row in table]
-    path.write_text("\n".join(lines) + "\n" + (f"\n{below.strip()}\n" if below else ""), encoding="utf-8")
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table)]) + "\n"
+
+
+def write_markdown(path: Path, headings: list[str], table: list[list[str]], below: str = "") -> None:
+    """A table, and text below it, as a Markdown file."""
+    path.write_text(markdown(headings, table) + (f"\n{below.strip()}\n" if below else ""), encoding="utf-8")
     console.note(f"table: {path}")
 
 

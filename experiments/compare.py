@@ -22,16 +22,16 @@ from experiments.ablation import (
     RowArms,
     comparer,
     interval_text,
+    markdown,
     refuse_what_rows_decide,
     uncached_clips,
-    write_markdown,
 )
 from experiments.calibrating import progress_bar
 from experiments.methods import Arm
 from experiments.metrics import Interval, Lpips, mean_psnr, paired_interval, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
-from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
+from experiments.record import append_line, check_inputs, describe_inputs, describe_run, environment, finish, read_lines
 from experiments.sampling import generate
 
 CACHES = Path(__file__).resolve().parents[1] / "conf" / "cache"
@@ -93,7 +93,7 @@ class Outcome:
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Sample, then write `rows.jsonl`, `arms.jsonl`, `table.md`, the figures and `record.json`.
+    """Sample, then write `rows.jsonl`, `arms.jsonl`, `comparison.md`, the figures and `record.json`.
 
     Raises ErtaError at the end if a method failed inside the pipeline; a method that refuses is no failure.
     """
@@ -102,10 +102,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
     rows = table_rows(cfg)
     outcomes, failed = sample_all(cfg, folder, rows, prompts)
     tables = tabulate(outcomes)
+    about = f"{cfg.model.name}, {len(prompts)} held-out prompts"
     for count, table in tables.items():
-        title = f"{count} of {cfg.model.num_inference_steps} steps"
-        console.table(f"{cfg.model.name}, {len(prompts)} held-out prompts, {title}", list(COLUMNS), table)
-        write_markdown(folder / f"table_{count}.md", list(COLUMNS), table, reasons(outcomes, count))
+        title = f"{about}, {count} of {cfg.model.num_inference_steps} steps"
+        console.table(title, list(COLUMNS), [*table, *not_run(outcomes, count)])
+    (folder / "comparison.md").write_text(as_markdown(about, tables, outcomes), encoding="utf-8")
+    console.note(f"tables: {folder / 'comparison.md'}")
     (folder / "figures").mkdir(exist_ok=True)
     full = full_forwards(outcomes)
     points = [
@@ -226,7 +228,8 @@ def tabulate(outcomes: list[Outcome]) -> dict[int, list[list[str]]]:
         here = [o for o in outcomes if o.row.computed == count]
         here.sort(key=lambda o: -(o.mean("psnr_db") or -1))
         lines = [*(o for o in outcomes if o.row.computed is None), *here]
-        tables[count] = [cells(o, reference_of(here[0], outcomes), full_forwards(outcomes)) for o in lines]
+        reference, full = reference_of(here[0], outcomes), full_forwards(outcomes)
+        tables[count] = [cells(o, reference, full) for o in lines if o.samples]
     return tables
 
 
@@ -244,9 +247,8 @@ def full_forwards(outcomes: list[Outcome]) -> float | None:
 def cells(outcome: Outcome, reference: Outcome | None, full: float | None) -> list[str]:
     """One line of a table. `full`: the forwards of a run without a cache."""
     samples = outcome.samples
-    if not samples or outcome.reused_nothing(full):
-        said = "did not reuse anything" if samples else "not run, see below"
-        return [outcome.row.label, said, *[""] * (len(COLUMNS) - 2)]
+    if outcome.reused_nothing(full):
+        return [outcome.row.label, "did not reuse anything", *[""] * (len(COLUMNS) - 2)]
     against = ""
     if reference is not None and reference is not outcome:
         against = interval_text(outcome.gain("psnr_db", reference), "+.2f")
@@ -266,9 +268,25 @@ def cells(outcome: Outcome, reference: Outcome | None, full: float | None) -> li
     ]
 
 
-def reasons(outcomes: list[Outcome], count: int) -> str:
-    """Why rows of a table were not run."""
-    return "\n".join(f"- {o.row.label}: {o.reason}" for o in outcomes if o.reason and o.row.computed in (count, None))
+def not_run(outcomes: list[Outcome], count: int) -> list[list[str]]:
+    """Lines of a table for what has no samples."""
+    labels = [o.row.label for o in outcomes if o.reason and o.row.computed in (count, None)]
+    return [[label, "not run", *[""] * (len(COLUMNS) - 2)] for label in labels]
+
+
+def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[Outcome]) -> str:
+    """All tables, each with what was not run and why."""
+    run_by = environment()
+    text = [f"# {about}", f"`{run_by['command']}`, commit {run_by['git_commit']}, {run_by['device']}."]
+    text.append(
+        f"Best PSNR first. Forwards are counted, in equivalents of whole ones. Speed-ups are medians over pairs timed in "
+        f"turns, one sample after the other. The interval is that of the PSNR's paired difference to {REFERENCE}."
+    )
+    for count, table in tables.items():
+        text += [f"## {count} computed steps", markdown(list(COLUMNS), table).strip()]
+        reasons = [f"- {o.row.label}: {o.reason}" for o in outcomes if o.reason and o.row.computed in (count, None)]
+        text += ["Not run:", "\n".join(reasons)] if reasons else []
+    return "\n\n".join(text) + "\n"
 
 
 def point(outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:

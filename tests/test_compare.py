@@ -49,8 +49,9 @@ def test_comparison_command(command, tmp_path, monkeypatch):  # noqa: F811
         ("none", 12), ("none", 12), ("ertacache (3)", 6), ("ertacache (3)", 6), ("uniform (3)", 6), ("uniform (3)", 6),
     ]  # fmt: skip
     assert all(r["uncached_s"] > 0 for r in rows) and rows[0]["psnr_db"] is None and rows[2]["psnr_db"] > 0
-    table = Path("outputs/c/table_3.md").read_text()
-    assert "identical" in table and "a peer broke" in table and "not run, see below" in table
+    tables = Path("outputs/c/comparison.md").read_text()
+    assert "identical" in tables and "- fora: RuntimeError: a peer broke" in tables and "## 3 computed steps" in tables
+    assert "not run" in printed and "| fora |" not in tables
     for axis in ("speedup", "forwards"):
         assert Path(f"outputs/c/figures/psnr_by_{axis}.png").stat().st_size > 5000
     code, printed = command("experiment=compare", "cache.steps=3")
