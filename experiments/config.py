@@ -128,6 +128,7 @@ class ExperimentConfig:
 class CompareConfig:
     quick: bool = False
     methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
+    only_finished: bool = False  # tables of the rows that are there, nothing is sampled
 
 
 @dataclass

@@ -41,6 +41,7 @@ PACKAGES = (
 def config_hash(cfg: DictConfig) -> str:
     """Digest of everything in the configuration that decides the result."""
     plain = {key: value for key, value in as_plain(cfg).items() if key not in NOT_HASHED}
+    del plain["compare"]["only_finished"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -66,7 +67,8 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
         raise ErtaError(f"{fresh} holds another run: choose another folder with hydra.run.dir=FOLDER, or delete it")
     try:
         fresh.mkdir(parents=True, exist_ok=True)
-        if state and (state.get("finished") or not cfg.resume):
+        anew = (state or {}).get("finished") or not cfg.resume
+        if state and anew and not cfg.compare.only_finished:
             for name in RESULTS:
                 (fresh / name).unlink(missing_ok=True)
             shutil.rmtree(fresh / "uncached", ignore_errors=True)

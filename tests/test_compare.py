@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from erta.errors import BudgetError, ErtaError
-from experiments import compare, figures
+from experiments import compare, compare_tables, figures
 from experiments.ablation import Row
 from experiments.record import read_lines
 from tests.test_cli import command, folders, weights  # noqa: F401  (fixtures)
@@ -21,7 +21,9 @@ def one(psnr: float | None, **changes) -> dict:
 
 
 def test_comparison_command(command, tmp_path, monkeypatch):  # noqa: F811
-    """Mutants: a failure that ends the run, or that exits with 0; a row that hides its reason."""
+    """Mutants: a failure that ends the run, or that exits with 0; a row that hides its reason; tables of what is
+    finished that sample more, forget why a row was left out, or delete the rows of a finished run.
+    """
     caches = tmp_path / "caches"
     caches.mkdir()
     for name in ("none", "ertacache", "uniform", "fora", "t_gate"):
@@ -54,32 +56,44 @@ def test_comparison_command(command, tmp_path, monkeypatch):  # noqa: F811
     assert "not run" in printed and "| fora |" not in tables
     for axis in ("speedup", "forwards"):
         assert Path(f"outputs/c/figures/psnr_by_{axis}.png").stat().st_size > 5000
+    for path in ("rows.jsonl", "state.json"):  # as if interrupted at the last row
+        lines = Path("outputs/c", path).read_text().replace('"finished": true', '"finished": false').splitlines(True)
+        Path("outputs/c", path).write_text("".join(lines[:-1] if path == "rows.jsonl" else lines))
+    code, printed = command(*arguments, "compare.only_finished=true")
+    assert code == 0 and "uniform (3) is left out: not finished: 1 of 2 prompts" in printed, printed
+    assert "fora (3) is left out: RuntimeError: a peer broke" in printed
+    assert len(read_lines(Path("outputs/c/rows.jsonl"))) == 5
+    assert "- uniform: not finished" in Path("outputs/c/comparison.md").read_text()
+    code, printed = command(*arguments)
+    assert code == 1 and len(read_lines(Path("outputs/c/rows.jsonl"))) == 6
+    code, printed = command(*arguments, "compare.only_finished=true")
+    assert code == 0 and len(read_lines(Path("outputs/c/rows.jsonl"))) == 6 and "not finished" not in printed
     code, printed = command("experiment=compare", "cache.steps=3")
     assert code == 1 and "decide about the cache" in printed
 
 
 def test_a_row_of_the_table():
     """Mutants: unpaired differences, the speed-up of other samples than the timed ones, means over what is missing."""
-    reference = compare.Outcome(Row("ertacache", (), 3), [one(30.0), one(40.0)])
+    reference = compare_tables.Outcome(Row("ertacache", (), 3), [one(30.0), one(40.0)])
     timed = [one(33.0, denoise_s=1.0, uncached_s=2.0), one(43.0, denoise_s=9.0)]
-    outcome = compare.Outcome(Row("uniform", (), 3), timed, calibration_s=1.5)
+    outcome = compare_tables.Outcome(Row("uniform", (), 3), timed, calibration_s=1.5)
     assert outcome.speedup == 2.0
-    cells = dict(zip(compare.COLUMNS, compare.cells(outcome, reference, 12), strict=True))
+    cells = dict(zip(compare_tables.COLUMNS, compare_tables.cells(outcome, reference, 12), strict=True))
     assert cells["PSNR dB"] == "38.00" and cells["against ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
     assert cells["speed-up, measured"] == "2.00x" and cells["LPIPS"] == "" and cells["scene, all"] == "100.0%"
-    assert compare.cells(reference, reference, 12)[4] == "" and cells["calibration s"] == "2"
-    point = compare.point(outcome, reference)
+    assert compare_tables.cells(reference, reference, 12)[4] == "" and cells["calibration s"] == "2"
+    point = compare_tables.point(outcome, reference)
     assert point["against_ertacache"]["psnr_db"] == [3, 3, 3] and point["against_ertacache"]["scene"] == [0, 0, 0]
     assert "lpips" not in point["against_ertacache"] and point["calibration_s"] == 1.5
 
 
 def test_a_cache_that_computed_everything_says_so():
     """Mutants: such a row ranked by its perfect PSNR; a plan's grid without a cache, which computes all of fewer steps."""
-    idle = compare.Outcome(Row("taylorseer", (), 3), [one(None, forwards=12)])
-    assert compare.cells(idle, None, 12)[1] == "did not reuse anything"
-    assert compare.cells(compare.Outcome(Row("plan_grid", (), 3), [one(40.0)]), None, 12)[1] == "6.0"
-    whole = compare.Outcome(Row("none", (), None), [one(None, forwards=12)])
-    assert compare.cells(whole, None, 12)[3] == "identical" and compare.full_forwards([idle, whole]) == 12
+    idle = compare_tables.Outcome(Row("taylorseer", (), 3), [one(None, forwards=12)])
+    assert compare_tables.cells(idle, None, 12)[1] == "did not reuse anything"
+    assert compare_tables.cells(compare_tables.Outcome(Row("plan_grid", (), 3), [one(40.0)]), None, 12)[1] == "6.0"
+    whole = compare_tables.Outcome(Row("none", (), None), [one(None, forwards=12)])
+    assert compare_tables.cells(whole, None, 12)[3] == "identical" and compare_tables.full_forwards([idle, whole]) == 12
 
 
 def configured(steps: int = 50, **options):
@@ -91,7 +105,7 @@ def configured(steps: int = 50, **options):
 @pytest.mark.parametrize(("steps", "counts"), [(50, (25, 17, 12)), (30, (15, 10, 8))])
 def test_every_method_stands_at_every_budget(steps, counts):
     rows = compare.table_rows(configured(steps))
-    assert rows[0].label == "none" and rows[1].label == compare.REFERENCE
+    assert rows[0].label == "none" and rows[1].label == compare_tables.REFERENCE
     assert {row.computed for row in rows[1:]} == set(counts)
     grids = [row for row in rows if row.label.startswith("plan_grid of ")]
     assert {row.overrides for row in grids} >= {("cache=plan_grid", "cache.options.of=lemica")}
