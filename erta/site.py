@@ -85,7 +85,7 @@ class _Stand(nn.Module):
             tokens = tokens + self.shift
         if self.output_index is None:
             return tokens
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+        text = text_of(args, kwargs)
         return (text, tokens) if self.output_index == 1 else (tokens, text)
 
 
@@ -156,6 +156,11 @@ Site = OutputSite | BlocksSite
 def make_site(name: str, transformer: nn.Module, reuse: str = "residual") -> Site:
     """The site called `name`, one of `SITES`."""
     return OutputSite(model_name(transformer), reuse) if name == "output" else BlocksSite(transformer)
+
+
+def text_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The text tokens among the arguments of a block."""
+    return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
 
 
 def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -30,7 +30,7 @@ from experiments.compare_tables import (
     reference_of,
     tabulate,
 )
-from experiments.methods import Arm
+from experiments.methods import CACHES, Arm
 from experiments.metrics import Lpips, psnr_db, scene_agreement, ssim
 from experiments.models import call_kwargs, load_pipeline
 from experiments.prompts import Prompt, test_prompts
@@ -46,7 +46,6 @@ from experiments.record import (
 )
 from experiments.sampling import generate
 
-CACHES = Path(__file__).resolve().parents[1] / "conf" / "cache"
 SPEEDUPS = (2, 3, 4)
 QUICK_PROMPTS, QUICK_SPEEDUPS, QUICK_KNOB_PROMPTS = 8, (2,), 1
 SEARCHED = ("budcache", "lemica")  # by hundreds of generations: not in a quick comparison

@@ -34,7 +34,8 @@ PLAN_KEYS = (
     "corrector_at_reused",
     "reuse",
 )
-SAMPLERS = Path(__file__).resolve().parents[1] / "conf" / "sampler"
+CONF = Path(__file__).resolve().parents[1] / "conf"
+CACHES, SAMPLERS = CONF / "cache", CONF / "sampler"
 GetCalibration = Callable[[], erta.Calibration]
 
 

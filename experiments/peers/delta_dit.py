@@ -22,7 +22,7 @@ from torch import nn
 from erta.errors import ErtaError
 from erta.scheduler import step_index
 from erta.signature import single_denoiser
-from erta.site import BLOCK_STACKS, latent_of, model_name
+from erta.site import BLOCK_STACKS, latent_of, model_name, text_of
 from experiments.methods import Arm, GetCalibration
 from experiments.models import call_kwargs
 from experiments.peers.counting import forward_costs
@@ -133,7 +133,7 @@ class DeltaHook(ModelHook):
         tokens = latent_of(args, kwargs)
         if self.output_index is None:
             return [tokens]
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+        text = text_of(args, kwargs)
         return [text, tokens] if self.output_index == 1 else [tokens, text]
 
     def reset_state(self, module: nn.Module) -> nn.Module:

@@ -7,19 +7,16 @@ as the method, the method has found a grid, and caching adds nothing.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from erta.errors import ErtaError
 from experiments.config import BUDGETS, CacheConfig
-from experiments.methods import Arm, GetCalibration, make_arm
+from experiments.methods import CACHES, Arm, GetCalibration, make_arm
 from experiments.models import call_kwargs
 from experiments.peers.knob import options_of
 from experiments.peers.searched import plan_of
-
-CACHES = Path(__file__).resolve().parents[2] / "conf" / "cache"
 
 
 def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
