@@ -25,8 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from erta.errors import ErtaError
 from experiments import config, console
+from experiments.config import CONF
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "sampler", "cache", "bench", "experiment")
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 TRACEBACK = "--traceback"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -13,6 +14,7 @@ from erta.errors import BudgetError, ErtaError, choice_index
 from erta.site import SITES
 from experiments import vbench_dimensions
 
+CONF = Path(__file__).resolve().parents[1] / "conf"
 DEFAULT_SPEEDUP = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
 BUDGETS = ("threshold", "speedup", "steps")

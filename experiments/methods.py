@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ from erta.errors import ErtaError
 from erta.schedule import steps_for_speedup, uniform_mask
 from erta.trace import CallTrace
 from experiments.calibrating import closed_loop_plan
-from experiments.config import DEFAULT_SPEEDUP, budget
+from experiments.config import CONF, DEFAULT_SPEEDUP, budget
 from experiments.models import call_grid, call_kwargs, call_sigmas, set_sampler
 from experiments.peers.calibrated import search_seconds
 
@@ -34,7 +33,6 @@ PLAN_KEYS = (
     "corrector_at_reused",
     "reuse",
 )
-CONF = Path(__file__).resolve().parents[1] / "conf"
 CACHES, SAMPLERS = CONF / "cache", CONF / "sampler"
 GetCalibration = Callable[[], erta.Calibration]
 

@@ -23,7 +23,7 @@ from experiments.prompts import Prompt
 
 SCHEMA = "erta.record/1"
 STATE_FILE = "state.json"
-RESULTS = ("per_prompt.jsonl", "rows.jsonl", "vbench.jsonl", "record.json")
+RESULTS = ("per_prompt.jsonl", "rows.jsonl", "arms.jsonl", "left_out.json", "vbench.jsonl", "record.json")
 NOT_HASHED = ("resume", "wandb")
 PACKAGES = (
     "torch",

@@ -15,7 +15,7 @@ from transformers import CLIPModel
 import erta
 from experiments import main_job
 from experiments.calibrating import get_calibration
-from experiments.cli import CONF
+from experiments.config import CONF
 from experiments.methods import Arm
 from experiments.models import ASSETS, call_kwargs, load_pipeline
 from experiments.prompts import calibration_prompts, test_prompts

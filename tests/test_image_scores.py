@@ -11,7 +11,7 @@ from scipy import linalg, ndimage
 
 from erta.errors import ErtaError
 from experiments import image_scores
-from experiments.cli import CONF
+from experiments.config import CONF
 from experiments.image_scores import CLIP_TINY, ClipFeatures, clip_scores, fid, image_files, load_clip, read_image
 from experiments.prompts import scene_prompts
 from experiments.scenes import Scene, caption, render, sample_scene, sample_scenes

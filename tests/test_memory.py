@@ -16,7 +16,7 @@ import erta
 from erta.errors import ErtaError, InstallError
 from erta.signature import weights_digest
 from experiments import config, models
-from experiments.cli import CONF
+from experiments.config import CONF
 from experiments.record import read_lines
 from experiments.sampling import generate
 from tests.conftest import CALL, PROMPTS, build_pipe, run

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 import erta
 from erta.errors import ErtaError
-from experiments.cli import CONF
+from experiments.config import CONF
 from experiments.model_card import model_card, shown
 from experiments.models import call_sigmas, load_pipeline
 from experiments.prompts import calibration_prompts

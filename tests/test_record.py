@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from erta.errors import ErtaError
-from experiments.cli import CONF
+from experiments.config import CONF
 from experiments.record import append_line, check_inputs, mark_finished, open_folder, read_lines
 
 
@@ -31,12 +31,15 @@ def test_other_weights_do_not_continue_a_run(tmp_path, chosen):
 
 @pytest.mark.parametrize("how", ["finished", "resume=false"])
 def test_a_new_run_in_the_same_folder_starts_with_nothing(tmp_path, how):
-    """Mutant: the old inputs kept, so that new weights are refused for ever."""
+    """Mutants: the old inputs kept, so that new weights are refused for ever; a comparison's old set-up times kept."""
     folder = open_folder(config(), tmp_path / "run", True)
     check_inputs(folder, {"weights": "a"})
     append_line(folder / "rows.jsonl", {"row": 1})
+    append_line(folder / "arms.jsonl", {"row": 1, "calibration_s": 9.0})
+    (folder / "left_out.json").write_text('{"row": "why"}')
     if how == "finished":
         mark_finished(folder)
     open_folder(config(*([how] if "=" in how else [])), folder, True)
     check_inputs(folder, {"weights": "b"})
-    assert read_lines(folder / "rows.jsonl") == []
+    assert read_lines(folder / "rows.jsonl") == read_lines(folder / "arms.jsonl") == []
+    assert not (folder / "left_out.json").exists()

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from erta.errors import ErtaError
 from experiments import speed
-from experiments.cli import CONF
+from experiments.config import CONF
 from experiments.models import load_pipeline
 
 
