@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
     path = folder / "rows.jsonl"
     done = {(row["row"], row["index"]): row for row in read_lines(path)}
     references = uncached_clips(pipe, cfg, prompts, folder)
-    compared = comparer(cfg, folder)
+    compared = comparer(cfg)
     with progress_bar() as bar:
         task = bar.add_task("rows", total=len(rows) * len(prompts), completed=len(done))
         for row in rows:
@@ -150,12 +151,17 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
     )
 
 
-def comparer(cfg: DictConfig, folder: Path) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
+def comparer(cfg: DictConfig) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
     """What gives the frames of a clip and of its reference as `bench.frames_from` wants them compared."""
-    source, mp4 = cfg.bench.frames_from, folder / "compared.mp4"
+    source = cfg.bench.frames_from
     if source != "decoded":
         console.note(f"PSNR and SSIM compare frames read from {source} files, in all rows")
-    return lambda clip, reference: [frames_of(source, each, mp4) for each in (clip, reference)]
+
+    def compared(clip: np.ndarray, reference: np.ndarray) -> list[np.ndarray]:
+        with TemporaryDirectory() as folder:
+            return [frames_of(source, each, Path(folder, "compared.mp4")) for each in (clip, reference)]
+
+    return compared
 
 
 def refuse_what_rows_decide(cfg: DictConfig) -> None:

@@ -8,14 +8,12 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -27,14 +25,12 @@ from erta.errors import ErtaError
 from experiments import config, console
 from experiments.config import CONF
 
-GROUPS = ("model", "sampler", "cache", "bench", "experiment")
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 TRACEBACK = "--traceback"
 
 
 def main() -> None:
     """Entry point of run.py."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through whole, and `_short_errors` shortens them
     if TRACEBACK in sys.argv:
         sys.argv.remove(TRACEBACK)
@@ -56,30 +52,7 @@ def _short_errors() -> Iterator[None]:
         _fail(f"error: {_explain(error)}", EXIT_ERROR)
 
 
-def register_help() -> None:
-    """`--help` shows every choice of every group with its first line."""
-    lines = ["python run.py [group=choice ...] [key=value ...]", ""]
-    for group in GROUPS:
-        lines.append(f"{group}:")
-        for path in sorted((CONF / group).glob("*.yaml")):
-            first = next(
-                (line for line in path.read_text().splitlines() if line.startswith("# ") and "@" not in line), "#"
-            )
-            lines.append(f"  {path.stem:<18} {first[2:]}")
-        lines.append("")
-    lines += [
-        "Keys you will want: model.num_inference_steps, model.guidance_scale, model.path, cache.threshold |",
-        "cache.speedup | cache.steps (one of them), calibration.num_prompts, calibration.prompts, calibration.path,",
-        "bench.num_prompts, bench.prompts, bench.frames_from, bench.dimensions (of VBench: names or all),",
-        "bench.python (its worker's interpreter), seed, resume, hydra.run.dir. --cfg job prints the configuration,",
-        "-m runs a sweep, --traceback shows where an error came from.",
-    ]
-    help_node = {"app_name": "run.py", "header": "", "footer": "", "template": "\n".join(lines).replace("$", "$$")}
-    ConfigStore.instance().store(group="hydra/help", name="erta", node=help_node)
-
-
 config.register()
-register_help()
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="config")
@@ -96,6 +69,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
+    console.quiet_libraries()
     from experiments.models import memory_advice
     from experiments.record import STATE_FILE, open_folder
 
@@ -103,7 +77,6 @@ def _run(cfg: DictConfig) -> None:
         if override.startswith("+"):
             raise ErtaError(f"{override}: keys cannot be added; python run.py --cfg job shows those that exist")
     config.validate(cfg)
-    _quiet_libraries()
     fresh = Path(HydraConfig.get().runtime.output_dir)
     chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
     folder = open_folder(cfg, fresh, chosen)
@@ -113,15 +86,6 @@ def _run(cfg: DictConfig) -> None:
             fresh.rmdir()
     with memory_advice(cfg):
         get_method(cfg.experiment._target_)(cfg, folder)
-
-
-def _quiet_libraries() -> None:
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
 
 
 def _explain(error: BaseException) -> str:

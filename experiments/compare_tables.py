@@ -115,10 +115,11 @@ def not_run(outcomes: list[Outcome], count: int) -> list[list[str]]:
     return [[label, "not run", *[""] * (len(COLUMNS) - 2)] for label in labels]
 
 
-def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[Outcome]) -> str:
+def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[Outcome], workers: int) -> str:
     """All tables, each with what was not run and why."""
     run_by = environment()
-    text = [f"# {about}", f"`{run_by['command']}`, commit {run_by['git_commit']}, {run_by['device']}."]
+    where = run_by["device"] if workers == 1 else f"{workers} processes side by side, each on {run_by['device']}"
+    text = [f"# {about}", f"`{run_by['command']}`, commit {run_by['git_commit']}, {where}."]
     text.append(
         f"Best PSNR first. Forwards are counted, in equivalents of whole ones. Speed-ups are medians over pairs timed in "
         f"turns, one sample after the other. The interval is that of the PSNR's paired difference to {REFERENCE}."

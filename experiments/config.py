@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from erta.errors import BudgetError, ErtaError, choice_index
 from erta.site import SITES
 from experiments import vbench_dimensions
+from experiments.help import help_node
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 DEFAULT_SPEEDUP = 2.0
@@ -131,6 +132,7 @@ class CompareConfig:
     quick: bool = False
     methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
     only_finished: bool = False  # tables of the rows that are there, nothing is sampled
+    workers: int | None = None  # processes that share the rows; null: one for each CPU core, one on a GPU
 
 
 @dataclass
@@ -148,9 +150,10 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, for the root and for every group."""
+    """Make the schema, for the root and for every group, and the help known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
+    store.store(group="hydra/help", name="erta", node=help_node(CONF))
 
 
 def all_keys() -> list[str]:
@@ -254,6 +257,8 @@ def validate(cfg: DictConfig) -> None:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)
     choice_index("cache.rectifier_fit", cfg.cache.rectifier_fit, ("open", "closed"))
+    if cfg.compare.workers is not None and cfg.compare.workers < 1:
+        raise ErtaError(f"compare.workers must be at least 1, not {cfg.compare.workers}")
     if cfg.experiment.seeds < 1:
         raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
     choice_index("model.dtype", cfg.model.dtype, DTYPES)

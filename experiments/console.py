@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ from rich.table import Table
 PIPED_WIDTH = 150  # columns where the output is a file or a pipe
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to us: no progress bars, chatter and notices of what will change from libraries."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def note(text: str) -> None:

@@ -41,7 +41,8 @@ PACKAGES = (
 def config_hash(cfg: DictConfig) -> str:
     """Digest of everything in the configuration that decides the result."""
     plain = {key: value for key, value in as_plain(cfg).items() if key not in NOT_HASHED}
-    del plain["compare"]["only_finished"]
+    for key in ("only_finished", "workers"):
+        del plain["compare"][key]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -122,7 +123,7 @@ def finish(folder: Path, record: dict[str, Any]) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
