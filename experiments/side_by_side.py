@@ -106,6 +106,12 @@ def _lost(code: int) -> str:
 
 
 def _work(hydra_cfg: Any, threads: int, todo: Any, events: Any, prepare: Prepare, given: tuple[Any, ...]) -> None:
+
+    def stop(*_: Any) -> None:  # on SIGTERM: leave in order, without waiting for somebody to take the last events
+        events.cancel_join_thread()
+        raise SystemExit
+
+    signal.signal(signal.SIGTERM, stop)
     console.quiet_libraries()
     console.out.quiet = True
     torch.set_num_threads(threads)
