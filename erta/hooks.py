@@ -29,7 +29,7 @@ OnReuse = Callable[[int, str, torch.Tensor, Callable[[], torch.Tensor]], None]
 
 
 class _BranchState(BaseState):
-    """What one guidance branch keeps: the last computed residual (or velocity)."""
+    """What one guidance branch keeps: the last computed residual (or velocity), if the next step reuses it."""
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
@@ -119,7 +119,8 @@ class CacheHook(CachingHook):
         if self.plan.mask[step]:
             if self.replaces is not None:
                 self.replaces.states.reset()
-            output, state.value = self.site.compute(self._timed(forward, x.device), args, kwargs)
+            output, residual = self.site.compute(self._timed(forward, x.device), args, kwargs)
+            state.value = residual if self.plan.is_reused(step + 1) else None
             self.trace.computed(branch, step, state.value, time.perf_counter() - entered - self.inside_s)
             return output
         if state.value is None:

@@ -94,6 +94,10 @@ class Plan:
     def num_computed(self) -> int:
         return sum(self.mask)
 
+    def is_reused(self, step: int) -> bool:
+        """Whether there is such a step, and it is not computed."""
+        return step < self.num_steps and not self.mask[step]
+
     def grid_only(self) -> Plan:
         """`plan_grid`: the same solver on this plan's computed sigmas, every one computed, no cache."""
         return Plan(

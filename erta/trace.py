@@ -82,10 +82,11 @@ class CallTrace:
         self.executed, self.stages, self.cached = {}, {}, {}
         self.transformer, self.overhead_s = Stopwatch(), 0.0
 
-    def computed(self, branch: str, step: int, value: torch.Tensor, overhead_s: float) -> None:
-        """Note a computed step and the tensor that it left in the cache."""
+    def computed(self, branch: str, step: int, value: torch.Tensor | None, overhead_s: float) -> None:
+        """Note a computed step and the tensor that it left in the cache, if it left one."""
         self.executed.setdefault(branch, []).append((step, True))
-        self.cached[branch] = value
+        if value is not None:
+            self.cached[branch] = value
         self.overhead_s += overhead_s
 
     def reused(self, branch: str, step: int, overhead_s: float) -> None:

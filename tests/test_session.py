@@ -35,6 +35,7 @@ def test_nothing_reused_is_bit_identical(solver):
         cached = run(pipe)
     assert torch.equal(plain, cached)
     assert trace.forwards == {"cond": STEPS, "uncond": STEPS}
+    assert trace.cache_bytes == 0 and "(empty)" in trace.summary()  # mutant: residuals kept that nothing will reuse
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
