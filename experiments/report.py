@@ -108,9 +108,9 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
             rows.append((name, f"{metrics[key + '_uncached']:.2%}", f"{metrics[key]:.2%}"))
     for key, name in IMAGE_SCORES.items():
         if key in metrics:
-            rows.append((name, f"{metrics[f'{key}_uncached']:.3f}", f"{metrics[key]:.3f}"))
+            rows.append((name, f"{metrics[f'{key}_uncached']:.4g}", f"{metrics[key]:.4g}"))
         if f"{key}_to_uncached" in metrics:
-            rows.append((f"{name}, against the uncached images", "", f"{metrics[f'{key}_to_uncached']:.3f}"))
+            rows.append((f"{name}, against the uncached images", "", f"{metrics[f'{key}_to_uncached']:.4g}"))
     overhead = timing["hook_overhead_per_step_s"]
     shown = f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)"
     rows.append(("hook overhead per step, ms", "", "" if "hook_overhead" in record["missing"] else shown))

@@ -7,8 +7,10 @@ Only the first process writes, so that files and the progress bar are the same a
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +102,13 @@ def _from_processes(count: int, pieces: list[Any], prepare: Prepare, given: tupl
                 process.terminate()
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # killed: nobody takes what is made here
+
+
 def _lost(code: int) -> str:
     memory = ", perhaps for want of memory: try compare.workers=1" if code == -signal.SIGKILL else ""
     return f"a process ended with code {code}{memory}. What was finished is kept: the same command goes on from there."
@@ -112,6 +121,7 @@ def _work(hydra_cfg: Any, threads: int, todo: Any, events: Any, prepare: Prepare
         raise SystemExit
 
     signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     console.quiet_libraries()
     console.out.quiet = True
     torch.set_num_threads(threads)
