@@ -29,7 +29,7 @@ OnReuse = Callable[[int, str, torch.Tensor, Callable[[], torch.Tensor]], None]
 
 
 class _BranchState(BaseState):
-    """What one guidance branch keeps: the last computed residual (or velocity), if the next step reuses it."""
+    """What one guidance branch keeps: the last computed residual (or velocity)."""
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
@@ -87,6 +87,8 @@ class CachingHook(_BranchHook):
 
 class CacheHook(CachingHook):
     """Runs the transformer at computed steps; at reused ones predicts from the last residual, rectified if planned.
+
+    A residual is kept only where the next step reuses it.
 
     `on_reuse(step, context, v_cached, true_velocity)`, if set, sees every prediction before rectification, and
     can run the transformer for what it stands in for: for diagnosis, since that costs what the cache saves.

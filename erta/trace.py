@@ -83,10 +83,12 @@ class CallTrace:
         self.transformer, self.overhead_s = Stopwatch(), 0.0
 
     def computed(self, branch: str, step: int, value: torch.Tensor | None, overhead_s: float) -> None:
-        """Note a computed step and the tensor that it left in the cache, if it left one."""
+        """Note a computed step and the tensor that it left in the cache; of one that was dropped the size stays."""
         self.executed.setdefault(branch, []).append((step, True))
         if value is not None:
             self.cached[branch] = value
+        elif branch in self.cached:
+            self.cached[branch] = self.cached[branch].to("meta")
         self.overhead_s += overhead_s
 
     def reused(self, branch: str, step: int, overhead_s: float) -> None:
@@ -109,7 +111,7 @@ class CallTrace:
         return any(not computed for steps in self.executed.values() for _, computed in steps)
 
     def weigh(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Note bytes and types of what is in the cache at a call's end, and let go of it."""
+        """Note bytes and types of what a call kept, and let go of it."""
         kept = {id(value): value for value in tensors}.values()
         self.cache_bytes = sum(value.numel() * value.element_size() for value in kept)
         self.cache_dtype = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in kept}))

@@ -106,7 +106,7 @@ class RowArms:
 
 def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) -> Results:
     """Sample every row on every prompt and seed. What `rows.jsonl` in `folder` already holds is not made again."""
-    refuse_what_rows_decide(cfg)
+    check_what_rows_share(cfg)
     once, pipe = test_prompts(cfg), load_pipeline(cfg)
     if not hasattr(pipe.scheduler, "disable_corrector"):
         rows = [row for row in rows if NO_CORRECTOR not in row.overrides]
@@ -153,24 +153,23 @@ def sample_rows(cfg: DictConfig, folder: Path, rows: list[Row], seeds: int = 1) 
 
 def comparer(cfg: DictConfig) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
     """What gives the frames of a clip and of its reference as `bench.frames_from` wants them compared."""
-    source = cfg.bench.frames_from
-    if source != "decoded":
-        console.note(f"PSNR and SSIM compare frames read from {source} files, in all rows")
 
     def compared(clip: np.ndarray, reference: np.ndarray) -> list[np.ndarray]:
         with TemporaryDirectory() as folder:
-            return [frames_of(source, each, Path(folder, "compared.mp4")) for each in (clip, reference)]
+            return [frames_of(cfg.bench.frames_from, each, Path(folder, "compared.mp4")) for each in (clip, reference)]
 
     return compared
 
 
-def refuse_what_rows_decide(cfg: DictConfig) -> None:
-    """Raise ErtaError for settings that every row of a table sets for itself."""
+def check_what_rows_share(cfg: DictConfig) -> None:
+    """Raise ErtaError for settings that every row of a table sets for itself, and say what holds for all of them."""
     typed = [item for item in HydraConfig.get().overrides.task if item.startswith(("cache=", "cache."))]
     if typed:
         raise ErtaError(f"{', '.join(typed)}: the rows of this table decide about the cache; leave it out")
     if cfg.calibration.path is not None:
         raise ErtaError("calibration.path: a table may need several calibrations; they are found, or made and kept")
+    if cfg.bench.frames_from != "decoded":
+        console.note(f"PSNR and SSIM compare frames read from {cfg.bench.frames_from} files, in all rows")
 
 
 def compose_row(row: Row) -> DictConfig:

@@ -36,6 +36,7 @@ class Outcome:
     samples: list[dict[str, Any]] = field(default_factory=list)
     calibration_s: float = 0.0
     reason: str | None = None
+    ran_on: str | None = None
 
     def mean(self, key: str) -> float | None:
         """Mean of what the samples know of `key`."""
@@ -115,10 +116,10 @@ def not_run(outcomes: list[Outcome], count: int) -> list[list[str]]:
     return [[label, "not run", *[""] * (len(COLUMNS) - 2)] for label in labels]
 
 
-def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[Outcome], workers: int) -> str:
+def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[Outcome]) -> str:
     """All tables, each with what was not run and why."""
     run_by = environment()
-    where = run_by["device"] if workers == 1 else f"{workers} processes side by side, each on {run_by['device']}"
+    where = "; ".join(sorted({o.ran_on for o in outcomes if o.ran_on})) or run_by["device"]
     text = [f"# {about}", f"`{run_by['command']}`, commit {run_by['git_commit']}, {where}."]
     text.append(
         f"Best PSNR first. Forwards are counted, in equivalents of whole ones. Speed-ups are medians over pairs timed in "

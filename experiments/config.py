@@ -132,7 +132,7 @@ class CompareConfig:
     quick: bool = False
     methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
     only_finished: bool = False  # tables of the rows that are there, nothing is sampled
-    workers: int | None = None  # processes that share the rows; null: one for each CPU core, one on a GPU
+    workers: int | None = None  # processes that share the rows; null: one a CPU thread for embedded models, else one
 
 
 @dataclass

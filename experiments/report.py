@@ -114,7 +114,9 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     overhead = timing["hook_overhead_per_step_s"]
     shown = f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)"
     rows.append(("hook overhead per step, ms", "", "" if "hook_overhead" in record["missing"] else shown))
-    rows.append(("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype']}"))
+    rows.append(
+        ("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype'] or '(empty)'}")
+    )
     return rows
 
 

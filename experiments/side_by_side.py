@@ -1,7 +1,7 @@
 """Work that several processes share: each takes the next piece when it is done with one, and reports what it finished.
 
-The processes are started afresh (`spawn`), compose the configuration again and have an equal share of the CPU's cores.
-Only the first process writes, so that files and the progress bar are the same as with one process.
+The processes are started afresh (`spawn`), compose the configuration again and have an equal share of the CPU's threads.
+Only the first process writes into the run's folder and on the terminal, as it does when it works alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from erta.errors import ErtaError
 from experiments import config, console
 from experiments.config import CONF
 
-LOOK_AFTER_S = 5.0  # how often it is looked whether a silent process is still there
+LOOK_AFTER_S = 5.0  # how long all are silent before it is looked whether they are still there
 
 
 @dataclass(frozen=True)
@@ -39,86 +40,87 @@ class Event:
 Prepare = Callable[..., Callable[[Any], Iterator[Event]]]
 
 
-def share_cores(workers: int | None) -> int:
-    """How many processes there are, by default one for each core and one on a GPU; each gets its share of the threads.
+@contextmanager
+def shared_threads(asked: int | None, pieces: int, by_default: bool) -> Iterator[int]:
+    """Inside the `with`, each of as many processes as it yields has its share of torch's threads.
 
-    Raises ErtaError for more processes than there are cores.
+    Args:
+        asked: processes; None: one a thread if that is what happens `by_default`, else one.
+        pieces: of work; no more processes than that are of use.
+
+    Raises ErtaError for more processes than torch has threads.
     """
-    cores = torch.get_num_threads()
-    count = workers if workers is not None else 1 if torch.cuda.is_available() else cores
-    if count > cores:
-        raise ErtaError(f"compare.workers={count}: there are {cores} CPU cores, so ask for at most {cores}")
-    torch.set_num_threads(cores // count)
-    return count
+    threads = torch.get_num_threads()
+    if asked is not None and asked > threads:
+        raise ErtaError(
+            f"compare.workers={asked}: torch has {threads} CPU threads to share, so ask for at most {threads}"
+        )
+    count = max(1, min(asked if asked is not None else threads if by_default else 1, pieces))
+    torch.set_num_threads(threads // count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(threads)
 
 
-def do_all(workers: int, pieces: list[Any], prepare: Prepare, *given: Any) -> Iterator[Event]:
-    """The events of all pieces, as they come. `prepare(*given)` is called once in each process.
+def side_by_side(count: int, pieces: list[Any], prepare: Prepare, *given: Any) -> Iterator[Event]:
+    """The events of all pieces, as they come, from `count` processes that each call `prepare(*given)` once.
 
-    One worker is this process itself. Raises ErtaError if another one ends before its work is done; the rest is
-    stopped then, as it is by Ctrl-C.
+    Raises ErtaError or OSError, as the first process to fail did, and ErtaError for one that is gone, when the others
+    are done. Close it where events are no longer wanted: the processes are stopped then, as they are by Ctrl-C.
     """
-    count = min(workers, len(pieces))
-    if count == 1:
-        run = prepare(*given)
-        for piece in pieces:
-            yield from run(piece)
-    elif count:
-        yield from _from_processes(count, pieces, prepare, given)
-
-
-def _from_processes(count: int, pieces: list[Any], prepare: Prepare, given: tuple[Any, ...]) -> Iterator[Event]:
     context = multiprocessing.get_context("spawn")
     todo, events = context.Queue(), context.Queue()
     for piece in [*pieces, *[None] * count]:
         todo.put(piece)
     todo.cancel_join_thread()  # what nobody takes any more does not hold up the end
     own = (HydraConfig.instance().cfg, torch.get_num_threads(), todo, events, prepare, given)
-    processes = [context.Process(target=_work, args=own, daemon=True) for _ in range(count)]
+    processes = [context.Process(target=_work, args=(index, *own), daemon=True) for index in range(count)]
+    working, gone = set(range(count)), set[int]()
     try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C reaches all, and this one stops them
-        for process in processes:
-            process.start()
-        signal.signal(signal.SIGINT, handler)
-        working = count
+        _start(processes)
         while working:
             try:
                 event = events.get(timeout=LOOK_AFTER_S)
             except queue.Empty:
-                if lost := [process.exitcode for process in processes if process.exitcode]:
-                    raise ErtaError(_lost(lost[0])) from None
+                before, gone = gone, {index for index in working if not processes[index].is_alive()}
+                if both := gone & before:  # at two looks: its last word may have been on its way at the first
+                    raise ErtaError(_lost(processes[min(both)].exitcode)) from None
                 continue
-            if isinstance(event, str):
-                raise ErtaError(event)
-            if event is None:
-                working -= 1
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, int):
+                working.remove(event)
             else:
                 yield event
-        for process in processes:
-            process.join(LOOK_AFTER_S)
     finally:
         for process in processes:
-            if process.is_alive():
+            if process.is_alive() and process.pid:
+                process.join(LOOK_AFTER_S if not working else 0)
                 process.terminate()
+                process.join(LOOK_AFTER_S)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # killed: nobody takes what is made here
+def _start(processes: list[Any]) -> None:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C reaches all, and this one stops them
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-def _lost(code: int) -> str:
+def _lost(code: int | None) -> str:
     memory = ", perhaps for want of memory: try compare.workers=1" if code == -signal.SIGKILL else ""
     return f"a process ended with code {code}{memory}. What was finished is kept: the same command goes on from there."
 
 
-def _work(hydra_cfg: Any, threads: int, todo: Any, events: Any, prepare: Prepare, given: tuple[Any, ...]) -> None:
-
+def _work(
+    index: int, hydra_cfg: Any, threads: int, todo: Any, events: Any, prepare: Prepare, given: tuple[Any, ...]
+) -> None:
     def stop(*_: Any) -> None:  # on SIGTERM: leave in order, without waiting for somebody to take the last events
         events.cancel_join_thread()
-        raise SystemExit
+        raise SystemExit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -133,6 +135,16 @@ def _work(hydra_cfg: Any, threads: int, todo: Any, events: Any, prepare: Prepare
             while (piece := todo.get()) is not None:
                 for event in run(piece):
                     events.put(event)
-        events.put(None)
+        events.put(index)
+    except (ErtaError, OSError) as error:
+        events.put(error if isinstance(error, OSError) else ErtaError(str(error)))
     except Exception as error:
-        events.put(f"{type(error).__name__}: {error}".splitlines()[0] + " (compare.workers=1 --traceback shows where)")
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        events.put(ErtaError(f"{text} (compare.workers=1 --traceback shows where)"))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # killed: nobody takes what is made here

@@ -114,7 +114,7 @@ def shown(found: dict[str, Any]) -> list[list[str]]:
         ["one forward", f"{1000 * found['forward_s']:.1f} ms"],
         ["hook, share of a forward", f"{100 * found['hook_share']:.2f} %"],
         ["calibration of one prompt", f"{found['calibration_generations']:.2f} generations"],
-        ["cache", f"{found['cache_bytes']:,} bytes ({found['cache_dtype']})"],
+        ["cache", f"{found['cache_bytes']:,} bytes ({found['cache_dtype'] or 'empty'})"],
     ]
     peaks = [peak for peak in found["peak_gpu_bytes"].values() if peak is not None]
     if peaks:

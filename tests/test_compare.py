@@ -40,6 +40,7 @@ def test_comparison_command(command, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("experiments.peers.t_gate.arm", unreachable)
     monkeypatch.setattr(compare, "QUICK_PROMPTS", 2)
     arguments = ("experiment=compare", "compare.quick=true", "calibration.window=5", "hydra.run.dir=outputs/c")
+    arguments += ("compare.workers=1",)  # what is patched here is not patched in other processes
     code, printed = command(*arguments)
     assert code == 1 and "failed inside the pipeline: fora (3)" in printed, printed
     record = json.loads(Path("outputs/c/record.json").read_text())
@@ -128,7 +129,12 @@ def test_frames_are_compared_as_asked_for(command):  # noqa: F811
     """Mutant: bench.frames_from ignored."""
     found = {}
     for source in ("decoded", "mp4"):
-        arguments = ["compare.methods=[uniform]", "compare.quick=true", f"bench.frames_from={source}"]
+        arguments = [
+            "compare.methods=[uniform]",
+            "compare.quick=true",
+            "compare.workers=1",
+            f"bench.frames_from={source}",
+        ]
         code, printed = command(
             "experiment=compare", *arguments, "bench.num_prompts=1", f"hydra.run.dir=outputs/{source}"
         )

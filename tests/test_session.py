@@ -321,6 +321,20 @@ def test_cache_holds_one_latent_a_branch(pipe):
     assert "4 of 8 steps computed" in trace.summary()
 
 
+def test_a_residual_goes_when_nothing_will_reuse_it(pipe):
+    """Mutants: residuals kept until the end, by the hook or by the trace; the size of those that went forgotten."""
+    alive = []
+    with erta.cached(pipe, bare_plan(pipe, (True, False, *ALL[2:]))) as trace:
+
+        def look(pipe, step, timestep, values):
+            alive.append([not kept.is_meta for kept in trace.cached.values()])
+            return {}
+
+        latents = run(pipe, callback_on_step_end=look)
+    assert alive == [[True, True]] * 2 + [[False, False]] * (STEPS - 2)
+    assert trace.cache_bytes == 2 * latents.numel() * 4 and trace.cache_dtype == "float32"
+
+
 def test_weights_that_changed(calibrations):
     pipe = build_pipe()
     plan = calibrations["unipc"].plan(steps=4)
