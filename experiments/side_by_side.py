@@ -25,6 +25,7 @@ from experiments import config, console
 from experiments.config import CONF
 
 LOOK_AFTER_S = 5.0  # how long all are silent before it is looked whether they are still there
+STOP_AFTER_S = 10.0  # how long a process may take to leave
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,7 @@ def side_by_side(count: int, pieces: list[Any], prepare: Prepare, *given: Any) -
             else:
                 yield event
     finally:
-        for process in processes:
-            if process.is_alive() and process.pid:
-                process.join(LOOK_AFTER_S if not working else 0)
-                process.terminate()
-                process.join(LOOK_AFTER_S)
+        _stop([process for process in processes if process.pid], leaving=not working)
 
 
 def _start(processes: list[Any]) -> None:
@@ -108,6 +105,17 @@ def _start(processes: list[Any]) -> None:
             process.start()
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _stop(processes: list[Any], leaving: bool) -> None:
+    for process in processes:
+        if not leaving:
+            process.terminate()
+    for process in processes:
+        process.join(STOP_AFTER_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _lost(code: int | None) -> str:
