@@ -31,7 +31,7 @@ from experiments.record import (
 from experiments.sampling import generate
 from experiments.side_by_side import Event, shared_threads, side_by_side
 
-TIMED, QUICK_TIMED = 6, 4  # prompts of each row whose uncached run is timed right before the cached one
+TIMED, QUICK_TIMED = 6, 4  # prompts of each row on which an uncached run is timed too, right before or after
 ROWS, ARMS, LEFT_OUT = "rows.jsonl", "arms.jsonl", "left_out.json"
 SET_UP, SAMPLED, LEFT, FAILED = "set up", "sampled", "is left out", "failed"  # what happens to a row
 Piece = list[tuple[Row, tuple[int, ...]]]  # rows for one process, with the numbers of the prompts that are missing
@@ -133,7 +133,10 @@ def events_of(
 def sampler(
     cfg: DictConfig, folder: Path, prompts: list[Prompt], ran_on: str, pipe: Any = None
 ) -> Callable[[Piece], Iterator[Event]]:
-    """What samples a piece, on the pipeline given or on one of its own."""
+    """What samples a piece, on the pipeline given or on one of its own.
+
+    An arm that refuses before its first sample is left out; whatever goes wrong in the pipeline is a failure.
+    """
     pipe = pipe if pipe is not None else load_pipeline(cfg)
     arms, measure = RowArms(pipe), measurer(cfg, folder, pipe, prompts)
 
@@ -141,34 +144,47 @@ def sampler(
         for row, missing in piece:
             try:
                 arm = arms.build(row)
+            except ErtaError as error:
+                yield Event(LEFT, row.key, {"reason": str(error)})
+                continue
+            except Exception as error:
+                yield Event(FAILED, row.key, {"reason": _first_line(error)})
+                continue
+            try:
                 about = {"calibration_s": arm.calibration_s, "ran_on": ran_on, "report": arm.report}
                 yield Event(SET_UP, row.key, {"row": row.key, **about})
                 for index in missing:
                     yield Event(SAMPLED, row.key, {"row": row.key, **measure(arm, index)})
-            except ErtaError as error:
-                yield Event(LEFT, row.key, {"reason": str(error)})
             except Exception as error:  # a peer's code may raise anything; the row says what
-                yield Event(FAILED, row.key, {"reason": f"{type(error).__name__}: {error}".splitlines()[0]})
+                yield Event(FAILED, row.key, {"reason": _first_line(error)})
 
     return sample
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def measurer(cfg: DictConfig, folder: Path, pipe: Any, prompts: list[Prompt]) -> Callable[[Arm, int], dict[str, Any]]:
-    """What measures an arm on the k-th prompt; the first few right after an uncached run."""
+    """What measures an arm on the k-th prompt; the first few next to an uncached run, which goes first every other time."""
     lpips, base, compared = Lpips(), call_kwargs(cfg), comparer(cfg)
     references = uncached_clips(pipe, cfg, prompts, folder)
     timed = QUICK_TIMED if cfg.compare.quick else TIMED
 
     def measure(arm: Arm, index: int) -> dict[str, Any]:
         prompt = prompts[index]
-        plain = generate(pipe, prompt.text, prompt.seed, base) if index < timed else None
-        made = generate(pipe, prompt.text, prompt.seed, arm.kwargs, arm.put_on)
+        made, uncached_s = None, None
+        if index < timed and index % 2:
+            made = generate(pipe, prompt.text, prompt.seed, arm.kwargs, arm.put_on)
+        if index < timed:
+            uncached_s = generate(pipe, prompt.text, prompt.seed, base).denoise_s
+        made = made or generate(pipe, prompt.text, prompt.seed, arm.kwargs, arm.put_on)
         scene, pair = scene_agreement(prompt, made.frames), compared(made.frames, references[index])
         return {
             "index": index,
             "forwards": made.forwards,
             "denoise_s": made.denoise_s,
-            "uncached_s": plain.denoise_s if plain is not None else None,
+            "uncached_s": uncached_s,
             "psnr_db": psnr_db(*pair),
             "ssim": ssim(*pair),
             "lpips": None if lpips.missing else lpips(*pair),

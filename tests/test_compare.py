@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from erta.errors import BudgetError, ErtaError
-from experiments import compare, compare_tables, figures
+from erta.errors import BudgetError, ErtaError, ExecutionMismatch
+from experiments import compare, compare_sampling, compare_tables, figures, methods
 from experiments.ablation import Row
+from experiments.prompts import Prompt
 from experiments.record import read_lines
+from experiments.sampling import Sample
 from tests.test_cli import command, folders, weights  # noqa: F401  (fixtures)
 
 
@@ -71,6 +74,50 @@ def test_comparison_command(command, tmp_path, monkeypatch):  # noqa: F811
     assert code == 0 and len(read_lines(Path("outputs/c/rows.jsonl"))) == 6 and "not finished" not in printed
     code, printed = command("experiment=compare", "cache.steps=3")
     assert code == 1 and "decide about the cache" in printed
+
+
+def test_what_breaks_in_the_pipeline_is_a_failure(monkeypatch):
+    """A method that refuses is left out, also one that breaks with an error of ours fails. Mutant: both left out."""
+    refusing = {"t_gate"}
+
+    class Arms:
+        def __init__(self, pipe):
+            pass
+
+        def build(self, row):
+            if row.label in refusing:
+                raise BudgetError("no such budget")
+            return methods.Arm(None, {})
+
+    def breaks(*_):
+        raise ExecutionMismatch("two of three steps")
+
+    monkeypatch.setattr(compare_sampling, "RowArms", Arms)
+    monkeypatch.setattr(compare_sampling, "measurer", lambda *_: breaks)
+    sample = compare_sampling.sampler(None, None, [], "CPU", pipe=object())
+    events = list(sample([(Row("t_gate", (), 3), (0, 1)), (Row("fora", (), 3), (0, 1))]))
+    assert [(event.row, event.kind) for event in events] == [
+        ("t_gate (3)", "is left out"), ("fora (3)", "set up"), ("fora (3)", "failed"),
+    ]  # fmt: skip
+    assert events[0].about["reason"] == "no such budget" and "two of three steps" in events[2].about["reason"]
+
+
+def test_uncached_runs_are_timed_in_turns(monkeypatch):
+    """Mutants: the uncached run always first, or timed on every prompt."""
+    order = []
+
+    def generate(pipe, text, seed, kwargs, put_on=None):
+        order.append("uncached" if put_on is None else "cached")
+        return Sample(np.zeros((1, 16, 16, 3), np.float32), float(len(order)), 1.0, 1.0, 6)
+
+    monkeypatch.setattr(compare_sampling, "generate", generate)
+    monkeypatch.setattr(compare_sampling, "uncached_clips", lambda *_: [np.ones((1, 16, 16, 3), np.float32)] * 9)
+    cfg = OmegaConf.create({"compare": {"quick": True}, "bench": {"frames_from": "decoded"}})
+    monkeypatch.setattr(compare_sampling, "call_kwargs", lambda cfg: {})
+    measure = compare_sampling.measurer(cfg, None, None, [Prompt("a circle", 0, id="0")] * 9)
+    lines = [measure(methods.Arm(None, {}), index) for index in (0, 1, compare_sampling.QUICK_TIMED)]
+    assert order == ["uncached", "cached", "cached", "uncached", "cached"]
+    assert [(line["denoise_s"], line["uncached_s"]) for line in lines] == [(2.0, 1.0), (3.0, 4.0), (5.0, None)]
 
 
 def test_a_row_of_the_table():

@@ -69,9 +69,10 @@ def search_seconds() -> Iterator[dict[str, float]]:
 
 
 def kept(cfg: DictConfig, pipe: Any, name: str, setup: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`make()`, or what an earlier run made for the same model, grid, guidance, size and `setup`."""
+    """`make()`, or what an earlier run made for the same model, grid, guidance, size, calibration prompts and `setup`."""
     size = [cfg.model.height, cfg.model.width, cfg.model.num_frames, cfg.model.max_sequence_length]
-    digest = hashlib.sha256(json.dumps([expected_signature(cfg, pipe), size, setup]).encode()).hexdigest()[:10]
+    made_for = [expected_signature(cfg, pipe), size, prompts_for(cfg, pipe), setup]
+    digest = hashlib.sha256(json.dumps(made_for).encode()).hexdigest()[:10]
     path = MADE_HERE / f"{cfg.model.name}-{name}-{digest}.json"
     found: dict[str, Any] | None = read_json(path)
     if found is None or "made" not in found:
