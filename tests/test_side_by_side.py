@@ -107,18 +107,18 @@ def test_nobody_is_left_behind():
 
 
 @pytest.mark.slow
-def test_comparison_in_two_processes(command, threads, monkeypatch):  # noqa: F811
+def test_comparison_in_two_processes(command, threads):  # noqa: F811
     """The rows of two processes are those of one. Mutants: processes that do not get the command line's overrides; one
-    process whatever was asked for; a failed row that says so in neither.
+    process whatever was asked for.
     """
-    arguments = ("experiment=compare", "compare.methods=[ertacache,uniform,t_gate]", "bench.num_prompts=2")
+    arguments = ("experiment=compare", "compare.methods=[ertacache,uniform]", "bench.num_prompts=2")
     found = {}
     for workers in (1, 2):
         folder = f"outputs/{workers}"
         code, printed = command(
             *arguments, "compare.quick=true", f"compare.workers={workers}", f"hydra.run.dir={folder}"
         )
-        assert code == 0 and "t_gate (3) is left out: cache=t_gate cannot get down" in printed, printed
+        assert code == 0, printed
         rows = read_lines(Path(folder, "rows.jsonl"))
         found[workers] = {(row["row"], row["index"]): row["psnr_db"] for row in rows}
         assert ("2 processes side by side" in Path(folder, "comparison.md").read_text()) == (workers == 2)
