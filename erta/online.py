@@ -80,13 +80,6 @@ class OnlineTrace(CallTrace):
     """The trace of a run whose steps were decided while it ran."""
 
     num_steps: int = 0
-    reuse_share: float = 0.0  # of a forward, that a rule runs at every reused step (a probe of the first block)
-
-    @property
-    def forwards(self) -> dict[str, float]:  # type: ignore[override]
-        """Transformer forwards of the last call by cache context, with what reused steps ran of one."""
-        reused = {branch: sum(not computed for _, computed in steps) for branch, steps in self.executed.items()}
-        return {branch: count + self.reuse_share * reused[branch] for branch, count in super().forwards.items()}
 
     def finish(self, kept: Iterable[torch.Tensor] = ()) -> None:
         """Check that every branch saw every step once, in order, and weigh the cache and what else was `kept`.

@@ -65,7 +65,8 @@ class CallTrace:
     transformer was run there. `forward_s` is the time inside the transformer at computed steps; `overhead_s` the
     hook's own at all steps, as the CPU sees it (on a GPU, launching its few operations). At the blocks site a
     reused step's embeddings and head count as the hook's. `stages` holds for each step of a planned run which
-    transformer it ran in, or was reused in place of: 0, or 1 for a pipeline's second one.
+    transformer it ran in, or was reused in place of: 0, or 1 for a pipeline's second one. `reuse_share` is what part of
+    a forward a reused step runs all the same, if it is known: a probe of the first block, or embeddings and head.
     """
 
     calls: int = 0
@@ -76,6 +77,7 @@ class CallTrace:
     overhead_s: float = 0.0
     cache_bytes: int = 0
     cache_dtype: str = ""
+    reuse_share: float = 0.0
 
     def begin(self) -> None:
         """Forget the last call."""
@@ -102,9 +104,12 @@ class CallTrace:
         return self.transformer.seconds
 
     @property
-    def forwards(self) -> dict[str, int]:
-        """Transformer forwards really made in the last call, by cache context (guidance branch, or both in one)."""
-        return {branch: sum(computed for _, computed in steps) for branch, steps in self.executed.items()}
+    def forwards(self) -> dict[str, float]:
+        """Transformer forwards really made in the last call, with what reused steps ran of one, by cache context
+        (guidance branch, or both in one).
+        """
+        computed = {branch: sum(computed for _, computed in steps) for branch, steps in self.executed.items()}
+        return {b: n + self.reuse_share * (len(self.executed[b]) - n) for b, n in computed.items()}
 
     def reused_anything(self) -> bool:
         """Whether any forward of the last call was left out."""
@@ -148,7 +153,7 @@ class Trace(CallTrace):
 
     def summary(self) -> str:
         """One line for people: computed and reused steps, seconds, cache bytes."""
-        plan, branches = self.plan, ", ".join(f"{k}: {n}" for k, n in sorted(self.forwards.items()))
+        plan, branches = self.plan, ", ".join(f"{k}: {n:g}" for k, n in sorted(self.forwards.items()))
         return (
             f"{plan.num_computed} of {plan.num_steps} steps computed, {plan.num_steps - plan.num_computed} reused; "
             f"forwards {branches or 'none'}; {self.forward_s:.3f} s in the transformer, "

@@ -158,7 +158,7 @@ def comparer(cfg: DictConfig) -> Callable[[np.ndarray, np.ndarray], list[np.ndar
         with TemporaryDirectory() as folder:
             return [frames_of(cfg.bench.frames_from, each, Path(folder, "compared.mp4")) for each in (clip, reference)]
 
-    return compared
+    return compared if cfg.bench.frames_from != "decoded" else lambda clip, reference: [clip, reference]
 
 
 def check_what_rows_share(cfg: DictConfig) -> None:
@@ -201,7 +201,7 @@ def tabulate(results: Results, reference: str) -> list[list[str]]:
         table.append(
             [
                 key,
-                "/".join(str(count) for count in sorted({row["forwards"] for row in samples})),
+                "/".join(f"{count:g}" for count in sorted({round(row["forwards"], 1) for row in samples})),
                 "identical" if mean is None else f"{mean:.2f} ± {np.std([v for v in values if v is not None]):.2f}",
                 gain,
                 f"{np.mean([row['ssim'] for row in samples]):.4f}",
@@ -237,15 +237,14 @@ def interval_text(interval: Interval | None, form: str) -> str:
 
 def uncached_clips(pipe: Any, cfg: DictConfig, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
     """Uncached clips, kept beside the rows so that a continued run compares with the same ones."""
-    clips = []
     store = folder / "uncached"
     store.mkdir(exist_ok=True)
-    with progress_bar() as bar:
-        for index, prompt in enumerate(bar.track(prompts, description="uncached clips")):
-            path = store / f"{index:03d}.npy"
-            if not path.is_file():
+    paths = [store / f"{index:03d}.npy" for index in range(len(prompts))]
+    missing = [(path, prompt) for path, prompt in zip(paths, prompts, strict=True) if not path.is_file()]
+    if missing:
+        with progress_bar() as bar:
+            for path, prompt in bar.track(missing, description="uncached clips"):
                 partial = path.with_suffix(".partial.npy")
                 np.save(partial, generate(pipe, prompt.text, prompt.seed, call_kwargs(cfg)).frames)
                 partial.replace(path)
-            clips.append(np.load(path, mmap_mode="c"))
-    return clips
+    return [np.load(path, mmap_mode="c") for path in paths]

@@ -17,9 +17,11 @@ from experiments.ablation import Row, check_what_rows_share
 from experiments.compare_sampling import sample_all
 from experiments.compare_tables import (
     COLUMNS,
+    DIFFERENCES,
     NO_BUDGET,
     REFERENCE,
     as_markdown,
+    differences,
     full_forwards,
     not_run,
     point,
@@ -61,6 +63,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
     record = {
         **describe_run(cfg, [prompt.seed for prompt in prompts], [prompt.text for prompt in prompts]),
         "tables": {str(count): {"columns": list(COLUMNS), "rows": table} for count, table in tables.items()},
+        "differences": {
+            str(count): {"columns": list(DIFFERENCES), "rows": differences(outcomes, count)} for count in tables
+        },
         "points": points,
         "not_run": {outcome.row.key: outcome.reason for outcome in outcomes if outcome.reason},
     }

@@ -81,7 +81,7 @@ class Samples:
             return Outcome(row, reason=self.left_out.get(row.key, unfinished))
         arm = self.arms[row.key]
         samples = [self.done[row.key, index] for index in range(self.num_prompts)]
-        return Outcome(row, samples, arm["calibration_s"], ran_on=arm.get("ran_on"))
+        return Outcome(row, samples, arm["calibration_s"], ran_on=arm.get("ran_on"), commit=arm.get("commit"))
 
 
 def sample_all(
@@ -139,24 +139,22 @@ def sampler(
     """
     pipe = pipe if pipe is not None else load_pipeline(cfg)
     arms, measure = RowArms(pipe), measurer(cfg, folder, pipe, prompts)
+    commit = environment()["git_commit"]
 
     def sample(piece: Piece) -> Iterator[Event]:
         for row, missing in piece:
+            arm = None
             try:
                 arm = arms.build(row)
-            except ErtaError as error:
-                yield Event(LEFT, row.key, {"reason": str(error)})
-                continue
-            except Exception as error:
-                yield Event(FAILED, row.key, {"reason": _first_line(error)})
-                continue
-            try:
-                about = {"calibration_s": arm.calibration_s, "ran_on": ran_on, "report": arm.report}
+                about = {"calibration_s": arm.calibration_s, "ran_on": ran_on, "commit": commit, "report": arm.report}
                 yield Event(SET_UP, row.key, {"row": row.key, **about})
                 for index in missing:
                     yield Event(SAMPLED, row.key, {"row": row.key, **measure(arm, index)})
             except Exception as error:  # a peer's code may raise anything; the row says what
-                yield Event(FAILED, row.key, {"reason": _first_line(error)})
+                refused = arm is None and isinstance(error, ErtaError)
+                yield Event(
+                    LEFT if refused else FAILED, row.key, {"reason": str(error) if refused else _first_line(error)}
+                )
 
     return sample
 
@@ -166,9 +164,14 @@ def _first_line(error: Exception) -> str:
 
 
 def measurer(cfg: DictConfig, folder: Path, pipe: Any, prompts: list[Prompt]) -> Callable[[Arm, int], dict[str, Any]]:
-    """What measures an arm on the k-th prompt; the first few next to an uncached run, which goes first every other time."""
+    """What measures an arm on the k-th prompt; the first few next to an uncached run, which goes first every other time.
+
+    The process's first run, which takes longer, is not measured.
+    """
     lpips, base, compared = Lpips(), call_kwargs(cfg), comparer(cfg)
     references = uncached_clips(pipe, cfg, prompts, folder)
+    if prompts:
+        generate(pipe, prompts[0].text, 0, {**base, "num_inference_steps": 2})
     timed = QUICK_TIMED if cfg.compare.quick else TIMED
 
     def measure(arm: Arm, index: int) -> dict[str, Any]:

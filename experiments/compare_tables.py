@@ -13,7 +13,8 @@ from experiments.record import environment
 
 REFERENCE = "ertacache"
 NO_BUDGET = "none"  # one row, whatever the budget
-COMPARED = ("psnr_db", "ssim", "lpips", "scene")
+SPEEDUP = "speedup"
+COMPARED = {"psnr_db": "+.2f", "ssim": "+.4f", "lpips": "+.4f", "scene": "+.1%", SPEEDUP: "+.2f"}
 COLUMNS = (
     "method",
     "forwards",
@@ -26,6 +27,7 @@ COLUMNS = (
     "cache bytes",
     "calibration s",
 )
+DIFFERENCES = ("method", "PSNR dB", "SSIM", "LPIPS", "scene, all", "speed-up")
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Outcome:
     calibration_s: float = 0.0
     reason: str | None = None
     ran_on: str | None = None
+    commit: str | None = None
 
     def mean(self, key: str) -> float | None:
         """Mean of what the samples know of `key`."""
@@ -44,15 +47,27 @@ class Outcome:
         return float(np.mean(known)) if known else None
 
     @property
+    def ratios(self) -> list[float | None]:
+        """Uncached over cached seconds of denoising, by sample; None where no pair was timed in turns."""
+        return [one["uncached_s"] and one["uncached_s"] / one["denoise_s"] for one in self.samples]
+
+    @property
     def speedup(self) -> float | None:
-        """Median ratio of the denoising times, over the pairs that were timed in turns."""
-        ratios = [one["uncached_s"] / one["denoise_s"] for one in self.samples if one["uncached_s"] is not None]
-        return float(np.median(ratios)) if ratios else None
+        """Median of the ratios."""
+        known = [ratio for ratio in self.ratios if ratio is not None]
+        return float(np.median(known)) if known else None
 
     def gain(self, key: str, over: Outcome) -> Interval | None:
-        """Paired difference of `key` to another row, 95 % over prompts; None where a sample does not know it."""
-        pairs = [(a[key], b[key]) for a, b in zip(self.samples, over.samples, strict=True)]
-        if any(value is None for pair in pairs for value in pair):
+        """Paired difference of `key` to another row, 95 % over prompts; None where a sample does not know it.
+
+        That of the speed-up is over the prompts on which both rows were timed.
+        """
+        pairs: list[tuple[Any, Any]]
+        if key == SPEEDUP:
+            pairs = [(a, b) for a, b in zip(self.ratios, over.ratios, strict=True) if a is not None and b is not None]
+        else:
+            pairs = [(a[key], b[key]) for a, b in zip(self.samples, over.samples, strict=True)]
+        if not pairs or any(value is None for pair in pairs for value in pair):
             return None
         return paired_interval(np.array([float(a) - float(b) for a, b in pairs]))
 
@@ -67,8 +82,7 @@ def tabulate(outcomes: list[Outcome]) -> dict[int, list[list[str]]]:
     """A table for each budget, best PSNR first, below the row without a budget."""
     tables = {}
     for count in sorted({o.row.computed for o in outcomes if o.row.computed is not None}, reverse=True):
-        here = [o for o in outcomes if o.row.computed == count]
-        here.sort(key=lambda o: -(o.mean("psnr_db") or -1))
+        here = in_order(outcomes, count)
         lines = [*(o for o in outcomes if o.row.computed is None), *here]
         reference, full = reference_of(here[0], outcomes), full_forwards(outcomes)
         tables[count] = [cells(o, reference, full) for o in lines if o.samples]
@@ -110,6 +124,24 @@ def cells(outcome: Outcome, reference: Outcome | None, full: float | None) -> li
     ]
 
 
+def differences(outcomes: list[Outcome], count: int) -> list[list[str]]:
+    """All paired differences to the reference at a budget, in the order of the table."""
+    here = [o for o in in_order(outcomes, count) if o.samples]
+    reference = reference_of(here[0], outcomes) if here else None
+    if reference is None:
+        return []
+    others = [o for o in here if o is not reference and not o.reused_nothing(full_forwards(outcomes))]
+    return [
+        [o.row.label, *(interval_text(o.gain(key, reference), form) for key, form in COMPARED.items())] for o in others
+    ]
+
+
+def in_order(outcomes: list[Outcome], count: int) -> list[Outcome]:
+    """The rows of a budget, best PSNR first."""
+    here = [o for o in outcomes if o.row.computed == count]
+    return sorted(here, key=lambda o: -(o.mean("psnr_db") or -1))
+
+
 def not_run(outcomes: list[Outcome], count: int) -> list[list[str]]:
     """Lines of a table for what has no samples."""
     labels = [o.row.label for o in outcomes if o.reason and o.row.computed in (count, None)]
@@ -120,13 +152,17 @@ def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[O
     """All tables, each with what was not run and why."""
     run_by = environment()
     where = "; ".join(sorted({o.ran_on for o in outcomes if o.ran_on})) or run_by["device"]
-    text = [f"# {about}", f"`{run_by['command']}`, commit {run_by['git_commit']}, {where}."]
+    commits = ", ".join(sorted({o.commit for o in outcomes if o.commit}))
+    text = [f"# {about}", f"`{run_by['command']}`; samples made at commit {commits or run_by['git_commit']}, {where}."]
     text.append(
         f"Best PSNR first. Forwards are counted, in equivalents of whole ones. Speed-ups are medians over pairs timed in "
-        f"turns, one sample after the other. The interval is that of the PSNR's paired difference to {REFERENCE}."
+        f"turns, one sample after the other. Differences are paired by prompt and noise, row minus {REFERENCE}, with their "
+        "95 % intervals; that of the speed-up is the mean over the timed pairs."
     )
     for count, table in tables.items():
         text += [f"## {count} computed steps", markdown(list(COLUMNS), table).strip()]
+        if paired := differences(outcomes, count):
+            text += [f"Against {REFERENCE}:", markdown(list(DIFFERENCES), paired).strip()]
         reasons = [f"- {o.row.label}: {o.reason}" for o in outcomes if o.reason and o.row.computed in (count, None)]
         text += ["Not run:", "\n".join(reasons)] if reasons else []
     return "\n\n".join(text) + "\n"
@@ -134,13 +170,13 @@ def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[O
 
 def point(outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:
     """A row as a point of the figures, and all its paired differences to the reference: [mean, low, high]."""
-    means = {key: outcome.mean(key) for key in ("forwards", *COMPARED, "cache_bytes")}
+    means = {key: outcome.mean(key) for key in ("forwards", *(set(COMPARED) - {SPEEDUP}), "cache_bytes")}
     gains = {key: outcome.gain(key, reference) for key in COMPARED} if reference is not None else {}
     return {
         "method": outcome.row.label,
         "computed": outcome.row.computed,
-        "speedup": outcome.speedup,
         **means,
+        SPEEDUP: outcome.speedup,
         "calibration_s": outcome.calibration_s,
         f"against_{REFERENCE}": {key: [g.mean, g.low, g.high] for key, g in gains.items() if g is not None},
     }

@@ -20,6 +20,7 @@ from experiments.calibrating import closed_loop_plan
 from experiments.config import CONF, DEFAULT_SPEEDUP, budget
 from experiments.models import call_grid, call_kwargs, call_sigmas, set_sampler
 from experiments.peers.calibrated import search_seconds
+from experiments.peers.counting import reuse_share
 
 PLAN_KEYS = (
     "policy",
@@ -47,6 +48,7 @@ class Arm:
             call, or None where it puts on no cache (another solver).
         report: how the arm was set up, for the record; a plan brings its own.
         searched_s: seconds that searches and measurements of the method's own took, also if an earlier run made them.
+        reuse_share: what part of a forward a plan's reused steps run all the same (see `counting.reuse_share`).
     """
 
     plan: erta.Plan | None
@@ -55,6 +57,7 @@ class Arm:
     attach: Callable[[Any], AbstractContextManager[CallTrace | None]] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     searched_s: float = 0.0
+    reuse_share: float = 0.0
 
     @property
     def calibration_s(self) -> float:
@@ -65,11 +68,16 @@ class Arm:
     def num_computed(self) -> int:
         return self.plan.num_computed if self.plan is not None else self.kwargs["num_inference_steps"]
 
-    def put_on(self, pipe: Any) -> AbstractContextManager[CallTrace | None]:
+    @contextmanager
+    def put_on(self, pipe: Any) -> Iterator[CallTrace | None]:
         """This arm on the pipeline, inside a `with`."""
         if self.plan is not None:
-            return erta.cached(pipe, self.plan)
-        return self.attach(pipe) if self.attach is not None else nullcontext()
+            with erta.cached(pipe, self.plan) as trace:
+                trace.reuse_share = self.reuse_share
+                yield trace
+        else:
+            with self.attach(pipe) if self.attach is not None else nullcontext() as own:
+                yield own
 
     def sigmas(self, pipe: Any) -> np.ndarray:
         """The grid that is integrated, float32 (num_steps + 1,)."""
@@ -83,7 +91,11 @@ def make_arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm
     """The arm of `cfg.cache._target_`, with what it took to set it up."""
     with search_seconds() as spent:
         arm: Arm = get_method(cfg.cache._target_)(cfg, pipe, get_calibration)
-    return replace(arm, searched_s=arm.searched_s + sum(spent.values()))
+    arm = replace(arm, searched_s=arm.searched_s + sum(spent.values()))
+    if arm.plan is None or all(arm.plan.mask):
+        return arm
+    runs_first = int(arm.plan.takeover == 0)
+    return replace(arm, reuse_share=reuse_share(arm.plan.site, pipe, arm.kwargs, runs_first))
 
 
 def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:

@@ -109,20 +109,26 @@ def _out_of_memory(model: DictConfig) -> str:
 def set_sampler(pipe: Any, cfg: DictConfig) -> None:
     """Put the solver of `cfg.sampler` on the pipeline, or set the model's shift on its own solver.
 
-    Raises ErtaError for another solver on a model without a fixed shift (FLUX).
+    Without a fixed shift the pipeline must give one by image size (FLUX), which the solver then takes from it. Raises
+    ErtaError if it does not.
     """
-    sampler = cfg.sampler
-    if sampler.scheduler is not None and cfg.model.flow_shift is None:
+    sampler, own = cfg.sampler, pipe.scheduler.config
+    if sampler.scheduler is not None and cfg.model.flow_shift is None and not own.get("use_dynamic_shifting"):
         raise ErtaError(
-            f"sampler={sampler.name}: model={cfg.model.name} has no model.flow_shift, its own solver works the shift out "
-            "by image size; keep sampler=default"
+            f"sampler={sampler.name}: it is not known how model={cfg.model.name} shifts its steps (it has no "
+            "model.flow_shift, and no shift by image size as FLUX); keep sampler=default"
         )
     if sampler.scheduler is None:
         if cfg.model.flow_shift is not None and "flow_shift" in pipe.scheduler.config:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.model.flow_shift)
         return
     options: Any = OmegaConf.to_container(sampler.options, resolve=True)
-    pipe.scheduler = getattr(diffusers, sampler.scheduler)(**options)
+    scheduler = getattr(diffusers, sampler.scheduler)
+    if cfg.model.flow_shift is not None:
+        pipe.scheduler = scheduler(**options)
+    else:
+        options = {key: value for key, value in options.items() if value is not None}
+        pipe.scheduler = scheduler.from_config(own, **options, use_dynamic_shifting=True)
 
 
 def call_kwargs(cfg: DictConfig) -> dict[str, Any]:

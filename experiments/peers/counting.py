@@ -1,12 +1,14 @@
 """Caches that diffusers ships, put on by `enable_cache`, with what they really compute counted.
 
-diffusers' hooks replace the forward of blocks or of attention modules, so a module that is called may compute
-nothing. What is counted are the matrix layers inside, each with its share of a forward's FLOPs; the sum is in
-*forward equivalents*: 1 for a whole forward. A cache that matches no module, or reuses nothing, is found out.
+diffusers' hooks replace the forward of blocks, of attention modules or of single layers, so a module that is called may
+compute nothing. What is counted are the matrix layers whose own forward runs, below all hooks, each with its share of a
+forward's FLOPs; the sum is in *forward equivalents*: 1 for a whole forward. A cache that matches no module, or reuses
+nothing, is found out.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +25,8 @@ from erta.hooks import HOOK_NAME, OBSERVER_NAME, _BranchHook
 from erta.online import OnlineTrace, tensors_in
 from erta.scheduler import counting, step_index
 from erta.session import SESSION, checked_class
-from erta.signature import single_denoiser
-from erta.site import latent_of
+from erta.signature import find_denoisers, single_denoiser
+from erta.site import BLOCK_STACKS, latent_of, model_name
 
 COUNTER = "erta_counter"
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,7 +41,7 @@ class CountedTrace(OnlineTrace):
     shares: dict[str, list[float]] = field(default_factory=dict)
 
     @property
-    def forwards(self) -> dict[str, float]:  # type: ignore[override]
+    def forwards(self) -> dict[str, float]:
         """Forward equivalents of the last call, by cache context."""
         return {branch: sum(shares) for branch, shares in self.shares.items()}
 
@@ -57,12 +59,15 @@ class _FirstForwardIsDone(Exception):
     """Ends a pipeline call after one forward."""
 
 
-def forward_costs(pipe: Any, kwargs: dict[str, Any]) -> dict[str, float]:
+def forward_costs(pipe: Any, kwargs: dict[str, Any], transformer: nn.Module | None = None) -> dict[str, float]:
     """Each layer's share of an uncached forward's FLOPs, by its name: one forward is run and counted.
 
     FLOPs that a module spends outside its layers (attention's products) are charged to the first layer in it.
+
+    Args:
+        transformer: the one that runs first, on a pipeline with two.
     """
-    transformer = single_denoiser(pipe)
+    transformer = transformer if transformer is not None else single_denoiser(pipe)
     counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops})
     spent: dict[str, int] = {}
 
@@ -122,6 +127,20 @@ def _inclusive(name: str, transformer: nn.Module, spent: dict[str, int]) -> int:
     return sum(_inclusive(f"{name}.{child}", transformer, spent) for child, _ in children)
 
 
+def reuse_share(site: str, pipe: Any, kwargs: dict[str, Any], stage: int = 0) -> float:
+    """What part of a forward a reused step runs: at `blocks` embeddings and head, at `output` nothing.
+
+    Args:
+        stage: which of a pipeline's two transformers is asked.
+    """
+    transformer = find_denoisers(pipe)[stage]
+    if site != "blocks" or model_name(transformer) not in BLOCK_STACKS:  # the site itself says that it is not known
+        return 0.0
+    inside = tuple(f"{name}." for name in BLOCK_STACKS[model_name(transformer)].lists)
+    costs = forward_costs(pipe, kwargs, transformer)
+    return sum(cost for name, cost in costs.items() if not name.startswith(inside))
+
+
 class CountingHook(_BranchHook):
     """Runs the transformer, with whatever cache is inside, and sums the shares of the layers that were run.
 
@@ -134,16 +153,32 @@ class CountingHook(_BranchHook):
         self.share = 0.0
         self.single_states: dict[tuple[int, str], Any] = {}
 
-    def watch(self, transformer: nn.Module) -> list[Any]:
-        """Forward hooks on every layer with a cost."""
+    @contextmanager
+    def watching(self, transformer: nn.Module) -> Iterator[None]:
+        """Inside the `with`, every layer with a cost is charged when its own forward runs.
 
-        def count(cost: float) -> Callable[..., None]:
-            def ran(*_: Any) -> None:
+        Hooks that are put on a layer inside lie on top: where they answer in its place, nothing is charged.
+        """
+
+        def charged(forward: Callable[..., Any], cost: float) -> Callable[..., Any]:
+            @functools.wraps(forward)  # hooks look at its signature
+            def run(*args: Any, **kwargs: Any) -> Any:
                 self.share += cost
+                return forward(*args, **kwargs)
 
-            return ran
+            return run
 
-        return [transformer.get_submodule(n).register_forward_hook(count(cost)) for n, cost in self.costs.items()]
+        layers = {transformer.get_submodule(name): cost for name, cost in self.costs.items()}
+        before = {layer: layer.__dict__.get("forward") for layer in layers}
+        for layer, cost in layers.items():
+            layer.__dict__["forward"] = charged(layer.forward, cost)
+        try:
+            yield
+        finally:
+            for layer, forward in before.items():
+                layer.__dict__.pop("forward", None)
+                if forward is not None:
+                    layer.__dict__["forward"] = forward
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.trace.num_steps = len(self.scheduler.timesteps)
@@ -234,21 +269,19 @@ def counted(
     transformer, pipe_class, own_scheduler = single_denoiser(pipe), type(pipe), pipe.scheduler
     _check_free(pipe, transformer)
     scheduler, trace = counting(own_scheduler), CountedTrace()
-    hook, handles = CountingHook(trace, costs, scheduler, state), []
-    try:
-        put_on(scheduler)
-        handles = hook.watch(transformer)
-        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, COUNTER)
-        session = _CountedSession(pipe_class, transformer, trace, before_call)
-        pipe.scheduler, pipe.__class__ = scheduler, checked_class(session)
-        yield trace
-    finally:
-        pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
-        for handle in handles:
-            handle.remove()
-        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(COUNTER, recurse=False)
-        take_off()
-        _tidy(transformer)
+    hook = CountingHook(trace, costs, scheduler, state)
+    with hook.watching(transformer):
+        try:
+            put_on(scheduler)
+            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, COUNTER)
+            session = _CountedSession(pipe_class, transformer, trace, before_call)
+            pipe.scheduler, pipe.__class__ = scheduler, checked_class(session)
+            yield trace
+        finally:
+            pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
+            HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(COUNTER, recurse=False)
+            take_off()
+    _tidy(transformer)
 
 
 def _check_free(pipe: Any, transformer: nn.Module) -> None:
@@ -257,7 +290,10 @@ def _check_free(pipe: Any, transformer: nn.Module) -> None:
     if SESSION in pipe.__dict__ or taken:
         raise InstallError("erta is installed on this pipeline: call erta.uninstall(pipe) before a cache of diffusers")
     if not hasattr(transformer, "enable_cache"):
-        raise InstallError(f"{type(transformer).__name__} has no caches of diffusers")
+        raise InstallError(
+            f"{type(transformer).__name__} has no caches of diffusers (enable_cache); of the models here Wan's, FLUX's, "
+            "CogVideoX's and HunyuanVideo's have"
+        )
     if transformer.is_cache_enabled:
         raise InstallError("another cache is enabled on this transformer: call transformer.disable_cache() first")
 

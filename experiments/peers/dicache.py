@@ -22,7 +22,7 @@ from erta.signature import single_denoiser
 from erta.site import BLOCK_STACKS, BlocksSite, Forward, _Stand, model_name
 from experiments.methods import Arm, GetCalibration
 from experiments.models import call_kwargs
-from experiments.peers.counting import forward_costs
+from experiments.peers.counting import forward_costs, reuse_share
 from experiments.peers.knob import Attach, Knob, check_number, knob_arm, options_of
 
 GAMMA = (1.0, 1.5)
@@ -45,11 +45,10 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
 def probe_share(pipe: Any, kwargs: dict[str, Any]) -> float:
     """What part of a forward's FLOPs is left when all blocks but the first are left out."""
     transformer = single_denoiser(pipe)
-    site = ProbeSite(transformer)  # raises InstallError for unknown blocks
+    ProbeSite(transformer)  # raises InstallError for unknown blocks
     first = f"{BLOCK_STACKS[model_name(transformer)].lists[0]}.0."
-    lists = tuple(f"{name}." for name in site.watched)
-    costs = forward_costs(pipe, kwargs)
-    return sum(cost for name, cost in costs.items() if name.startswith(first) or not name.startswith(lists))
+    block = sum(cost for name, cost in forward_costs(pipe, kwargs).items() if name.startswith(first))
+    return block + reuse_share("blocks", pipe, kwargs)
 
 
 class DiCache(OnlineRule):

@@ -24,6 +24,7 @@ from experiments.config import BUDGETS
 from experiments.methods import Arm, step_count
 from experiments.models import call_kwargs
 from experiments.peers.calibrated import kept
+from experiments.peers.counting import reuse_share
 
 MAX_TRIES = 14
 CLOSE_ENOUGH = 0.17  # of a step: no more values are tried
@@ -68,11 +69,11 @@ def options_of(cfg: DictConfig) -> dict[str, Any]:
 
 def online_arm(cfg: DictConfig, pipe: Any, knob: Knob, make_rule: Callable[..., OnlineRule]) -> Arm:
     """A rule of ours at `cache.site`: `make_rule` is called with the YAML file's options, the knob among them."""
-    options = options_of(cfg)
+    options, share = options_of(cfg), reuse_share(cfg.cache.site, pipe, call_kwargs(cfg))
 
     def attach_with(value: float) -> Attach:
         rule = make_rule(**{**options, knob.name: value})
-        return lambda pipe: online(pipe, rule, cfg.cache.site, cfg.cache.reuse)
+        return lambda pipe: online(pipe, rule, cfg.cache.site, cfg.cache.reuse, share)
 
     return knob_arm(cfg, pipe, knob, attach_with)
 
@@ -135,10 +136,15 @@ def search(steps_at: Callable[[float], float], knob: Knob, target: int, method: 
     The value whose count is nearest is taken if it is within half a step. Where counts jump over the target, the
     value with the most steps below it is taken, so that a method never gets more than the budget.
 
-    Raises BudgetError if the method cannot get down to the target.
+    Raises BudgetError if the method cannot get down to the target, or reuses nothing whatever the knob.
     """
     tried = {knob.high: steps_at(knob.high)}
     least = tried[knob.high]
+    if least > num_steps - 1e-6:
+        raise BudgetError(
+            f"cache={method} did not reuse anything: also with {knob.name}={knob.high:g} all {num_steps} steps are "
+            "computed. Change its other cache.options."
+        )
     if least > target + WITHIN:
         raise BudgetError(
             f"cache={method} cannot get down to {target} of {num_steps} computed steps with its other options: it "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -22,13 +23,14 @@ from experiments.peers.constants import CHOICES, published
 from experiments.peers.knob import Knob, check_number, online_arm, options_of
 
 KNOB = Knob("delta", 1e-6, 1e3)
+PROMPTS = 5
 
 
 def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     """MagCache at `cache.options.delta`, or at the delta that meets the budget.
 
-    Its ratios are measured on one calibration prompt, as the authors do, or with
-    `cache.options.constants=published` theirs: refused for another model, number of steps or site.
+    Its ratios are measured on calibration prompts, or with `cache.options.constants=published` the authors': refused
+    for another model, number of steps or site.
     """
     ratios = ratios_of(cfg, pipe)
     made = online_arm(cfg, pipe, KNOB, lambda constants, **options: MagCache(ratios=ratios, **options))
@@ -97,6 +99,7 @@ def ratios_of(cfg: DictConfig, pipe: Any) -> dict[str, list[float]]:
         return published("magcache", pipe, cfg.model.num_inference_steps)["ratios"]
 
     def measure() -> dict[str, Any]:
-        return {"ratios": record(cfg, pipe, RatioRecorder, num_prompts=1)[0].ratios}
+        seen = [recorder.ratios for recorder in record(cfg, pipe, RatioRecorder, PROMPTS)]
+        return {"ratios": {branch: np.mean([one[branch] for one in seen], axis=0).tolist() for branch in seen[0]}}
 
-    return kept(cfg, pipe, "magcache", [], measure)["ratios"]
+    return kept(cfg, pipe, "magcache", [PROMPTS], measure)["ratios"]

@@ -21,7 +21,7 @@ from erta.errors import ErtaError
 from erta.schedule import Mask
 from erta.scheduler import step_index
 from erta.signature import single_denoiser
-from erta.site import model_name
+from erta.site import latent_of, model_name
 from experiments.methods import Arm
 from experiments.models import call_kwargs
 from experiments.peers.counting import CountedTrace, counted, forward_costs
@@ -35,10 +35,13 @@ COMPONENTS = {
         "mlp": r"blocks\.\d+\.ffn",
     },
     "FluxTransformer2DModel": {
-        "attention": r"(single_)?transformer_blocks\.\d+\.attn",
-        "mlp": r"transformer_blocks\.\d+\.(ff|ff_context)|single_transformer_blocks\.\d+\.proj_mlp",
+        "attention": r"transformer_blocks\.\d+\.attn",
+        "mlp": r"transformer_blocks\.\d+\.(ff|ff_context)",
+        "parallel": r"single_transformer_blocks\.\d+\.proj_out",  # one projection of attention and feed-forward
     },
 }
+# read by a module of that type alone: where it is reused they are not run, and nothing of them is kept
+UNREAD = {"FluxTransformer2DModel": {"parallel": r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"}}
 Schedule = dict[str, Mask]  # by component; one that is not named is always computed
 
 
@@ -71,10 +74,29 @@ class ModuleHook(ModelHook):
         return module
 
 
-def components_of(transformer: nn.Module) -> dict[str, list[nn.Module]]:
+class UnreadHook(ModelHook):
+    """Runs a module where its mask says so, and gives zeros of its output's form where nothing reads them."""
+
+    def __init__(self, mask: Mask, current_step: Callable[[], int]) -> None:
+        super().__init__()
+        self.mask, self.current_step = mask, current_step
+        self.width: int | None = None
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.mask[self.current_step()] or self.width is None:
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            self.width = output.shape[-1]
+            return output
+        x = latent_of(args, kwargs)
+        return x.new_zeros(()).expand(*x.shape[:-1], self.width)
+
+
+def components_of(
+    transformer: nn.Module, patterns: dict[str, dict[str, str]] = COMPONENTS
+) -> dict[str, list[nn.Module]]:
     """The modules of each component type. Raises ErtaError for a transformer that is not known."""
-    known = COMPONENTS.get(model_name(transformer))
-    if known is None:
+    known = patterns.get(model_name(transformer), {})
+    if model_name(transformer) not in COMPONENTS:
         raise ErtaError(
             f"the modules of {model_name(transformer)} are not known (those of {', '.join(COMPONENTS)} are): add them "
             "to experiments/peers/modules.py"
@@ -114,19 +136,22 @@ def _renew(pipe: Any) -> None:
 
 def module_cache(pipe: Any, schedule: Schedule, costs: dict[str, float]) -> Any:
     """Run `pipe` inside the `with` with each component type computed where the schedule says so."""
-    modules = components_of(single_denoiser(pipe))
+    transformer = single_denoiser(pipe)
+    modules, unread = components_of(transformer), components_of(transformer, UNREAD)
     unknown = sorted(set(schedule) - set(modules))
     if unknown:
-        name = model_name(single_denoiser(pipe))
+        having = [model for model, kinds in COMPONENTS.items() if set(unknown) <= set(kinds)]
         raise ErtaError(
-            f"{name} has no {', '.join(unknown)} (cross-attention of its own, say): it has {', '.join(modules)}"
+            f"{model_name(transformer)} has no {', '.join(unknown)}-attention of its own, only {', '.join(modules)}: this "
+            f"method is for {', '.join(having)}"
         )
 
     def hooks_of(scheduler: Any) -> list[tuple[nn.Module, ModelHook]]:
         return [
-            (module, ModuleHook(mask, lambda: step_index(scheduler)))
+            (module, hook(mask, lambda: step_index(scheduler)))
+            for hook, of_kind in ((ModuleHook, modules), (UnreadHook, unread))
             for kind, mask in schedule.items()
-            for module in modules[kind]
+            for module in of_kind.get(kind, [])
         ]
 
     return hooked(pipe, costs, hooks_of)

@@ -4,9 +4,12 @@ Broadcast, and FasterCache's attention half.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -20,11 +23,12 @@ from erta.errors import ErtaError
 from erta.signature import find_denoiser
 from erta.site import model_name
 from experiments.methods import Arm, GetCalibration
-from experiments.models import call_kwargs
+from experiments.models import call_kwargs, call_sigmas
 from experiments.peers.counting import diffusers_cache, forward_costs
 from experiments.peers.knob import Attach, Knob, check_number, knob_arm, options_of
 from experiments.peers.magcache import ratios_of
 
+TRAIN_STEPS = 1000
 # the outputs of attention and feed-forward, as TaylorSeer forecasts them; diffusers' default matches none of Wan's
 TAYLOR_CACHED = {
     "WanTransformer3DModel": [r"blocks\.\d+\.(attn1|attn2|ffn)"],
@@ -50,6 +54,23 @@ def shipped_arm(cfg: DictConfig, pipe: Any, knob: Knob, make_config: Callable[..
         return lambda pipe: diffusers_cache(pipe, make_config(**values), costs)
 
     return knob_arm(cfg, pipe, knob, attach_with)
+
+
+def timesteps_between(cfg: DictConfig, pipe: Any) -> tuple[float, float]:
+    """Timesteps, exclusive, between which the steps of `cache.options.window` lie on this pipeline's own grid.
+
+    The window is two shares of the steps. The papers give timesteps of evenly spaced grids; on a shifted one the same
+    timesteps would hold other steps, on Wan hardly any. Raises ErtaError for a window that is none.
+    """
+    window = options_of(cfg)["window"]
+    numbers = isinstance(window, list) and len(window) == 2 and all(isinstance(share, (int, float)) for share in window)
+    if not numbers or not 0 <= window[0] < window[1] <= 1:
+        raise ErtaError(f"cache.options.window must be two shares of the steps, as [0.15,0.9], not {window}")
+    steps, sigmas = cfg.model.num_inference_steps, call_sigmas(pipe, call_kwargs(cfg))
+    first, end = math.ceil(window[0] * steps), math.ceil(window[1] * steps)  # steps first … end - 1
+    between = [float(a + b) / 2 for a, b in itertools.pairwise(sigmas[:-1])]
+    edges = [float("inf"), *between, -1.0]  # edges[k] lies before step k
+    return TRAIN_STEPS * edges[end], TRAIN_STEPS * edges[first]
 
 
 def first_block(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -87,8 +108,12 @@ def taylorseer(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> A
 
 
 def magcache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """diffusers' MagCache: one list of ratios, the first branch's, serves all guidance branches (ours keeps two)."""
-    ratios = next(iter(ratios_of(cfg, pipe).values()))
+    """MagCache (Ma et al., 2025, arXiv 2506.09045) of diffusers: one list of ratios serves all guidance branches.
+
+    Site: the block stack's residual. Stored: one such residual in each guidance branch. Static: the ratios decide, as in
+    `peers.magcache`. Where we differ: the list is the mean over branches and 5 calibration prompts.
+    """
+    ratios = np.mean(list(ratios_of(cfg, pipe).values()), axis=0).tolist()
 
     def config(delta: float, max_skip: int, retention: float, constants: str) -> MagCacheConfig:
         return MagCacheConfig(
@@ -111,12 +136,14 @@ def pab(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     given the conditional one's attention; here each branch has its own (see `CountingHook`).
     """
 
-    def config(spatial: int, cross: int | None, timesteps: list[int]) -> PyramidAttentionBroadcastConfig:
+    bounds = timesteps_between(cfg, pipe)
+
+    def config(spatial: int, cross: int | None, window: list[float]) -> PyramidAttentionBroadcastConfig:
         return PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=check_number("spatial", spatial, 1, whole=True),
             cross_attention_block_skip_range=cross,
-            spatial_attention_timestep_skip_range=tuple(timesteps),
-            cross_attention_timestep_skip_range=tuple(timesteps),
+            spatial_attention_timestep_skip_range=bounds,
+            cross_attention_timestep_skip_range=bounds,
             current_timestep_callback=lambda: pipe.current_timestep,
         )
 
@@ -130,13 +157,13 @@ def fastercache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> 
     pipeline runs them one after the other and FLUX has none, so there it is left out, as diffusers does for distilled
     models; each branch keeps its own outputs here. Raises ErtaError for other transformers.
     """
-    cached = known_modules(cfg, find_denoiser(pipe), FASTER_CACHED)
+    cached, bounds = known_modules(cfg, find_denoiser(pipe), FASTER_CACHED), timesteps_between(cfg, pipe)
 
-    def config(spatial: int, timesteps: list[int], weight: float) -> FasterCacheConfig:
+    def config(spatial: int, window: list[float], weight: float) -> FasterCacheConfig:
         check_number("weight", weight, 0)
         return FasterCacheConfig(
             spatial_attention_block_skip_range=check_number("spatial", spatial, 1, whole=True),
-            spatial_attention_timestep_skip_range=tuple(timesteps),
+            spatial_attention_timestep_skip_range=bounds,
             spatial_attention_block_identifiers=cached,
             temporal_attention_block_identifiers=(),
             attention_weight_callback=lambda module: weight,
