@@ -28,7 +28,7 @@ def config(threshold: float, warmup: int = 1, **options) -> cache_dit.DBCacheCon
 def test_it_is_counted_and_taken_off(model):
     """Threshold 0: bit-identical. A huge one: after the warm-up only the first block. A second call repeats the first.
 
-    Mutants: the state of the last call kept, the package's patches left on the transformer, the middle's layers charged.
+    Mutants: the state of the last call kept, the package's patches left on the transformer, its stacks in another order, the middle's layers charged.
     """
     build, call = MODELS[model]
     pipe, steps = build(), call["num_inference_steps"]
@@ -48,9 +48,10 @@ def test_it_is_counted_and_taken_off(model):
     with cache_dit_cache(pipe, costs, cache_config=config(1e3, warmup=4), calibrator_config=forecast) as taylor:
         assert not torch.equal(generate(pipe, call), first)
     assert taylor.cache_bytes > trace.cache_bytes and taylor.forwards == pytest.approx(trace.forwards)
-    assert {name: set(vars(module)) for name, module in pipe.transformer.named_modules()} == {
-        name: names | {"_diffusers_hook"} if name == "" else names for name, names in attributes.items()
-    }
+    left = [(name, set(vars(module)) - {"_diffusers_hook"}) for name, module in pipe.transformer.named_modules()]
+    assert left == [
+        (name, names - {"_diffusers_hook"}) for name, names in attributes.items()
+    ]  # in the same order: diffusers finds the first block by it
     assert torch.equal(generate(pipe, call), before)
 
 

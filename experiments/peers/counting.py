@@ -270,7 +270,7 @@ def counted(
     _check_free(pipe, transformer)
     scheduler, trace = counting(own_scheduler), CountedTrace()
     hook = CountingHook(trace, costs, scheduler, state)
-    with hook.watching(transformer):
+    with _tidied(transformer), hook.watching(transformer):
         try:
             put_on(scheduler)
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, COUNTER)
@@ -281,7 +281,6 @@ def counted(
             pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
             HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(COUNTER, recurse=False)
             take_off()
-    _tidy(transformer)
 
 
 def _check_free(pipe: Any, transformer: nn.Module) -> None:
@@ -298,12 +297,16 @@ def _check_free(pipe: Any, transformer: nn.Module) -> None:
         raise InstallError("another cache is enabled on this transformer: call transformer.disable_cache() first")
 
 
-def _tidy(transformer: nn.Module) -> None:
-    """Hooks leave the class's own forward behind as an attribute of every module they were on."""
-    for module in transformer.modules():
-        own = module.__dict__.get("forward")
-        if getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module:
-            del module.__dict__["forward"]
+@contextmanager
+def _tidied(transformer: nn.Module) -> Iterator[None]:
+    """Hooks leave the class's own forward behind as an attribute of every module they were on: at the end none has."""
+    try:
+        yield
+    finally:
+        for module in transformer.modules():
+            own = module.__dict__.get("forward")
+            if getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module:
+                del module.__dict__["forward"]
 
 
 class _CountedSession:

@@ -81,6 +81,7 @@ def cache_dit_cache(pipe: Any, costs: dict[str, float], **configs: Any) -> Itera
 
     transformer = single_denoiser(pipe)
     own = {module: module.__dict__.get("forward") for module in transformer.modules()}
+    children = list(transformer._modules)
 
     def state() -> list[Any]:
         contexts = [transformer._context_manager.get_context(name) for name in transformer._context_names]
@@ -92,6 +93,8 @@ def cache_dit_cache(pipe: Any, costs: dict[str, float], **configs: Any) -> Itera
             if forward is None:
                 module.__dict__.pop("forward", None)
         transformer.__dict__.pop("_is_patched", None)
+        for name in children:  # FLUX's two stacks come back in another order, by which diffusers finds the first block
+            transformer._modules[name] = transformer._modules.pop(name)
 
     with counted(
         pipe,
