@@ -99,13 +99,14 @@ def make_arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm
 
 
 def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """The uncached run a second time."""
+    """The uncached run a second time: the noise floor of every metric."""
     return Arm(None, call_kwargs(cfg))
 
 
 def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """The pipeline itself at as many steps as the budget has forwards.
+    """The pipeline itself at as many steps as the budget has forwards: a baseline of ours, which few papers show.
 
+    Site: none. Stored: nothing. Static. Where we differ: nowhere, it is what a user does without a cache.
     `cache.options.sampler` names another solver (of the group `sampler`) for this side alone: the uncached run that
     it is compared with keeps `sampler=`.
     """
@@ -129,7 +130,12 @@ def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> 
 
 
 def reuse(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """Reuse at planned steps. Evenly spread steps without adjustment and rectification need no calibration."""
+    """ERTACache (Peng et al., 2025, arXiv 2508.21091), whole or in parts, and uniform reuse, its ablation's first row.
+
+    Site: `cache.site`, by default the output. Stored: the last residual, one in each guidance branch, where a later step
+    reuses it. Static: the steps are planned from a calibration; evenly spread ones without adjustment and rectification
+    need none. Where we differ: see `erta.plan` and the options of `cache`; sources disagree on several formulas.
+    """
     cache = cfg.cache
     if cache.policy == "uniform" and not cache.adjust_time and not cache.rectify:
         grid = call_grid(pipe, call_kwargs(cfg))

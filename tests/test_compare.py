@@ -103,7 +103,7 @@ def test_what_breaks_in_the_pipeline_is_a_failure(monkeypatch):
 
 
 def test_uncached_runs_are_timed_in_turns(monkeypatch):
-    """Mutants: the uncached run always first, or timed on every prompt."""
+    """A warm-up, then in turns. Mutants: no warm-up, the uncached run always first, or timed on every prompt."""
     order = []
 
     def generate(pipe, text, seed, kwargs, put_on=None):
@@ -115,6 +115,8 @@ def test_uncached_runs_are_timed_in_turns(monkeypatch):
     cfg = OmegaConf.create({"compare": {"quick": True}, "bench": {"frames_from": "decoded"}})
     monkeypatch.setattr(compare_sampling, "call_kwargs", lambda cfg: {})
     measure = compare_sampling.measurer(cfg, None, None, [Prompt("a circle", 0, id="0")] * 9)
+    assert order == ["uncached"]
+    order.clear()
     lines = [measure(methods.Arm(None, {}), index) for index in (0, 1, compare_sampling.QUICK_TIMED)]
     assert order == ["uncached", "cached", "cached", "uncached", "cached"]
     assert [(line["denoise_s"], line["uncached_s"]) for line in lines] == [(2.0, 1.0), (3.0, 4.0), (5.0, None)]
@@ -133,6 +135,31 @@ def test_a_row_of_the_table():
     point = compare_tables.point(outcome, reference)
     assert point["against_ertacache"]["psnr_db"] == [3, 3, 3] and point["against_ertacache"]["scene"] == [0, 0, 0]
     assert "lpips" not in point["against_ertacache"] and point["calibration_s"] == 1.5
+
+
+def test_all_differences_are_paired():
+    """Ratios of 2 and 4 against 1 and 2 where both were timed: +1 and +2; the third was timed on one side alone.
+
+    Mutants: the difference of the medians over all timed prompts, medians for means, the reference among the rows.
+    """
+    reference = compare_tables.Outcome(
+        Row("ertacache", (), 3),
+        [one(30.0, uncached_s=1.0), one(40.0, uncached_s=2.0), one(50.0, uncached_s=90.0)],
+    )
+    row = compare_tables.Outcome(
+        Row("uniform", (), 3),
+        [one(31.0, ssim=0.8, uncached_s=2.0), one(42.0, ssim=0.7, uncached_s=4.0, scene=False), one(53.0, ssim=0.6)],
+    )
+    idle = compare_tables.Outcome(Row("fora", (), 3), [one(None, forwards=12)] * 3)
+    whole = compare_tables.Outcome(Row("none", (), None), [one(None, forwards=12)] * 3)
+    (line,) = compare_tables.differences([whole, reference, row, idle], 3)
+    cells = dict(zip(compare_tables.DIFFERENCES, line, strict=True))
+    assert cells["method"] == "uniform" and cells["PSNR dB"].startswith("+2.00 [+1.") and cells["LPIPS"] == ""
+    assert cells["SSIM"].startswith("-0.2000 [-0.") and cells["scene, all"].startswith("-33.3%")
+    assert cells["speed-up"] == "+1.50 [+1.00, +2.00]"
+    assert compare_tables.differences([whole, row], 3) == []
+    text = compare_tables.as_markdown("m", compare_tables.tabulate([reference, row]), [reference, row])
+    assert "Against ertacache:" in text and "+1.50 [+1.00, +2.00]" in text
 
 
 def test_a_cache_that_computed_everything_says_so():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 import erta
 from erta.errors import ErtaError
 from experiments.config import CONF
 from experiments.model_card import model_card, shown
-from experiments.models import call_sigmas, load_pipeline
+from experiments.models import call_kwargs, call_sigmas, load_pipeline, set_sampler
 from experiments.prompts import calibration_prompts
 from experiments.prompts import test_prompts as prompts_of
 from tests.conftest import CALL, PROMPTS, build_pipe
@@ -153,8 +155,31 @@ def test_weights_of_the_hub_are_pinned(model, monkeypatch):
         load_pipeline(cfg)
 
 
+def test_other_solvers_take_the_shift_from_flux():
+    """FLUX's shift follows from the image size, and its pipeline gives it to the solver: all have the same grid.
+
+    Mutants: a solver without the shift (sigmas of evenly spaced steps), the model's own solver whatever was asked for.
+    """
+    grids, made = {}, {}
+    for sampler in ("default", "flow_match_euler", "unipc", "dpmpp"):
+        cfg = config("model=flux_tiny", f"sampler={sampler}")
+        pipe = load_pipeline(cfg)
+        kwargs = call_kwargs(cfg)
+        grids[sampler] = call_sigmas(pipe, kwargs)
+        generator = torch.Generator().manual_seed(0)
+        prompt = "a large red circle on a dark background"
+        made[sampler] = pipe(prompt=prompt, generator=generator, output_type="latent", **kwargs).images
+    for sampler, grid in grids.items():
+        np.testing.assert_allclose(grid, grids["default"], atol=0.02, err_msg=sampler)
+    assert torch.equal(made["flow_match_euler"], made["default"])
+    for sampler in ("unipc", "dpmpp"):
+        change = (made[sampler] - made["default"]).abs().mean() / made["default"].abs().mean()
+        assert 1e-4 < change < 0.3, sampler
+
+
 @pytest.mark.parametrize("sampler", ["flow_match_euler", "dpmpp"])
 def test_another_solver_needs_a_shift(sampler):
-    """FLUX's shift follows from the image size. Mutant: a solver with no shift, which fails far inside diffusers."""
-    with pytest.raises(ErtaError, match=f"sampler={sampler}: model=flux_tiny has no model.flow_shift"):
-        load_pipeline(config("model=flux_tiny", f"sampler={sampler}"))
+    """Mutant: a solver with no shift, which draws something else or fails far inside diffusers."""
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(config={}))
+    with pytest.raises(ErtaError, match=f"sampler={sampler}: it is not known how model=hunyuan_video shifts"):
+        set_sampler(pipe, config("model=hunyuan_video", f"sampler={sampler}"))

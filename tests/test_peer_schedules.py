@@ -8,11 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import erta
 from erta.online import Call
-from experiments.peers.budcache import anneal
-from experiments.peers.gcache import edge_costs
+from experiments.peers import lemica
+from experiments.peers.budcache import acceptance, anneal, temperature_at
+from experiments.peers.gcache import edge_costs, residual_change
 from experiments.peers.lemica import cost_matrix
 from experiments.peers.meancache import MeanCache, path_costs
 from experiments.peers.paths import best_path
@@ -68,6 +70,56 @@ def test_annealing_finds_the_best_mask():
     assert value == 0 and [k for k, on in enumerate(mask) if on] == [0, 2, 3, 7, 9]
     assert all(sum(tried) == 5 and tried[0] for tried in seen) and len(set(seen)) == len(seen)
     assert anneal(error, 10, 10, 5, 0)[0] == (True,) * 10
+
+
+def test_annealing_accepts_by_chance():
+    """Temperatures 1 → 0.1 → 0.01 over 3 trials; a rise of 0.5 is taken with probability exp(-0.5), exp(-5), exp(-50).
+
+    Mutants: worse masks never taken, or whatever the temperature; a temperature that rises; the last mask returned.
+    """
+    assert [temperature_at(trial, 3) for trial in range(3)] == pytest.approx([1, 0.1, 0.01])
+    assert [acceptance(0.5, t) for t in (1, 0.1, 0.01)] == pytest.approx([0.60653, 0.0067379, 1.9287e-22], rel=1e-4)
+    assert acceptance(0.0, 0.01) == acceptance(-3.0, 1) == 1
+    started = []
+
+    def error(mask):
+        started.append(mask)
+        return float(len(started))  # every new mask is worse than all before
+
+    mask, value = anneal(error, 12, 4, 60, seed=0)
+    assert value == 1.0 and mask == started[0]  # the best, wherever the annealing went
+    exchanged = [sum(a != b for a, b in zip(tried, started[0], strict=True)) // 2 for tried in started]
+    assert max(exchanged) > 1  # masks beyond the first one's neighbours were tried, so a worse one was taken
+
+
+def test_lemica_runs_every_stretch_once(monkeypatch):
+    """4 steps, stretches of at most 2 reused: steps i + 1 … j - 1, the last stretch to the end; cost: mean |x - x_0|.
+
+    Mutants: the step computed next reused too, stretches one longer, the squared error.
+    """
+    runs = []
+
+    def run(mask):
+        runs.append(mask)
+        return torch.full((2, 2), 0.0 if mask is None else float(sum(2**k for k, on in enumerate(mask) if not on)))
+
+    monkeypatch.setattr(lemica, "trial_runs", lambda cfg, pipe: run)
+    cfg = OmegaConf.create({"model": {"num_inference_steps": 4}})
+    edges = lemica.stretch_costs(cfg, None, max_skip=2)
+    assert (
+        edges == [[0, 2, 2], [0, 3, 2 + 4], [1, 3, 4], [1, 4, 4 + 8], [2, 4, 8]] and runs[0] is None and len(runs) == 6
+    )
+
+
+def test_gcache_changes_by_hand():
+    """r = 0, 1, 3 in one branch and 0, 2, 2 in the other: |r_0 - r_2| = (3 + 2) / 2. Mutants: a sum, velocities, x."""
+    recorder = TrajectoryRecorder()
+    recorder.begin(3)
+    x = torch.zeros(1, 2)
+    for branch, residuals in {"cond": (0.0, 1.0, 3.0), "uncond": (0.0, 2.0, 2.0)}.items():
+        for step, r in enumerate(residuals):
+            recorder.computed(Call(step, 3, branch, x + 7 * step, torch.nn.Identity()), x + 9 * step, x + r)
+    np.testing.assert_allclose(residual_change(recorder), [[0, 1.5, 2.5], [0, 0, 1.0], [0, 0, 0]])
 
 
 def test_gcache_edges_by_hand():

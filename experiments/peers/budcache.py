@@ -1,10 +1,11 @@
-"""BudCache: simulated annealing over whole masks of a given budget, by what comes out at the end.
+"""BudCache (Lei et al., 2026, arXiv 2606.13496): annealing over masks of a given budget, by the final latents.
 
-Site: as `cache.site` says; the last residual is stored in each guidance branch. Static: from evenly spread steps on,
-`iterations` times one computed step is exchanged for a reused one; the new mask is kept if the mean squared error of
-the final latents on one calibration prompt falls, or with probability exp(-rise / temperature). Then exchanges with
-neighbours are made as long as they help. The first 30 % of the budget stay the first steps. Where we differ: the error
-is taken in logarithm, so that the temperature (1 → 0.01) has no unit; the grid of sigmas is not distilled.
+Site: as `cache.site` says; the output by default. Stored: the last residual in each guidance branch. Static: from
+evenly spread steps on, `iterations` times one computed step is exchanged for a reused one; the new mask is kept if the
+mean squared error of the final latents on one calibration prompt falls, or with probability exp(-rise / temperature).
+Then exchanges with neighbours are made as long as they help. The first 30 % of the budget stay the first steps. Where
+we differ: the error is taken in logarithm, so that the temperature (1 → 0.01) has no unit; the grid of sigmas is not
+distilled.
 """
 
 from __future__ import annotations
@@ -61,16 +62,25 @@ def anneal(
         return now, known[now]
     chance = random.Random(seed)
     for trial in range(iterations):
-        temperature = HOT * (COLD / HOT) ** (trial / max(1, iterations - 1))
         computed = [step for step in range(prefix, num_steps) if now[step]]
         reused = [step for step in range(prefix, num_steps) if not now[step]]
         new = _exchanged(now, chance.choice(computed), chance.choice(reused))
         if new not in known:
             known[new] = error(new)
-        rise = known[new] - known[now]
-        if rise <= 0 or chance.random() < math.exp(-rise / temperature):
+        taken = acceptance(known[new] - known[now], temperature_at(trial, iterations))
+        if taken == 1 or chance.random() < taken:
             now = new
     return _climb(error, min(known, key=known.__getitem__), prefix, known)
+
+
+def temperature_at(trial: int, iterations: int) -> float:
+    """From HOT at the first trial to COLD at the last, by equal factors."""
+    return HOT * (COLD / HOT) ** (trial / max(1, iterations - 1))
+
+
+def acceptance(rise: float, temperature: float) -> float:
+    """The probability with which a mask is taken whose error is larger by `rise` (Metropolis's rule)."""
+    return math.exp(-max(rise, 0.0) / temperature)
 
 
 def _climb(error: Callable[[Mask], float], now: Mask, prefix: int, known: dict[Mask, float]) -> tuple[Mask, float]:

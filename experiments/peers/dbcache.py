@@ -3,8 +3,9 @@
 Site: the residual of the blocks between the first Fn, which always run and whose residual's relative change since the
 last computed step decides, and the last Bn, which always run too; FLUX's two stacks count as one. Stored: the residuals
 of the first and of the middle blocks, of both token streams, in each guidance branch; with `cache.options.taylor` also
-their differences, which forecast the middle's residual (from the fourth computed step on). Online. The package is put on
-the bare transformer and its state made anew before every call; what really runs is counted here, not by its statistics.
+their differences, which forecast the middle's residual (from the fourth computed step on). Decided online. Where we
+differ: it is the package itself, put on the bare transformer, with its state made anew before every call, and Fn = 1 on
+models of few blocks; what really runs is counted here, not by its statistics.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
         ) from error
     transformer, options = single_denoiser(pipe), options_of(cfg)
     if not BlockAdapterRegister.is_supported(transformer):
-        raise ErtaError(f"cache={cfg.cache.name}: cache-dit does not know {model_name(transformer)}")
+        families = ", ".join(BlockAdapterRegister.supported_pipelines()[1])
+        raise ErtaError(f"cache={cfg.cache.name}: cache-dit does not know {model_name(transformer)}. It knows: {families}")
     costs = forward_costs(pipe, call_kwargs(cfg))
     order = options["taylor"]
     if order is not None:

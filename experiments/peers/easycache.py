@@ -1,8 +1,10 @@
-"""EasyCache (Zhou et al., 2025, H-EmbodVis/EasyCache): how much the output will change, from how the input changed.
+"""EasyCache (Zhou et al., 2025, arXiv 2507.02860): how much the output will change, from how the input changed.
 
-At computed steps the rule measures `k = mean|Δv| / mean|Δx|` between this and the last computed step. Between
-them it adds up `k · mean|x_t - x_{t-1}| / mean|v|`, with v the last computed output, and reuses the residual while
-the sum stays below `tau`. The branch that the pipeline runs first decides for all branches.
+Site: the output's residual, ERTACache's own. Stored: that residual in each guidance branch; of the branch that decides
+also the last step's input and the last computed step's input and output. Decided online. At computed steps the rule
+measures `k = mean|Δv| / mean|Δx|` between this and the last computed step. Between them it adds up `k · mean|x_t -
+x_{t-1}| / mean|v|`, with v the last computed output, and reuses the residual while the sum stays below `tau`. The
+branch that the pipeline runs first decides for all branches. Where we differ: nothing that we know of.
 """
 
 from __future__ import annotations

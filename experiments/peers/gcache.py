@@ -1,11 +1,11 @@
-"""GCache: residual differences weighted by when they happen, summed along a shortest path.
+"""GCache (2026, arXiv 2608.13043): residual differences weighted by when they happen, summed along a shortest path.
 
-Site: as `cache.site` says; the last residual is stored in each guidance branch. Static: reusing step i's residual at
-step k costs `mean|r_i - r_k| exp(w(t_k))`, with w a Bernstein polynomial of degree 3 with coefficients in 0 … 10 over
-the run (t from 0 at the first step to 1 at the last); an edge i → j is the sum over i < k < j. Of `trials` random
-weights, and none at all, those are taken whose schedule leaves the smallest error of the final latents on one
-calibration prompt. Where we differ: a random search in place of 500 steps of Bayesian optimisation, the final latents'
-mean squared error in place of LPIPS + 1 - SSIM, 3 prompts in place of 512.
+Site: as `cache.site` says; the output by default. Stored: the last residual in each guidance branch. Static: reusing
+step i's residual at step k costs `mean|r_i - r_k| exp(w(t_k))`, with w a Bernstein polynomial of degree 3 with
+coefficients in 0 … 10 over the run (t from 0 at the first step to 1 at the last); an edge i → j is the sum over i < k <
+j. Of `trials` random weights, and none at all, those are taken whose schedule leaves the smallest error of the final
+latents on one calibration prompt. Where we differ: a random search in place of 500 steps of Bayesian optimisation, the
+final latents' mean squared error in place of LPIPS + 1 - SSIM, 3 prompts in place of 512.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """LeMiCa (Gao et al., 2025, arXiv 2511.00090): what caching one stretch of steps does to the final output, minimax.
 
-Site: as `cache.site` says; the last residual is stored in each guidance branch. Static: the edge i → j costs the L1
-distance of the final latents to the uncached ones when steps i + 1 … j - 1 alone are reused, measured by a run for each
-stretch on a calibration prompt. The path with exactly `cache.steps` edges is taken whose worst edge is smallest, then
-the second worst, and so on. Where we differ: one prompt, and stretches of at most `max_skip` reused steps, since each
-costs a run (once: they are kept); so no fewer than N / (max_skip + 1) steps can be planned.
+Site: as `cache.site` says; the output by default. Stored: the last residual in each guidance branch. Static: the edge i
+→ j costs the L1 distance of the final latents to the uncached ones when steps i + 1 … j - 1 alone are reused, measured
+by a run for each stretch on a calibration prompt. The path with exactly `cache.steps` edges is taken whose worst edge
+is smallest, then the second worst, and so on. Where we differ: one prompt, and stretches of at most `max_skip` reused
+steps, since each costs a run (once: they are kept); so no fewer than N / (max_skip + 1) steps can be planned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""MagCache (Ma et al., 2025, Zehong-Ma/MagCache): reuse while the residual's size has changed little.
+"""MagCache (Ma et al., 2025, arXiv 2506.09045): reuse while the residual's size has changed little.
 
-gamma_t is the mean ratio of the residual's norm at step t to that at t - 1. After the first steps the rule keeps for
-each guidance branch `R = Π gamma`, `E = Σ|1 - R|` and the number k of steps since the last computed one, and reuses
-while `E <= delta` and `k <= max_skip`. The decisions follow from the ratios alone, and differ between branches.
+Site: the block stack's residual, in token space. Stored: the last one in each guidance branch. Static, since the
+decisions follow from measured ratios alone, but different in each branch: gamma_t is the mean ratio of the residual's norm
+at step t to that at t - 1; after the first steps the rule keeps `R = Π gamma`, `E = Σ|1 - R|` and the number k of steps
+since the last computed one, and reuses while `E <= delta` and `k <= max_skip`. Where we differ: by default the ratios are
+the mean over 5 calibration prompts, not one prompt's.
 """
 
 from __future__ import annotations

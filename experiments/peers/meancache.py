@@ -1,4 +1,4 @@
-"""MeanCache: a reused step takes the velocity that the path between the last two computed steps foretells.
+"""MeanCache (Gao et al., 2026, arXiv 2601.19961): a reused step takes the velocity that two computed steps foretell.
 
 Site: the output. Stored: the latents z of the last two computed steps r and t, and the velocity of t in each guidance
 branch. With v the guided velocity, `JVP = (v_t - (z_t - z_r) / (sigma_t - sigma_r)) / (sigma_t - sigma_r)` says how v

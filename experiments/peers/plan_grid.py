@@ -1,7 +1,8 @@
-"""What a static method's choice of steps is worth without its cache (ours; no paper shows it).
+"""What a static method's choice of steps is worth without its cache: a baseline of ours, which no paper shows.
 
-The same solver runs on nothing but the sigmas of the computed steps: as many forwards, no reuse. Where this does as well
-as the method, the method has found a grid, and caching adds nothing.
+Site: none. Stored: nothing. Static: the same solver runs on nothing but the sigmas of the steps that the method computes, as
+many forwards, no reuse. Where this does as well as the method, the method has found a grid, and caching adds nothing. Where
+we differ: from the method, by its cache alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from experiments.methods import CACHES, Arm, GetCalibration, make_arm
 from experiments.models import call_kwargs
 from experiments.peers.knob import options_of
 from experiments.peers.searched import plan_of
+
+WHOLE_STEPS = ("policy", "policy_time", "ertacache", "uniform", "lemica", "gcache", "budcache", "meancache")
 
 
 def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -38,7 +41,11 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     if plan is None and "mask" in made.report:
         plan = plan_of(cfg, pipe, tuple(map(bool, made.report["mask"])), {})
     if plan is None:
-        raise ErtaError(f"cache.options.of={name}: {name} does not choose beforehand which steps are computed")
+        raise ErtaError(
+            f"cache.options.of={name}: {name} does not choose beforehand which steps are computed whole: it decides while "
+            "it runs, differently in each guidance branch, or leaves out parts of a forward, so that its whole steps "
+            f"alone would not be its budget. Those that do: {', '.join(WHOLE_STEPS)}"
+        )
     grid = plan.grid_only()
     return Arm(
         grid, {**call_kwargs(cfg), "num_inference_steps": grid.num_steps}, made.calibration, searched_s=made.searched_s

@@ -1,13 +1,13 @@
-"""SenCache (vita-epfl/SenCache): how much the output can have changed, from its measured sensitivity to x and to t.
+"""SenCache (Haghighi and Alahi, 2026, arXiv 2602.24208): from sensitivities to x and t, how much the output has changed.
 
 Site: the output's residual. Stored in each guidance branch: that residual and the input of the last computed step.
 Decided online, for each branch: reuse while `J_x |x - x_c| + J_t |t - t_c|` stays below `epsilon`, with c the last
 computed step, and at most `max_skip` steps in a row. In the first fifth of the steps epsilon is `first`.
 
-J_x and J_t come from a table by step and branch, made by finite differences along uncached runs on calibration
-prompts. Where we differ: |x| is the root mean square, so that epsilon does not depend on the size of the latent, t is
-in units of the training schedule (0 … 1), the direction in x is a random one, 4 prompts are used in place of
-8 clips, and the last step is computed.
+J_x and J_t come from a table by step and branch, made by finite differences along uncached runs on calibration prompts.
+Where we differ: |x| is the root mean square, so that epsilon does not depend on the size of the latent, t is in units
+of the training schedule (0 … 1), the direction in x is a random one, 4 prompts are used in place of 8 clips, and the
+last step is computed.
 """
 
 from __future__ import annotations

@@ -74,7 +74,12 @@ def timesteps_between(cfg: DictConfig, pipe: Any) -> tuple[float, float]:
 
 
 def first_block(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """FirstBlockCache (ParaAttention): block 0 is run, and its residual's change decides about the others."""
+    """FirstBlockCache (ParaAttention, chengzeyi/ParaAttention): block 0 is run, its residual's change decides on the others.
+
+    Site: the residual of all blocks but the first. Stored: it, and the first block's output and residual, in each guidance
+    branch. Decided online, for each branch, by the relative L1 change of block 0's residual since the last computed step.
+    Where we differ: it is diffusers' own; the threshold comes from the budget.
+    """
     return shipped_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), FirstBlockCacheConfig)
 
 
@@ -87,9 +92,12 @@ def known_modules(cfg: DictConfig, transformer: Any, patterns: dict[str, Any]) -
 
 
 def taylorseer(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """TaylorSeer (arXiv 2503.06923): attention and feed-forward outputs are forecast between full steps.
+    """TaylorSeer (Liu et al., 2025, arXiv 2503.06923): attention and feed-forward outputs are forecast between full steps.
 
-    Factors are kept in the model's dtype, not always in bfloat16 as by diffusers' default.
+    Site: the outputs of attention and feed-forward modules. Stored: each one's last value and its differences up to
+    `order`, in each guidance branch. Static: after the warm-up everything is computed at every `interval`-th step. Where we
+    differ: it is diffusers' own, with our patterns of modules (its default matches none of Wan's); factors are kept in the
+    model's dtype, not always in bfloat16.
     """
     transformer = find_denoiser(pipe)
     cached = known_modules(cfg, transformer, TAYLOR_CACHED)
@@ -130,10 +138,12 @@ def magcache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm
 
 
 def pab(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """Pyramid Attention Broadcast (arXiv 2408.12588): attention outputs are reused, feed-forwards always run.
+    """Pyramid Attention Broadcast (Zhao et al., 2024, arXiv 2408.12588): attention is reused, feed-forwards always run.
 
-    diffusers keeps one state for all guidance branches, so with separate passes the unconditional branch would be
-    given the conditional one's attention; here each branch has its own (see `CountingHook`).
+    Site: the outputs of attention modules. Stored: one such output a module and guidance branch. Static: inside `window`
+    they are computed at every so many steps. Where we differ: it is diffusers' own, which keeps one state for all guidance
+    branches, so that with separate passes the unconditional one would be given the conditional one's attention; here each
+    has its own (see `CountingHook`). The window is the published one of CogVideoX in shares of the steps, not timesteps.
     """
 
     bounds = timesteps_between(cfg, pipe)
@@ -151,11 +161,13 @@ def pab(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
 
 
 def fastercache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """FasterCache (arXiv 2410.19355), its attention half: self-attention is extrapolated from its last two outputs.
+    """FasterCache (Lv et al., 2024, arXiv 2410.19355), its attention half: self-attention follows its last two outputs.
 
-    The other half, which foretells the unconditional branch by frequencies, wants both branches in one batch. Wan's
+    Site: the outputs of self-attention modules. Stored: the last two a module and guidance branch. Static: inside `window`
+    they are computed at every so many steps. Where we differ: it is diffusers' own; the other half, which foretells the unconditional branch by frequencies, wants both branches in one batch. Wan's
     pipeline runs them one after the other and FLUX has none, so there it is left out, as diffusers does for distilled
-    models; each branch keeps its own outputs here. Raises ErtaError for other transformers.
+    models; each branch keeps its own outputs here. The window is CogVideoX's in shares of the steps. Raises ErtaError for
+    other transformers.
     """
     cached, bounds = known_modules(cfg, find_denoiser(pipe), FASTER_CACHED), timesteps_between(cfg, pipe)
 
@@ -175,12 +187,20 @@ def fastercache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> 
 
 
 def seacache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
-    """SeaCache (arXiv 2602.18993): TeaCache's rule on spectrally filtered latents, without a polynomial.
+    """SeaCache (2026, arXiv 2602.18993): TeaCache's rule on spectrally filtered latents, without a polynomial.
 
-    Raises ErtaError for other models than Wan text-to-video: diffusers' hook asks the pipeline for sigma and step,
-    which the others do not give it, and then computes everything.
+    Site: the block stack's residual. Stored: that residual, the one before for its extrapolation, and the last filtered
+    signal, in each guidance branch. Decided online. Where we differ: it is diffusers' own, with no limit on runs of reused
+    steps (its default: 2), so that every budget can be reached. Raises ErtaError for other models than Wan text-to-video:
+    the hook asks the pipeline for sigma and step, which the others do not give it, and then computes everything; and for a
+    diffusers without it.
     """
-    from diffusers.hooks import SeaCacheConfig  # not in the oldest diffusers that the rest runs with
+    try:
+        from diffusers.hooks import SeaCacheConfig  # not in the oldest diffusers that the rest runs with
+    except ImportError as error:
+        raise ErtaError(
+            "cache=seacache needs diffusers' SeaCache: pip install 'diffusers>=0.42.1' (make setup does)"
+        ) from error
 
     if model_name(find_denoiser(pipe)) != "WanTransformer3DModel":
         raise ErtaError("cache=seacache runs on Wan text-to-video only: diffusers' SeaCache would compute everything")

@@ -44,7 +44,21 @@ def _flux(transformer: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     return transformer.transformer_blocks[0].norm1(tokens, emb=embedding)[0]
 
 
+def _cogvideox(transformer: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The time embedding, (batch, width)."""
+    frequencies = transformer.time_proj(kwargs["timestep"])
+    return transformer.time_embedding(frequencies.to(kwargs["hidden_states"].dtype), kwargs.get("timestep_cond"))
+
+
+def _hunyuan_video(transformer: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The tokens after block 0's first norm, modulated by time, guidance and pooled text: (batch, tokens, width)."""
+    embedding = transformer.time_text_embed(kwargs["timestep"], kwargs["pooled_projections"], kwargs.get("guidance"))[0]
+    return transformer.transformer_blocks[0].norm1(transformer.x_embedder(kwargs["hidden_states"]), emb=embedding)[0]
+
+
 ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], torch.Tensor]] = {
     "WanTransformer3DModel": _wan,
     "FluxTransformer2DModel": _flux,
+    "CogVideoXTransformer3DModel": _cogvideox,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
 }

@@ -1,8 +1,10 @@
-"""TeaCache (Liu et al., 2025, ali-vilab/TeaCache): the output's change, read off the modulated input's by a polynomial.
+"""TeaCache (Liu et al., 2025, arXiv 2411.19108): the output's change, read off the modulated input's by a polynomial.
 
-In each guidance branch the rule adds up `p(mean|m_t - m_{t-1}| / mean|m_{t-1}|)`, with m the input of the first
-block after its modulation by the timestep, and reuses the block stack's residual while the sum stays below `delta`.
-The first and the last step are computed.
+Site: the block stack's residual, in token space. Stored in each guidance branch: that residual and the last step's
+signal. Decided online, for each branch: the rule adds up `p(mean|m_t - m_{t-1}| / mean|m_{t-1}|)`, with m the input of the
+first block after its modulation by the timestep, and reuses while the sum stays below `delta`. The first and the last
+step are computed. Where we differ: by default p is fitted on 5 calibration prompts of the model at hand, of a lower degree
+than 4 where few steps do not determine that; on Wan m is the time embedding e (the authors' choice without ret_steps).
 """
 
 from __future__ import annotations
