@@ -30,6 +30,7 @@ from experiments.record import append_line, check_inputs, describe_inputs, read_
 from experiments.sampling import generate
 
 NO_CORRECTOR = "cache.corrector_at_reused=false"
+UNCACHED = "uncached"  # folder
 SEED_STRIDE = 100_000  # between the noises of one prompt
 COLUMNS = (
     "row",
@@ -235,11 +236,15 @@ def interval_text(interval: Interval | None, form: str) -> str:
     return "" if interval is None else f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
+def uncached_path(folder: Path, index: int) -> Path:
+    """Where the uncached clip of the k-th prompt is kept."""
+    return folder / UNCACHED / f"{index:03d}.npy"
+
+
 def uncached_clips(pipe: Any, cfg: DictConfig, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
     """Uncached clips, kept beside the rows so that a continued run compares with the same ones."""
-    store = folder / "uncached"
-    store.mkdir(exist_ok=True)
-    paths = [store / f"{index:03d}.npy" for index in range(len(prompts))]
+    paths = [uncached_path(folder, index) for index in range(len(prompts))]
+    (folder / UNCACHED).mkdir(exist_ok=True)
     missing = [(path, prompt) for path, prompt in zip(paths, prompts, strict=True) if not path.is_file()]
     if missing:
         with progress_bar() as bar:

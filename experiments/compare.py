@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from erta.errors import ErtaError
 from experiments import console, figures
 from experiments.ablation import Row, check_what_rows_share
-from experiments.compare_sampling import sample_all
+from experiments.compare_sampling import sample_all, uncached_scene
 from experiments.compare_tables import (
     COLUMNS,
     DIFFERENCES,
@@ -46,7 +46,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     check_what_rows_share(cfg)
     prompts = test_prompts(cfg)[: QUICK_PROMPTS if cfg.compare.quick else None]
     outcomes, failed = sample_all(cfg, folder, table_rows(cfg), prompts)
-    tables = tabulate(outcomes)
+    tables = tabulate(outcomes, uncached_scene(folder, prompts))
     about = f"{cfg.model.name}, {len(prompts)} held-out prompts"
     for count, table in tables.items():
         title = f"{about}, {count} of {cfg.model.num_inference_steps} steps"

@@ -7,12 +7,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from erta.errors import ErtaError
 from experiments import console
-from experiments.ablation import Row, RowArms, comparer, uncached_clips
+from experiments.ablation import Row, RowArms, comparer, uncached_clips, uncached_path
 from experiments.calibrating import progress_bar
 from experiments.compare_tables import REFERENCE, Outcome
 from experiments.methods import Arm
@@ -105,6 +106,16 @@ def sample_all(
             settled = len(samples.done) + sum(len(samples.missing(row)) for row in rows if row.key in samples.left_out)
             bar.update(task, description=event.row, completed=settled, visible=True)
     return [samples.outcome(row) for row in rows], samples.failed
+
+
+def uncached_scene(folder: Path, prompts: list[Prompt]) -> float | None:
+    """Share of the uncached samples that show all that was asked for; None if one is missing or cannot be checked."""
+    paths = [uncached_path(folder, index) for index in range(len(prompts))]
+    if not all(path.is_file() for path in paths):
+        return None
+    found = [scene_agreement(prompt, np.load(path)) for prompt, path in zip(prompts, paths, strict=True)]
+    right = [scene["all"] for scene in found if scene is not None]
+    return float(np.mean(right)) if len(right) == len(prompts) else None
 
 
 def events_of(

@@ -78,14 +78,21 @@ class Outcome:
         return min(one["forwards"] for one in self.samples) > full - 1e-3
 
 
-def tabulate(outcomes: list[Outcome]) -> dict[int, list[list[str]]]:
-    """A table for each budget, best PSNR first, below the row without a budget."""
+def tabulate(outcomes: list[Outcome], uncached_scene: float | None = None) -> dict[int, list[list[str]]]:
+    """A table for each budget, best PSNR first, below the uncached run and the row without a budget (the noise floor).
+
+    Args:
+        uncached_scene: share of the uncached samples that show what was asked for; None if it is not known.
+    """
     tables = {}
     for count in sorted({o.row.computed for o in outcomes if o.row.computed is not None}, reverse=True):
         here = in_order(outcomes, count)
         lines = [*(o for o in outcomes if o.row.computed is None), *here]
         reference, full = reference_of(here[0], outcomes), full_forwards(outcomes)
         tables[count] = [cells(o, reference, full) for o in lines if o.samples]
+        if full is not None:
+            scene = "" if uncached_scene is None else f"{uncached_scene:.1%}"
+            tables[count].insert(0, ["uncached", f"{full:.1f}", "1.00x", "reference", "", "", "", scene, "0", "0"])
     return tables
 
 
@@ -111,7 +118,7 @@ def cells(outcome: Outcome, reference: Outcome | None, full: float | None) -> li
     psnr, speedup = mean_psnr([one["psnr_db"] for one in samples]), outcome.speedup
     lpips, scene = outcome.mean("lpips"), outcome.mean("scene")
     return [
-        outcome.row.label,
+        outcome.row.label if outcome.row.computed is not None else f"{outcome.row.label}: uncached again",
         f"{outcome.mean('forwards'):.1f}",
         f"{speedup:.2f}x" if speedup else "",
         "identical" if psnr is None else f"{psnr:.2f}",

@@ -56,6 +56,7 @@ def test_comparison_command(command, tmp_path, monkeypatch):  # noqa: F811
     ]  # fmt: skip
     assert all(r["uncached_s"] > 0 for r in rows) and rows[0]["psnr_db"] is None and rows[2]["psnr_db"] > 0
     tables = Path("outputs/c/comparison.md").read_text()
+    assert "| uncached | 12.0 | 1.00x | reference |" in tables
     assert "identical" in tables and "- fora: RuntimeError: a peer broke" in tables and "## 3 computed steps" in tables
     assert "not run" in printed and "| fora |" not in tables
     for axis in ("speedup", "forwards"):
@@ -168,6 +169,8 @@ def test_a_cache_that_computed_everything_says_so():
     assert compare_tables.cells(idle, None, 12)[1] == "did not reuse anything"
     assert compare_tables.cells(compare_tables.Outcome(Row("plan_grid", (), 3), [one(40.0)]), None, 12)[1] == "6.0"
     whole = compare_tables.Outcome(Row("none", (), None), [one(None, forwards=12)])
+    table = compare_tables.tabulate([whole, compare_tables.Outcome(Row("fora", (), 3), [one(40.0)])], 0.75)[3]
+    assert [line[0] for line in table] == ["uncached", "none: uncached again", "fora"] and table[0][7] == "75.0%"
     assert compare_tables.cells(whole, None, 12)[3] == "identical" and compare_tables.full_forwards([idle, whole]) == 12
 
 

@@ -44,7 +44,9 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     transformer, options = single_denoiser(pipe), options_of(cfg)
     if not BlockAdapterRegister.is_supported(transformer):
         families = ", ".join(BlockAdapterRegister.supported_pipelines()[1])
-        raise ErtaError(f"cache={cfg.cache.name}: cache-dit does not know {model_name(transformer)}. It knows: {families}")
+        raise ErtaError(
+            f"cache={cfg.cache.name}: cache-dit does not know {model_name(transformer)}. It knows: {families}"
+        )
     costs = forward_costs(pipe, call_kwargs(cfg))
     order = options["taylor"]
     if order is not None:
