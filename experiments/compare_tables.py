@@ -177,7 +177,9 @@ def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[O
 
 def point(outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:
     """A row as a point of the figures, and all its paired differences to the reference: [mean, low, high]."""
-    means = {key: outcome.mean(key) for key in ("forwards", *(set(COMPARED) - {SPEEDUP}), "cache_bytes")}
+    means = {
+        key: outcome.mean(key) for key in ("forwards", *(key for key in COMPARED if key != SPEEDUP), "cache_bytes")
+    }
     gains = {key: outcome.gain(key, reference) for key in COMPARED} if reference is not None else {}
     return {
         "method": outcome.row.label,

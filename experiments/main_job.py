@@ -183,7 +183,7 @@ def _summarise(
 
 
 def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the paired runs, and what this plan can reach at most."""
+    """Medians over the paired runs, and what as many forwards as the cached ones made can reach at most."""
 
     def median(name: str, key: str) -> float:
         return float(np.median([row[name][key] for row in rows]))
@@ -191,11 +191,12 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
     steps = cfg.model.num_inference_steps
     forward_s = median("uncached", "forward_s") / steps  # all guidance branches
     solver_s = max(median("uncached", "denoise_s") / steps - forward_s, 0.0)
-    cached_steps, computed = arm.kwargs["num_inference_steps"], _computed_steps(cfg, arm, rows)
-    possible = possible_speedup(steps, computed, forward_s, solver_s, cached_steps)
+    branches = rows[0]["uncached"]["forwards"] / steps
+    forwards = float(np.mean([row["cached"]["forwards"] for row in rows]))
+    cached_steps = arm.kwargs["num_inference_steps"]
+    possible = possible_speedup(steps, forwards / branches, forward_s, solver_s, cached_steps)
     calls = sum(row["cached"]["overhead_calls"] for row in rows)
     overhead_s = sum(row["cached"]["overhead_s"] for row in rows) / calls if calls else 0.0
-    branches = rows[0]["uncached"]["forwards"] / steps
     return {
         "denoise_s": median("cached", "denoise_s"),
         "denoise_uncached_s": median("uncached", "denoise_s"),
@@ -206,7 +207,7 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
         "calibration_s": arm.calibration_s,
         "hook_overhead_per_step_s": overhead_s * branches,
         "hook_overhead_of_forward": overhead_s / (forward_s / branches),
-        "forwards": _whole(float(np.mean([row["cached"]["forwards"] for row in rows]))),
+        "forwards": _whole(forwards),
         "forwards_uncached": rows[0]["uncached"]["forwards"],
         "repeats": len(rows),
         "speedup_possible": possible,

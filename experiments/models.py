@@ -128,7 +128,11 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
         pipe.scheduler = scheduler(**options)
     else:
         options = {key: value for key, value in options.items() if value is not None}
-        pipe.scheduler = scheduler.from_config(own, **options, use_dynamic_shifting=True)
+        fresh = {
+            **own,
+            "use_flow_sigmas": False,
+        }  # another solver's, by which FluxPipeline would not give Euler its grid
+        pipe.scheduler = scheduler.from_config({**fresh, **options}, use_dynamic_shifting=True)
 
 
 def call_kwargs(cfg: DictConfig) -> dict[str, Any]:

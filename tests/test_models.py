@@ -158,7 +158,8 @@ def test_weights_of_the_hub_are_pinned(model, monkeypatch):
 def test_other_solvers_take_the_shift_from_flux():
     """FLUX's shift follows from the image size, and its pipeline gives it to the solver: all have the same grid.
 
-    Mutants: a solver without the shift (sigmas of evenly spaced steps), the model's own solver whatever was asked for.
+    Mutants: a solver without the shift (sigmas of evenly spaced steps), the model's own solver whatever was asked for,
+    Euler on the grid that FluxPipeline leaves to solvers with flow sigmas.
     """
     grids, made = {}, {}
     for sampler in ("default", "flow_match_euler", "unipc", "dpmpp"):
@@ -169,6 +170,8 @@ def test_other_solvers_take_the_shift_from_flux():
         generator = torch.Generator().manual_seed(0)
         prompt = "a large red circle on a dark background"
         made[sampler] = pipe(prompt=prompt, generator=generator, output_type="latent", **kwargs).images
+    set_sampler(pipe, config("model=flux_tiny", "sampler=flow_match_euler"))  # on what another solver left
+    np.testing.assert_array_equal(call_sigmas(pipe, kwargs), grids["default"])
     for sampler, grid in grids.items():
         np.testing.assert_allclose(grid, grids["default"], atol=0.02, err_msg=sampler)
     assert torch.equal(made["flow_match_euler"], made["default"])

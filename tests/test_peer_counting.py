@@ -19,7 +19,7 @@ from diffusers.hooks import (
 import erta
 from erta.online import online
 from experiments.methods import make_arm
-from experiments.peers import shipped
+from experiments.peers import calibrated, shipped
 from experiments.peers.counting import diffusers_cache, forward_costs, reuse_share
 from experiments.peers.magcache import MagCache
 from experiments.peers.modules import components_of, every, module_cache
@@ -28,6 +28,7 @@ from tests.conftest import CALL, build_pipe, run
 from tests.test_models import config
 from tests.test_peers import RATIOS, Scripted
 from tests.test_sites import FLUX_CALL, WAN_CALL, build_flux, generate
+from tests.test_two_transformers import build_two
 
 
 def test_magcache_agrees_with_diffusers():
@@ -258,7 +259,30 @@ def test_a_reused_step_at_blocks_runs_embeddings_and_head(build, call):
     assert share == pytest.approx(least) and 0 < share < 1 and reuse_share("output", pipe, call) == 0
 
 
-def test_a_plan_at_blocks_is_charged(tmp_path):
+def test_either_of_two_transformers_can_be_asked():
+    """Both of Wan 2.2's have the share of the one alone. Mutant: the second asked for, the first counted."""
+    pipe, one = build_two(), reuse_share("blocks", build_pipe(), CALL)
+    assert [reuse_share("blocks", pipe, CALL, stage) for stage in (0, 1)] == pytest.approx([one, one])
+    pipe.transformer.blocks = pipe.transformer.blocks[:1]
+    assert reuse_share("blocks", pipe, CALL, 0) > one == pytest.approx(reuse_share("blocks", pipe, CALL, 1))
+
+
+def test_what_was_counted_otherwise_is_measured_anew(tmp_path, monkeypatch):
+    """A kept measurement serves the next run, unless the counting has changed since. Mutant: kept for ever."""
+    monkeypatch.chdir(tmp_path)
+    cfg, pipe, made = config(*[f"model.{key}={value}" for key, value in CALL.items()]), build_pipe(), []
+
+    def measure():
+        made.append({"value": len(made)})
+        return made[-1]
+
+    found = [calibrated.kept(cfg, pipe, "m", [1], measure) for _ in range(2)]
+    monkeypatch.setattr(calibrated, "COUNTED", calibrated.COUNTED + 1)
+    found.append(calibrated.kept(cfg, pipe, "m", [1], measure))
+    assert [one["value"] for one in found] == [0, 0, 1]
+
+
+def test_a_plan_at_blocks_is_charged():
     """cache=uniform at 3 of 6 steps. Mutants: computed steps alone; a share at the output."""
     pipe, forwards = build_pipe(), {}
     shape = [f"model.{key}={value}" for key, value in WAN_CALL.items()]
@@ -280,7 +304,7 @@ def test_a_window_is_of_steps(window):
     low, high = shipped.timesteps_between(cfg, pipe)
     run(pipe)
     inside = [low < int(time) < high for time in pipe.scheduler.timesteps]
-    assert inside == [8 * window[0] <= step < 8 * window[1] for step in range(8)]
+    assert inside == [step > 0 and 8 * window[0] <= step < 8 * window[1] for step in range(8)]
 
 
 @pytest.mark.parametrize("window", ["[0.9,0.1]", "[0.5]", "0.5", "[0,2]", "[a,b]"])

@@ -37,6 +37,7 @@ class Recorder(OnlineRule):
         """Called after the run: take off what was put on."""
 
 
+COUNTED = 2  # raised when forwards are counted, or modules chosen, in another way: what was kept before is made anew
 Seen = TypeVar("Seen", bound=Recorder)
 
 
@@ -71,7 +72,7 @@ def search_seconds() -> Iterator[dict[str, float]]:
 def kept(cfg: DictConfig, pipe: Any, name: str, setup: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """`make()`, or what an earlier run made for the same model, grid, guidance, size, calibration prompts and `setup`."""
     size = [cfg.model.height, cfg.model.width, cfg.model.num_frames, cfg.model.max_sequence_length]
-    made_for = [expected_signature(cfg, pipe), size, prompts_for(cfg, pipe), setup]
+    made_for = [expected_signature(cfg, pipe), size, prompts_for(cfg, pipe), setup, COUNTED]
     digest = hashlib.sha256(json.dumps(made_for).encode()).hexdigest()[:10]
     path = MADE_HERE / f"{cfg.model.name}-{name}-{digest}.json"
     found: dict[str, Any] | None = read_json(path)

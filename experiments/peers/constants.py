@@ -31,7 +31,7 @@ def published(method: str, pipe: Any, num_steps: int, file: Path = FILE) -> dict
             "cache.options.constants=calibrated"
         )
     (entry,) = fitting
-    if entry.get("num_steps", num_steps) != num_steps:
+    if entry["num_steps"] != num_steps:
         raise ErtaError(
             f"the published constants of {method} for {entry['name']} are for {entry['num_steps']} steps, not "
             f"{num_steps}: use cache.options.constants=calibrated"

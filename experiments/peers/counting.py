@@ -25,7 +25,7 @@ from erta.hooks import HOOK_NAME, OBSERVER_NAME, _BranchHook
 from erta.online import OnlineTrace, tensors_in
 from erta.scheduler import counting, step_index
 from erta.session import SESSION, checked_class
-from erta.signature import find_denoisers, single_denoiser
+from erta.signature import find_denoiser, find_denoisers, single_denoiser
 from erta.site import BLOCK_STACKS, latent_of, model_name
 
 COUNTER = "erta_counter"
@@ -133,11 +133,15 @@ def reuse_share(site: str, pipe: Any, kwargs: dict[str, Any], stage: int = 0) ->
     Args:
         stage: which of a pipeline's two transformers is asked.
     """
-    transformer = find_denoisers(pipe)[stage]
+    transformer = find_denoisers(pipe).get(stage, find_denoiser(pipe))
     if site != "blocks" or model_name(transformer) not in BLOCK_STACKS:  # the site itself says that it is not known
         return 0.0
+    return outside_blocks(transformer, forward_costs(pipe, kwargs, transformer))
+
+
+def outside_blocks(transformer: nn.Module, costs: dict[str, float]) -> float:
+    """The share of embeddings and head."""
     inside = tuple(f"{name}." for name in BLOCK_STACKS[model_name(transformer)].lists)
-    costs = forward_costs(pipe, kwargs, transformer)
     return sum(cost for name, cost in costs.items() if not name.startswith(inside))
 
 

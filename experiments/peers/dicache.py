@@ -6,7 +6,8 @@ last two computed steps, and the probe of the last step. Decided online, for eac
 The probe p is block 0's residual. The rule adds up `mean|h_t - h_{t-1}| / mean|h_{t-1}|` of block 0's output h and
 reuses while the sum stays below `delta`. A reused step takes `r_{-2} + gamma (r_{-1} - r_{-2})` with
 `gamma = clip(mean|p - p_{-2}| / mean|p_{-1} - p_{-2}|, 1, 1.5)`. A computed step goes on from the probe, so block 0 is
-run once. Where we differ: the last step is computed, and one computed step before is enough to reuse (with its r).
+run once. Where we differ: the last step is computed, and one computed step before is enough to reuse (with its r). The
+embeddings and the head that a probe runs are charged at reused steps alone, not once more where its step is computed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from erta.signature import single_denoiser
 from erta.site import BLOCK_STACKS, BlocksSite, Forward, _Stand, model_name
 from experiments.methods import Arm, GetCalibration
 from experiments.models import call_kwargs
-from experiments.peers.counting import forward_costs, reuse_share
+from experiments.peers.counting import forward_costs, outside_blocks
 from experiments.peers.knob import Attach, Knob, check_number, knob_arm, options_of
 
 GAMMA = (1.0, 1.5)
@@ -47,8 +48,8 @@ def probe_share(pipe: Any, kwargs: dict[str, Any]) -> float:
     transformer = single_denoiser(pipe)
     ProbeSite(transformer)  # raises InstallError for unknown blocks
     first = f"{BLOCK_STACKS[model_name(transformer)].lists[0]}.0."
-    block = sum(cost for name, cost in forward_costs(pipe, kwargs).items() if name.startswith(first))
-    return block + reuse_share("blocks", pipe, kwargs)
+    costs = forward_costs(pipe, kwargs)
+    return outside_blocks(transformer, costs) + sum(cost for name, cost in costs.items() if name.startswith(first))
 
 
 class DiCache(OnlineRule):

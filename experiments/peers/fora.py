@@ -1,6 +1,6 @@
 """FORA (Selvaraju et al., 2024, arXiv 2407.01425): attention and feed-forward outputs kept between fixed steps.
 
-Site: the output of every attention and feed-forward module. Stored: one such output a module and guidance branch.
+Site: the output of every attention and feed-forward module (of FLUX's single blocks: of both, after their projection). Stored: one such output a module and guidance branch.
 Static: all are computed at every `interval`-th step. Norms, modulation, embeddings and head run at every step, so what
 `cache.steps` can reach is one of the counts of the intervals 1, 2, 3 …; it takes the largest that is not above it.
 Where we differ: Wan's cross-attention is kept as well (DiT, which the paper uses, has none).

@@ -142,8 +142,8 @@ def module_cache(pipe: Any, schedule: Schedule, costs: dict[str, float]) -> Any:
     if unknown:
         having = [model for model, kinds in COMPONENTS.items() if set(unknown) <= set(kinds)]
         raise ErtaError(
-            f"{model_name(transformer)} has no {', '.join(unknown)}-attention of its own, only {', '.join(modules)}: this "
-            f"method is for {', '.join(having)}"
+            f"{model_name(transformer)} has no modules of type {', '.join(unknown)}, only {', '.join(modules)}: this method "
+            f"is for {', '.join(having)}"
         )
 
     def hooks_of(scheduler: Any) -> list[tuple[nn.Module, ModelHook]]:

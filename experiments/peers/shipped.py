@@ -27,22 +27,17 @@ from experiments.models import call_kwargs, call_sigmas
 from experiments.peers.counting import diffusers_cache, forward_costs
 from experiments.peers.knob import Attach, Knob, check_number, knob_arm, options_of
 from experiments.peers.magcache import ratios_of
+from experiments.peers.modules import COMPONENTS, UNREAD
 
 TRAIN_STEPS = 1000
-# the outputs of attention and feed-forward, as TaylorSeer forecasts them; diffusers' default matches none of Wan's
-TAYLOR_CACHED = {
-    "WanTransformer3DModel": [r"blocks\.\d+\.(attn1|attn2|ffn)"],
-    "FluxTransformer2DModel": [
-        r"transformer_blocks\.\d+\.(attn|ff|ff_context)",
-        r"single_transformer_blocks\.\d+\.proj_out",
-    ],
-}
+TRUNCATED = 0.5  # of a timestep: some solvers keep whole ones, cut off
+# as TaylorSeer forecasts them; diffusers' default matches none of Wan's
+TAYLOR_CACHED = {model: list(kinds.values()) for model, kinds in COMPONENTS.items()}
+TAYLOR_SKIPPED = {model: list(kinds.values()) for model, kinds in UNREAD.items()}
 FASTER_CACHED = {
     "WanTransformer3DModel": (r"^blocks\.\d+\.attn1$",),
     "FluxTransformer2DModel": (r"transformer_blocks\.\d+\.attn$",),
 }
-# computed for nothing where FLUX's proj_out, which is all that reads them, is forecast
-TAYLOR_SKIPPED = {"FluxTransformer2DModel": [r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"]}
 
 
 def shipped_arm(cfg: DictConfig, pipe: Any, knob: Knob, make_config: Callable[..., Any]) -> Arm:
@@ -59,18 +54,18 @@ def shipped_arm(cfg: DictConfig, pipe: Any, knob: Knob, make_config: Callable[..
 def timesteps_between(cfg: DictConfig, pipe: Any) -> tuple[float, float]:
     """Timesteps, exclusive, between which the steps of `cache.options.window` lie on this pipeline's own grid.
 
-    The window is two shares of the steps. The papers give timesteps of evenly spaced grids; on a shifted one the same
-    timesteps would hold other steps, on Wan hardly any. Raises ErtaError for a window that is none.
+    The window is two shares of the steps; step 0 has nothing to reuse. The papers give timesteps of evenly spaced grids; on
+    a shifted one the same timesteps would hold other steps, on Wan hardly any. Raises ErtaError for a window that is none.
     """
     window = options_of(cfg)["window"]
     numbers = isinstance(window, list) and len(window) == 2 and all(isinstance(share, (int, float)) for share in window)
     if not numbers or not 0 <= window[0] < window[1] <= 1:
         raise ErtaError(f"cache.options.window must be two shares of the steps, as [0.15,0.9], not {window}")
     steps, sigmas = cfg.model.num_inference_steps, call_sigmas(pipe, call_kwargs(cfg))
-    first, end = math.ceil(window[0] * steps), math.ceil(window[1] * steps)  # steps first … end - 1
+    first, end = max(1, math.ceil(window[0] * steps)), math.ceil(window[1] * steps)  # steps first … end - 1
     between = [float(a + b) / 2 for a, b in itertools.pairwise(sigmas[:-1])]
     edges = [float("inf"), *between, -1.0]  # edges[k] lies before step k
-    return TRAIN_STEPS * edges[end], TRAIN_STEPS * edges[first]
+    return TRAIN_STEPS * edges[end] - TRUNCATED, TRAIN_STEPS * edges[first] - TRUNCATED
 
 
 def first_block(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:

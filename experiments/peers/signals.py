@@ -1,4 +1,7 @@
-"""TeaCache's signal: the input of the first block after modulation by the timestep, one small adapter a model."""
+"""TeaCache's signal: the first block's input after modulation by the timestep, or on Wan and CogVideoX the time embedding.
+
+One small adapter a model.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """SmoothCache (Liu et al., 2024, arXiv 2411.10510): each component type is reused where it was seen to change little.
 
-Site: the outputs of attention, cross-attention and feed-forward. Stored: one output a module and guidance branch.
+Site: the outputs of attention, cross-attention and feed-forward (in FLUX's single blocks both at once, as a third type). Stored: one output a module and guidance branch.
 Static: a type is reused at a step iff its relative L1 change since its last computed step, measured along uncached runs
 on calibration prompts and averaged over blocks and branches, is below `alpha`, at most 3 steps in a row. Norms,
 modulation, embeddings and head always run, and so does every fourth step: `cache.steps` reaches no less than that.

@@ -4,7 +4,8 @@ Site: the block stack's residual, in token space. Stored in each guidance branch
 signal. Decided online, for each branch: the rule adds up `p(mean|m_t - m_{t-1}| / mean|m_{t-1}|)`, with m the input of the
 first block after its modulation by the timestep, and reuses while the sum stays below `delta`. The first and the last
 step are computed. Where we differ: by default p is fitted on 5 calibration prompts of the model at hand, of a lower degree
-than 4 where few steps do not determine that; on Wan m is the time embedding e (the authors' choice without ret_steps).
+than 4 where few steps do not determine that; on Wan and CogVideoX m is the time embedding (as the authors' own code has
+it, on Wan without ret_steps).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     """TeaCache at `cache.options.delta`, or at the delta that meets the budget.
 
     Its polynomial is fitted on calibration prompts, or with `cache.options.constants=published` the authors' own,
-    which is refused for a model that they did not publish one for.
+    which is refused for a model or number of steps that they did not publish one for.
     """
     coefficients = _coefficients(cfg, pipe)
     made = online_arm(cfg, pipe, KNOB, lambda delta, constants: TeaCache(delta, coefficients))
