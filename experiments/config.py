@@ -250,6 +250,9 @@ def validate(cfg: DictConfig) -> None:
         whole_suite = key == "bench.num_prompts" and value is None and cfg.bench.suite == "standard"
         if not whole_suite and (value is None or value < 1):
             raise ErtaError(f"{key} must be at least 1, not {value}")
+    for key, value in cfg.cache.options.items():
+        if isinstance(value, (int, float)) and value < 0:  # counts, shares and thresholds; before anything is measured
+            raise ErtaError(f"cache.options.{key} must be ≥ 0, not {value:g}")
     _check_shards(cfg)
     _check_calibration_prompts(cfg)
     vbench_dimensions.validate(cfg)

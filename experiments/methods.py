@@ -13,7 +13,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 import erta
-from erta.errors import ErtaError
+from erta.errors import ErtaError, choice_index
 from erta.schedule import steps_for_speedup, uniform_mask
 from erta.trace import CallTrace
 from experiments.calibrating import closed_loop_plan
@@ -114,6 +114,7 @@ def fewer_steps(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> 
     name = cfg.cache.options.get("sampler")
     if name is None:
         return Arm(None, kwargs)
+    choice_index("cache.options.sampler", name, tuple(sorted(path.stem for path in SAMPLERS.glob("*.yaml"))))
     other = OmegaConf.create({"model": cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{name}.yaml")})
     swapped = SimpleNamespace(scheduler=pipe.scheduler)
     set_sampler(swapped, other)

@@ -450,5 +450,9 @@ def test_a_knob_by_its_own_key_and_a_run_that_reuses_nothing(command, tmp_path):
     assert code == 1 and "cache.options.tau and cache.steps at once" in printed
     code, printed = command("cache=easycache", "cache.steps=3", "cache.options.warmup=4")
     assert code == 1 and "reaches 5 to 6" in printed
+    code, printed = command("cache=sencache", "cache.options.epsilon=-1")
+    assert code == 1 and "cache.options.epsilon must be ≥ 0, not -1" in printed and "uncached runs" not in printed
+    code, printed = command("cache=fewer_steps", "cache.options.sampler=heun")
+    assert code == 1 and "cache.options.sampler" in printed and "unipc" in printed and "no such file" not in printed
     code, printed = command("cache=easycache", "cache.options.tua=0.1")
     assert code == 1 and "unknown key cache.options.tua" in printed
