@@ -58,7 +58,8 @@ def psnr_per_prompt(rows: list[dict[str, Any]], path: Path) -> None:
     axis.bar(range(len(rows)), shown, color=COMPUTED)
     for index, value in enumerate(values):
         if value is None:
-            axis.text(index, 0.5, "identical", rotation=90, ha="center", va="bottom", color=GREY)
+            inside = axis.get_xaxis_transform()  # y from the panel's bottom to its top, whatever the decibels
+            axis.text(index, 0.03, "identical", rotation=90, ha="center", va="bottom", color=GREY, transform=inside)
     known = [value for value in values if value is not None]
     if known:
         axis.axhline(np.mean(known), color=REUSED, lw=1.5, label=f"mean {np.mean(known):.2f} dB")
