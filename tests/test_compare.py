@@ -187,7 +187,10 @@ def test_every_method_stands_at_every_budget(steps, counts):
     assert {row.computed for row in rows[1:]} == set(counts)
     grids = [row for row in rows if row.label.startswith("plan_grid of ")]
     assert {row.overrides for row in grids} >= {("cache=plan_grid", "cache.options.of=lemica")}
-    assert len(rows) == 1 + 3 * (len(list(compare.CACHES.glob("*.yaml"))) - 1) + len(grids)
+    bare = [row for row in rows if row.label.endswith(", no warm-up")]
+    assert len(bare) == 3 * len(compare.NO_WARMUP)
+    assert ("cache=dicache", "cache.options.retention=0") in {row.overrides for row in bare}
+    assert len(rows) == 1 + 3 * (len(list(compare.CACHES.glob("*.yaml"))) - 1) + len(grids) + len(bare)
     assert len({row.key for row in rows}) == len(rows) and len(grids) == 3 * len(compare.GRIDS)
 
 
@@ -195,6 +198,9 @@ def test_methods_can_be_chosen():
     quick = compare.table_rows(configured(quick=True))
     assert all("calibration.knob_prompts=1" in row.overrides for row in quick[1:])
     assert {row.computed for row in quick[1:]} == {25} and not {row.label for row in quick} & set(compare.SEARCHED)
+    assert not any("no warm-up" in row.label for row in quick)
+    some = compare.table_rows(configured(methods=["dicache"]))
+    assert [row.label for row in some[1:3]] == ["dicache", "dicache, no warm-up"]
     few = compare.table_rows(configured(methods=["uniform", "ertacache"]))
     assert [row.label for row in few[:3]] == ["none", "ertacache", "uniform"] and len(few) == 1 + 3 * 2
     with pytest.raises(ErtaError, match="there is no teecache"):

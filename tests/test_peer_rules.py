@@ -112,6 +112,12 @@ def test_sencache_by_hand():
     assert made == [True, False, False, True, False, False, False, True, True, True]
     with pytest.raises(erta.ErtaError, match="for 10 steps, not 8"):
         rule.begin(8)
+    rule = SenCache(
+        0.5, 3, None, table
+    )  # no other bound in the first fifth: 0.09 and 0.1 · 2 + 0.2 = 0.4 are below 0.5
+    rule.begin(10)
+    rule.computed(call_at(0, 0, 500, 10), torch.zeros(1), torch.zeros(1))
+    assert not rule.should_compute(call_at(1, 0.1, 480, 10))
 
 
 def test_sensitivities_of_a_linear_model():

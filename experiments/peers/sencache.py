@@ -51,12 +51,13 @@ class SenCache(OnlineRule):
     Args:
         epsilon: published: Wan 0.1 (slow), 0.2 (fast), of its own norm.
         max_skip: reused steps in a row; published: 2 (slow), 3 (fast).
-        first: epsilon in the first fifth of the steps; published: 0.01.
+        first: epsilon in the first fifth of the steps; published: 0.01. None: no other than later.
         table: (J_x, J_t) of every step, by branch.
     """
 
-    def __init__(self, epsilon: float, max_skip: int, first: float, table: Table) -> None:
-        self.epsilon, self.first = check_number("epsilon", epsilon, 0), check_number("first", first, 0)
+    def __init__(self, epsilon: float, max_skip: int, first: float | None, table: Table) -> None:
+        self.epsilon = check_number("epsilon", epsilon, 0)
+        self.first = self.epsilon if first is None else check_number("first", first, 0)
         self.max_skip = check_number("max_skip", max_skip, 1, whole=True)
         self.table = table
         self.begin(0)
