@@ -101,7 +101,7 @@ def table_rows(cfg: DictConfig) -> list[Row]:
     names.sort(key=lambda name: name != REFERENCE)
     counts = [round(cfg.model.num_inference_steps / speedup) for speedup in (QUICK_SPEEDUPS if quick else SPEEDUPS)]
     grids = [name for name in GRIDS if name in names] if "plan_grid" in names and not quick else []
-    methods = {name: (f"cache={name}",) for name in names}
+    methods: dict[str, tuple[str, ...]] = {name: (f"cache={name}",) for name in names}
     methods |= {f"plan_grid of {name}": ("cache=plan_grid", f"cache.options.of={name}") for name in grids}
     if not quick:
         methods |= {f"{n}, no warm-up": (f"cache={n}", less) for n, less in NO_WARMUP.items() if n in names}
