@@ -166,7 +166,8 @@ def pareto(points: list[dict[str, Any]], axis: str, label: str, path: Path) -> N
         colours = [_kind_colour(p["method"]) for p in here]
         panel.scatter([p[axis] for p in here], [p["psnr_db"] for p in here], c=colours, s=28, zorder=3)
         low, high = panel.get_ylim()
-        heights = _spread([(p["psnr_db"] - low) / (high - low) for p in here])
+        apart = min(0.032, 1 / max(1, len(here) - 1))  # of the panel's height: closer where there are many
+        heights = _spread([(p["psnr_db"] - low) / (high - low) for p in here], apart)
         for p, colour, height in zip(here, colours, heights, strict=True):
             panel.annotate(
                 p["method"],
@@ -190,7 +191,7 @@ def _kind_colour(method: str) -> str:
     return "#c1121f" if method in ("ertacache", "policy", "policy_time") else COMPUTED
 
 
-def _spread(heights: list[float], apart: float = 0.032) -> list[float]:
+def _spread(heights: list[float], apart: float) -> list[float]:
     """Rising heights moved as little as it takes to keep them apart, and inside 0 … 1 if they fit."""
     made = list(heights)
     for k in range(1, len(made)):
