@@ -57,11 +57,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
     prompts = test_prompts(cfg)[: QUICK_PROMPTS if cfg.compare.quick else None]
     outcomes, failed = sample_all(cfg, folder, table_rows(cfg), prompts)
     tables = tabulate(outcomes, uncached_scene(folder, prompts))
+    paired = {count: differences(outcomes, count) for count in tables}
     about = f"{cfg.model.name}, {len(prompts)} held-out prompts"
     for count, table in tables.items():
         title = f"{about}, {count} of {cfg.model.num_inference_steps} steps"
         console.table(title, list(COLUMNS), [*table, *not_run(outcomes, count)])
-    (folder / "comparison.md").write_text(as_markdown(about, tables, outcomes), encoding="utf-8")
+    (folder / "comparison.md").write_text(as_markdown(about, tables, paired, outcomes), encoding="utf-8")
     console.note(f"tables: {folder / 'comparison.md'}")
     (folder / "figures").mkdir(exist_ok=True)
     full = full_forwards(outcomes)
@@ -73,9 +74,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     record = {
         **describe_run(cfg, [prompt.seed for prompt in prompts], [prompt.text for prompt in prompts]),
         "tables": {str(count): {"columns": list(COLUMNS), "rows": table} for count, table in tables.items()},
-        "differences": {
-            str(count): {"columns": list(DIFFERENCES), "rows": differences(outcomes, count)} for count in tables
-        },
+        "differences": {str(count): {"columns": list(DIFFERENCES), "rows": table} for count, table in paired.items()},
         "points": points,
         "not_run": {outcome.row.key: outcome.reason for outcome in outcomes if outcome.reason},
     }

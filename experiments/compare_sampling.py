@@ -163,9 +163,8 @@ def sampler(
                     yield Event(SAMPLED, row.key, {"row": row.key, **measure(arm, index)})
             except Exception as error:  # a peer's code may raise anything; the row says what
                 refused = arm is None and isinstance(error, ErtaError)
-                yield Event(
-                    LEFT if refused else FAILED, row.key, {"reason": str(error) if refused else _first_line(error)}
-                )
+                reason = str(error) if refused else _first_line(error)
+                yield Event(LEFT if refused else FAILED, row.key, {"reason": reason})
 
     return sample
 

@@ -155,8 +155,10 @@ def not_run(outcomes: list[Outcome], count: int) -> list[list[str]]:
     return [[label, "not run", *[""] * (len(COLUMNS) - 2)] for label in labels]
 
 
-def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[Outcome]) -> str:
-    """All tables, each with what was not run and why."""
+def as_markdown(
+    about: str, tables: dict[int, list[list[str]]], paired: dict[int, list[list[str]]], outcomes: list[Outcome]
+) -> str:
+    """All tables, each with its paired differences, and with what was not run and why."""
     run_by = environment()
     where = "; ".join(sorted({o.ran_on for o in outcomes if o.ran_on})) or run_by["device"]
     commits = ", ".join(sorted({o.commit for o in outcomes if o.commit}))
@@ -168,8 +170,8 @@ def as_markdown(about: str, tables: dict[int, list[list[str]]], outcomes: list[O
     )
     for count, table in tables.items():
         text += [f"## {count} computed steps", markdown(list(COLUMNS), table).strip()]
-        if paired := differences(outcomes, count):
-            text += [f"Against {REFERENCE}:", markdown(list(DIFFERENCES), paired).strip()]
+        if paired[count]:
+            text += [f"Against {REFERENCE}:", markdown(list(DIFFERENCES), paired[count]).strip()]
         reasons = [f"- {o.row.label}: {o.reason}" for o in outcomes if o.reason and o.row.computed in (count, None)]
         text += ["Not run:", "\n".join(reasons)] if reasons else []
     return "\n\n".join(text) + "\n"

@@ -191,8 +191,7 @@ def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, 
     steps = cfg.model.num_inference_steps
     forward_s = median("uncached", "forward_s") / steps  # all guidance branches
     solver_s = max(median("uncached", "denoise_s") / steps - forward_s, 0.0)
-    branches = rows[0]["uncached"]["forwards"] / steps
-    forwards = float(np.mean([row["cached"]["forwards"] for row in rows]))
+    branches, forwards = _branches(cfg, rows), _forwards(rows)
     cached_steps = arm.kwargs["num_inference_steps"]
     possible = possible_speedup(steps, forwards / branches, forward_s, solver_s, cached_steps)
     calls = sum(row["cached"]["overhead_calls"] for row in rows)
@@ -218,8 +217,17 @@ def _computed_steps(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> fl
     """Steps with a forward in each guidance branch: as planned, or the mean of what an online rule really made."""
     if arm.attach is None:
         return arm.num_computed
-    branches = rows[0]["uncached"]["forwards"] / cfg.model.num_inference_steps
-    return float(np.mean([row["cached"]["forwards"] for row in rows])) / branches
+    return _forwards(rows) / _branches(cfg, rows)
+
+
+def _branches(cfg: DictConfig, rows: list[dict[str, Any]]) -> float:
+    """Guidance branches: forwards of an uncached step."""
+    return rows[0]["uncached"]["forwards"] / cfg.model.num_inference_steps
+
+
+def _forwards(rows: list[dict[str, Any]]) -> float:
+    """Forwards of a cached sample, mean over prompts."""
+    return float(np.mean([row["cached"]["forwards"] for row in rows]))
 
 
 def _whole(value: float) -> float | int:

@@ -128,11 +128,9 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
         pipe.scheduler = scheduler(**options)
     else:
         options = {key: value for key, value in options.items() if value is not None}
-        fresh = {
-            **own,
-            "use_flow_sigmas": False,
-        }  # another solver's, by which FluxPipeline would not give Euler its grid
-        pipe.scheduler = scheduler.from_config({**fresh, **options}, use_dynamic_shifting=True)
+        # use_flow_sigmas may be left of another solver: by it FluxPipeline would not give Euler its grid
+        whole = {**own, "use_flow_sigmas": False, **options, "use_dynamic_shifting": True}
+        pipe.scheduler = scheduler.from_config(whole)
 
 
 def call_kwargs(cfg: DictConfig) -> dict[str, Any]:

@@ -159,7 +159,9 @@ def test_all_differences_are_paired():
     assert cells["SSIM"].startswith("-0.2000 [-0.") and cells["scene, all"].startswith("-33.3%")
     assert cells["speed-up"] == "+1.50 [+1.00, +2.00]"
     assert compare_tables.differences([whole, row], 3) == []
-    text = compare_tables.as_markdown("m", compare_tables.tabulate([reference, row]), [reference, row])
+    pair = [reference, row]
+    paired = {3: compare_tables.differences(pair, 3)}
+    text = compare_tables.as_markdown("m", compare_tables.tabulate(pair), paired, pair)
     assert "Against ertacache:" in text and "+1.50 [+1.00, +2.00]" in text
 
 

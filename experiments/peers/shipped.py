@@ -29,7 +29,6 @@ from experiments.peers.knob import Attach, Knob, check_number, knob_arm, options
 from experiments.peers.magcache import ratios_of
 from experiments.peers.modules import COMPONENTS, UNREAD
 
-TRAIN_STEPS = 1000
 TRUNCATED = 0.5  # of a timestep: some solvers keep whole ones, cut off
 # as TaylorSeer forecasts them; diffusers' default matches none of Wan's
 TAYLOR_CACHED = {model: list(kinds.values()) for model, kinds in COMPONENTS.items()}
@@ -65,7 +64,8 @@ def timesteps_between(cfg: DictConfig, pipe: Any) -> tuple[float, float]:
     first, end = max(1, math.ceil(window[0] * steps)), math.ceil(window[1] * steps)  # steps first … end - 1
     between = [float(a + b) / 2 for a, b in itertools.pairwise(sigmas[:-1])]
     edges = [float("inf"), *between, -1.0]  # edges[k] lies before step k
-    return TRAIN_STEPS * edges[end] - TRUNCATED, TRAIN_STEPS * edges[first] - TRUNCATED
+    scale = pipe.scheduler.config.num_train_timesteps
+    return scale * edges[end] - TRUNCATED, scale * edges[first] - TRUNCATED
 
 
 def first_block(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
@@ -159,10 +159,10 @@ def fastercache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> 
     """FasterCache (Lv et al., 2024, arXiv 2410.19355), its attention half: self-attention follows its last two outputs.
 
     Site: the outputs of self-attention modules. Stored: the last two a module and guidance branch. Static: inside `window`
-    they are computed at every so many steps. Where we differ: it is diffusers' own; the other half, which foretells the unconditional branch by frequencies, wants both branches in one batch. Wan's
-    pipeline runs them one after the other and FLUX has none, so there it is left out, as diffusers does for distilled
-    models; each branch keeps its own outputs here. The window is CogVideoX's in shares of the steps. Raises ErtaError for
-    other transformers.
+    they are computed at every so many steps. Where we differ: it is diffusers' own; the other half, which foretells the
+    unconditional branch by frequencies, wants both branches in one batch. Wan's pipeline runs them one after the other and
+    FLUX has none, so there it is left out, as diffusers does for distilled models; each branch keeps its own outputs here.
+    The window is CogVideoX's in shares of the steps. Raises ErtaError for other transformers.
     """
     cached, bounds = known_modules(cfg, find_denoiser(pipe), FASTER_CACHED), timesteps_between(cfg, pipe)
 
