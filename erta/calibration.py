@@ -20,9 +20,9 @@ from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
 from erta.grid import TIME_FORMS, adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import guidance_scale_of, second_scale_of
 from erta.hooks import observed
+from erta.pipeline import SESSION, call_arguments, find_denoiser, find_denoisers, latent_call
 from erta.plan import Plan, Rectification
-from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
-from erta.schedule import (
+from erta.policy import (
     Mask,
     budget_mask,
     check_count,
@@ -32,9 +32,9 @@ from erta.schedule import (
     threshold_mask,
     uniform_mask,
 )
+from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
 from erta.scheduler import counting, has_sigmas, nominal_sigmas, step_index
-from erta.session import SESSION, call_arguments, latent_call
-from erta.signature import check_signature, find_denoiser, find_denoisers, model_signature
+from erta.signature import check_signature, model_signature
 from erta.site import SITES, make_site, model_name
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
 

@@ -16,10 +16,10 @@ import torch
 
 from erta.errors import ErtaError, NonFiniteError, choice_index
 from erta.guidance import branches_of, split
+from erta.pipeline import SESSION, find_denoiser, latent_call
 from erta.plan import Plan, Rectification
 from erta.rectifier import RECTIFIERS, Moments, fit_linear
-from erta.session import SESSION, cached, latent_call
-from erta.signature import find_denoiser
+from erta.session import cached
 from erta.site import channel_axis, model_name
 from erta.statistics import channel_moments
 

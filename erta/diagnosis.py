@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from erta.coefficients import Coefficients
 from erta.errors import ErtaError
 from erta.guidance import branches_of, guidance_scale_of, guide, second_scale_of, split
-from erta.hooks import Coefficients, observed
+from erta.hooks import observed
+from erta.pipeline import SESSION, call_arguments, find_denoiser, find_denoisers, latent_call
 from erta.plan import Plan
 from erta.scheduler import step_index
-from erta.session import SESSION, cached, call_arguments, latent_call
-from erta.signature import find_denoiser, find_denoisers
+from erta.session import cached
 from erta.site import Site, make_site, model_name
 
 _Scales = tuple[float | None, float | None]

@@ -17,14 +17,19 @@ from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from erta.coefficients import Coefficients
 from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
 from erta.guidance import SINGLE_BRANCH, branches_of
-from erta.plan import Plan, Rectification
-from erta.site import Site, channel_axis, latent_of, model_name
+from erta.plan import Plan
+from erta.site import Site, latent_of, model_name
 from erta.trace import CallTrace, Stopwatch, Trace
 
 HOOK_NAME = "erta_cache"
+
+
 OBSERVER_NAME = "erta_observer"
+
+
 OnReuse = Callable[[int, str, torch.Tensor, Callable[[], torch.Tensor]], None]
 
 
@@ -195,48 +200,6 @@ class Observer(Protocol):
 
         `stage` is 1 in a pipeline's second transformer, else 0.
         """
-
-
-class Coefficients:
-    """The plan's rectification as tensors on the latent's device, laid out once a context."""
-
-    def __init__(self, plan: Plan, model: str) -> None:
-        self.plan, self.model = plan, model
-        self.device: torch.device | None = None
-        self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def rectify(self, velocity: torch.Tensor, step: int, context: str) -> torch.Tensor:
-        """`v_cached - err_hat` with the coefficients of this step, guidance branch and channel.
-
-        In float32, since a gain of 0.98 has no room in bfloat16.
-        """
-        rect = self.plan.rectification
-        if rect is None:
-            return velocity
-        if velocity.device != self.device:
-            self.device, self.tensors = velocity.device, {}
-        if context not in self.tensors:
-            self.tensors[context] = self._lay_out(rect, velocity, context)
-        gain, offset = self.tensors[context]
-        parts, value = gain.shape[1], velocity.float()
-        value = value.unflatten(0, (parts, -1))  # both branches in one batch: (branch, sample, …)
-        rectified = torch.addcmul(offset[step], gain[step], value)
-        if rect.form == "sigmoid":  # err_hat = sigmoid(K v + B), whose linearisation is v - rectified
-            rectified = value - torch.sigmoid(4 * (value - rectified) - 2)
-        return rectified.flatten(0, 1).to(velocity.dtype)
-
-    def _lay_out(self, rect: Rectification, velocity: torch.Tensor, context: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gain and offset as (steps, branches in this context, 1, … channels …)."""
-        known = self.plan.branches or ()
-        picked = [known.index(branch) for branch in branches_of(context, self.plan.guidance_scale)]
-        shape = [1] * velocity.ndim
-        shape[channel_axis(velocity, self.model)] = -1
-
-        def place(array: Any) -> torch.Tensor:
-            table = torch.as_tensor(array[:, picked]).to(velocity.device, torch.float32)
-            return table.reshape(len(array), len(picked), *shape)
-
-        return place(rect.gain), place(rect.offset)
 
 
 @contextmanager

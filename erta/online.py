@@ -18,9 +18,8 @@ from torch import nn
 
 from erta.errors import ExecutionMismatch, InstallError
 from erta.hooks import HOOK_NAME, CachingHook, attach, attach_again_if_dropped, check_detachable, detach
+from erta.pipeline import SESSION, checked_class, single_denoiser
 from erta.scheduler import counting, step_index
-from erta.session import SESSION, checked_class
-from erta.signature import single_denoiser
 from erta.site import Site, latent_of, make_site
 from erta.trace import NOTHING_RECEIVED, CallTrace
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from erta.errors import ErtaError, choice_index
 from erta.grid import check_grid, computed_sigmas
-from erta.schedule import Mask, segments
+from erta.policy import Mask, segments
 from erta.site import SITES
 
 SCHEMA = "erta.plan/1"

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from erta.errors import InstallError, SignatureMismatch
 from erta.guidance import guidance_scale_of, second_scale_of
 from erta.hooks import HOOK_NAME, CacheHook, OnReuse, attach_again_if_dropped, attach_all, check_detachable, detach
+from erta.pipeline import SESSION, call_arguments, checked_class, find_denoisers
 from erta.plan import Plan
 from erta.scheduler import planned_scheduler, step_index
-from erta.signature import check_signature, find_denoisers, model_signature
+from erta.signature import check_signature, model_signature
 from erta.site import make_site
 from erta.trace import Trace
-
-SESSION = "_erta_session"
 
 
 @contextmanager
@@ -113,30 +108,3 @@ class _Session:
         second = second_scale_of(bound)
         if self.plan.guidance_scale_2 is not None and second != self.plan.guidance_scale_2:
             raise SignatureMismatch("guidance_scale_2", self.plan.guidance_scale_2, second)
-
-
-def latent_call(prompt: str, seed: int, pipeline_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a pipeline call that ends in latents, from the noise of a CPU generator."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return {"output_type": "latent", "generator": generator, **pipeline_kwargs, "prompt": prompt}
-
-
-def call_arguments(pipe_class: type, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a pipeline call with the pipeline's defaults filled in."""
-    bound = inspect.signature(pipe_class.__call__).bind(pipe, *args, **kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-def checked_class(session: Any) -> type:
-    """A subclass for one pipeline object, with the same name, whose call goes through `session.call(pipe, …)`.
-
-    `session.pipe_class` is the class that the pipeline object has now.
-    """
-    base = session.pipe_class
-
-    @functools.wraps(base.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return session.call(self, *args, **kwargs)
-
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})

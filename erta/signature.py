@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from erta.errors import InstallError, SignatureMismatch
+from erta.pipeline import boundary_ratio, find_denoiser, find_denoisers
 
 SAMPLES_PER_TENSOR = 32
+
+
 MUST_MATCH = (
     "model_class",
     "model_config",
@@ -28,53 +31,6 @@ MUST_MATCH = (
 )
 
 
-def find_denoisers(pipe: Any) -> dict[int, nn.Module]:
-    """The pipeline's transformers by stage: 0 is `transformer`, 1 is `transformer_2`, which takes over below a boundary.
-
-    Raises InstallError if there is none, if the two are of different classes, or if the pipeline has no
-    `boundary_ratio` to say when the second takes over.
-    """
-    named = (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None))
-    found = {stage: transformer for stage, transformer in enumerate(named) if transformer is not None}
-    if not found:
-        raise InstallError(f"{type(pipe).__name__} has no transformer to cache (a U-Net is not supported)")
-    if len({type(transformer) for transformer in found.values()}) > 1:
-        raise InstallError(f"{type(pipe).__name__} has two transformers of different classes, which is not supported")
-    if 1 in found and "boundary_ratio" not in pipe.config:
-        raise InstallError(
-            f"it is not known when transformer_2 of {type(pipe).__name__} runs: it has no boundary_ratio"
-        )
-    return found
-
-
-def find_denoiser(pipe: Any) -> nn.Module:
-    """The first of the pipeline's transformers: for what both have in common, class and dtype. See `find_denoisers`."""
-    return next(iter(find_denoisers(pipe).values()))
-
-
-def single_denoiser(pipe: Any) -> nn.Module:
-    """The pipeline's only transformer. Raises InstallError where there are two (Wan 2.2): see `find_denoisers`."""
-    found = find_denoisers(pipe)
-    if len(found) > 1:
-        raise InstallError(
-            f"{type(pipe).__name__} has two transformers, and this cache knows pipelines with one: use a planned "
-            "cache (cache=ertacache, policy, uniform), or leave transformer_2 out"
-        )
-    return next(iter(found.values()))
-
-
-def takeover_step(pipe: Any, timesteps: torch.Tensor) -> int | None:
-    """The step from which `transformer_2` runs, out of a call's timesteps; None without one.
-
-    0 if it runs from the first step on, len(timesteps) if it never does. A pipeline whose `boundary_ratio` is None
-    runs its first transformer only.
-    """
-    if 1 not in find_denoisers(pipe):
-        return None
-    boundary = _boundary_ratio(pipe) * pipe.scheduler.config.num_train_timesteps
-    return int((timesteps >= boundary).sum())
-
-
 def model_signature(pipe: Any) -> dict[str, Any]:
     """Model class, configuration and weights, the scheduler, the boundary: what can be known before a call.
 
@@ -86,13 +42,8 @@ def model_signature(pipe: Any) -> dict[str, Any]:
         "model_config": " + ".join(config_digest(transformer.config) for transformer in transformers.values()),
         "weights": " + ".join(weights_digest(transformer) for transformer in transformers.values()),
         "scheduler": f"{type(scheduler).__name__} {config_digest(scheduler.config)}",
-        **({"boundary_ratio": _boundary_ratio(pipe)} if 1 in transformers else {}),
+        **({"boundary_ratio": boundary_ratio(pipe)} if 1 in transformers else {}),
     }
-
-
-def _boundary_ratio(pipe: Any) -> float:
-    """0 where there is none: no timestep lies below it."""
-    return float(pipe.config.boundary_ratio or 0.0)
 
 
 def config_digest(config: Any) -> str:

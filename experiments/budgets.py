@@ -11,9 +11,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from experiments import console
-from experiments.ablation import NO_CORRECTOR, Row, columns, sample_rows, tabulate, write_markdown
-from experiments.record import describe_run, finish
+from experiments.harness.rows import NO_CORRECTOR, Row, columns, sample_rows, tabulate
+from experiments.output import console
+from experiments.output.run_folder import describe_run, finish, write_markdown
 
 SHARES = (0.50, 0.34, 0.24)  # of the steps are computed: 25, 17 and 12 of 50
 REFERENCE = "policy"

@@ -22,8 +22,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from erta.errors import ErtaError
-from experiments import config, console
-from experiments.config import CONF
+from experiments.harness import config
+from experiments.harness.config import CONF
+from experiments.output import console
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 TRACEBACK = "--traceback"
@@ -70,8 +71,8 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 def _run(cfg: DictConfig) -> None:
     console.quiet_libraries()
-    from experiments.models import memory_advice
-    from experiments.record import STATE_FILE, open_folder
+    from experiments.models.load import memory_advice
+    from experiments.output.run_folder import STATE_FILE, open_folder
 
     for override in HydraConfig.get().overrides.task:
         if override.startswith("+"):

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from analysis import plots
 from erta.errors import ErtaError
-from experiments import console, figures
-from experiments.ablation import Row, check_what_rows_share
-from experiments.compare_sampling import sample_all, uncached_scene
-from experiments.compare_tables import (
+from experiments.harness.arm import CACHES
+from experiments.harness.comparison import (
     COLUMNS,
     DIFFERENCES,
     NO_BUDGET,
@@ -28,9 +27,11 @@ from experiments.compare_tables import (
     reference_of,
     tabulate,
 )
-from experiments.methods import CACHES
-from experiments.prompts import test_prompts
-from experiments.record import describe_run, finish, write_json
+from experiments.harness.row_sampling import sample_all, uncached_scene
+from experiments.harness.rows import Row, check_what_rows_share
+from experiments.output import console
+from experiments.output.run_folder import describe_run, finish, write_json
+from experiments.prompts.choose import test_prompts
 
 SPEEDUPS = (2, 3, 4)
 QUICK_PROMPTS, QUICK_SPEEDUPS, QUICK_KNOB_PROMPTS = 8, (2,), 1
@@ -70,7 +71,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         point(one, reference_of(one, outcomes)) for one in outcomes if one.samples and not one.reused_nothing(full)
     ]
     for axis, label in (("speedup", "measured speed-up of denoising"), ("forwards", "transformer forwards")):
-        figures.pareto(points, axis, label, folder / "figures" / f"psnr_by_{axis}.png")
+        plots.pareto(points, axis, label, folder / "figures" / f"psnr_by_{axis}.png")
     record = {
         **describe_run(cfg, [prompt.seed for prompt in prompts], [prompt.text for prompt in prompts]),
         "tables": {str(count): {"columns": list(COLUMNS), "rows": table} for count, table in tables.items()},

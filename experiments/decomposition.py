@@ -14,13 +14,16 @@ import numpy as np
 from omegaconf import DictConfig
 
 import erta
+from analysis import plots
 from erta.errors import ErtaError
-from experiments import console, figures
-from experiments.calibrating import get_calibration, progress_bar
-from experiments.methods import make_arm
-from experiments.models import call_kwargs, load_pipeline
-from experiments.prompts import test_prompts
-from experiments.record import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
+from experiments.harness.arm import make_arm
+from experiments.harness.calibrations import get_calibration
+from experiments.models.call import call_kwargs
+from experiments.models.load import load_pipeline
+from experiments.output import console
+from experiments.output.console import progress_bar
+from experiments.output.run_folder import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
+from experiments.prompts.choose import test_prompts
 
 GAIN_STEPS = 10  # steps after which the growth of an error is measured, on the first prompt
 PARTS = ("injected", "propagated", "grid")
@@ -49,7 +52,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     by_step = {part: np.mean([row[f"{part}_by_step"] for row in rows], axis=0) for part in PARTS[:2]}
     growth = dict(zip(measured, gains.tolist(), strict=True))
-    figures.decomposition(by_step, growth, folder / "figures" / "decomposition.png")
+    plots.decomposition(by_step, growth, folder / "figures" / "decomposition.png")
     summary = {part: float(np.mean([row["shares"][part] for row in rows])) for part in PARTS}
     open_loop = float(np.mean([row["open_loop_norm"] / row["total_norm"] for row in rows]))
     table = [[part, f"{summary[part]:+.1%}"] for part in PARTS]

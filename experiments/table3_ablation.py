@@ -14,9 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from erta.site import SITES
-from experiments import console
-from experiments.ablation import NO_CORRECTOR, Results, Row, columns, sample_rows, tabulate, write_markdown
-from experiments.record import describe_run, finish
+from experiments.harness.rows import NO_CORRECTOR, Results, Row, columns, sample_rows, tabulate
+from experiments.output import console
+from experiments.output.run_folder import describe_run, finish, write_markdown
 
 SHARES = (0.50, 0.34)  # of the steps are computed: about 2x and 3x
 REFERENCE = "policy"
@@ -49,7 +49,7 @@ CLAIMS = (
     ("rectification helps", "all three", "policy + time"),
     ("phi does more than the longer last step", "policy + time", "policy + longer last step only"),
 )
-PAPER = Path(__file__).with_name("paper_tables.yaml")
+PAPER = Path(__file__).parents[1] / "analysis" / "paper_tables.yaml"
 
 
 def run(cfg: DictConfig, folder: Path) -> None:

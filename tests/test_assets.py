@@ -13,13 +13,13 @@ from hydra import compose, initialize_config_dir
 from transformers import CLIPModel
 
 import erta
-from experiments import main_job
-from experiments.calibrating import get_calibration
-from experiments.config import CONF
-from experiments.methods import Arm
-from experiments.models import ASSETS, call_kwargs, load_pipeline
-from experiments.prompts import calibration_prompts, test_prompts
-from experiments.sampling import generate
+from experiments.harness.arm import Arm
+from experiments.harness.calibrations import get_calibration
+from experiments.harness.config import CONF
+from experiments.harness.generate import generate
+from experiments.models.call import call_kwargs
+from experiments.models.load import ASSETS, load_pipeline
+from experiments.prompts.choose import calibration_prompts, test_prompts
 from experiments.scenes import CHANCE_LEVEL, agreement, read_clip, render, sample_scene
 
 FOLDER = ASSETS / "wan21_tiny"
@@ -108,7 +108,7 @@ def test_the_clock_gets_what_the_plan_allows(shipped):
             made = {name: generate(shipped, prompt.text, pair, arm.kwargs, sides[name].put_on) for name in order}
             rows.append({name: asdict(sample) for name, sample in made.items()})
         rows.sort(key=lambda row: row["uncached"]["denoise_s"] + row["cached"]["denoise_s"])
-        timing = main_job._timing(cfg, arm, rows[:5])
+        timing = pair._timing(cfg, arm, rows[:5])
         speedup, possible = timing["denoise_uncached_s"] / timing["denoise_s"], timing["speedup_possible"]
         overhead = timing["hook_overhead_of_forward"]
         print(f"\nspeed-up {speedup:.3f}, possible {possible:.3f}; hook {overhead:.2%} of a forward")

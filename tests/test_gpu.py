@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 import erta
 import experiments.cli  # noqa: F401  (registers the schema)
 from erta.trace import Stopwatch
-from experiments.models import ASSETS, call_kwargs, load_pipeline
-from experiments.sampling import generate
+from experiments.harness.generate import generate
+from experiments.models.call import call_kwargs
+from experiments.models.load import ASSETS, load_pipeline
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PROMPT = "a small red circle moving left on a dark background"

@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_method
 from packaging.requirements import Requirement
 
-from experiments import cli, config
+from experiments import cli
+from experiments.harness import config
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {"erta": {"erta"}, "experiments": {"erta", "experiments"}, "analysis": {"analysis"}}

@@ -25,9 +25,9 @@ from experiments.scenes.attributes import (
     split_of,
 )
 from experiments.scenes.render import SIZE_PX
+from experiments.scenes.tokenizer import build_tokenizer
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import muon_and_adamw
-from experiments.training.text import build_tokenizer
 
 TEXT_POSITIONS = 40  # of the text tower; checked against the longest caption by a test
 EMBEDDING_DIM = 64

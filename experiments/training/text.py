@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     BatchEncoding,
@@ -23,27 +22,22 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from experiments.scenes import Scene, caption, sample_scene, vocabulary
+from experiments.scenes import Scene, caption, sample_scene
 from experiments.scenes.attributes import BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES
+from experiments.scenes.tokenizer import build_tokenizer
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import muon_and_adamw
 
 TEXT_DIM = 64
+
+
 MAX_WORDS = 34  # of a caption, with the end token; checked by a test
+
+
 TEXT_BATCH = 64
+
+
 NONE = "none"
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, lower case, punctuation dropped, `</s>` at the end."""
-    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("[^a-z]+"), behavior="removed")
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
 
 
 ENCODER_CONFIG = dict(

@@ -1,0 +1,1 @@
+"""What is measured on samples: fidelity, scenes, image scores, VBench."""

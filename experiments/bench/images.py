@@ -1,0 +1,225 @@
+"""FID and CLIP score of images, by torchmetrics: the same code for the large networks and the embedded ones.
+
+Large: Inception (torch-fidelity's weights) and a CLIP of OpenAI's. Embedded: `clip_tiny` gives features and score on
+the scene world, under names of their own, since its numbers compare with nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image, UnidentifiedImageError
+from rich.progress import track
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.multimodal.clip_score import CLIPScore
+
+from analysis.intervals import paired_interval
+from erta.errors import ErtaError
+from experiments.models.load import ASSETS
+from experiments.output import console
+from experiments.output.clips import to_uint8
+from experiments.prompts.choose import Prompt
+from experiments.scenes import render
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+CLIP_TINY = ASSETS / "clip_tiny"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+RELIABLE_FROM = 2048  # images: below, FID is far above its value for many, and compares only at equal counts
+BATCH = 32
+REFERENCE_SEED = 20_508  # of the rendered reference pictures
+
+
+class ClipFeatures(nn.Module):
+    """A CLIPModel's unit image embeddings as features for FID: uint8 (b, 3, h, w) → (b, d)."""
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        super().__init__()
+        self.model, self.processor = model.eval(), processor
+        self.num_features = int(model.config.projection_dim)  # type: ignore[union-attr,arg-type]
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = self.processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+        return nn.functional.normalize(_pooled(self.model.get_image_features(pixel_values=pixels)), dim=-1)
+
+
+class _ForTorchmetrics(nn.Module):
+    """A CLIPModel whose features are tensors, as torchmetrics' CLIPScore expects; transformers 5 returns outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.model.get_image_features(pixel_values=pixel_values))
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+
+
+def _pooled(features: Any) -> torch.Tensor:
+    return features if isinstance(features, torch.Tensor) else features.pooler_output
+
+
+def load_clip(source: str | Path) -> tuple[nn.Module, Any]:
+    """CLIPModel and processor from a local folder or the hub's cache. Raises ErtaError with what was looked for."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        model = CLIPModel.from_pretrained(source, local_files_only=Path(source).is_dir()).eval()
+        return model, CLIPProcessor.from_pretrained(source, local_files_only=Path(source).is_dir())
+    except (OSError, ValueError) as error:
+        raise ErtaError(
+            f"no CLIP at {source}, neither as a folder, nor in the hub's cache, nor on the hub. Get it with "
+            f"`hf download {source} --local-dir clip` and add bench.clip=clip"
+        ) from error
+
+
+def clip_scores(images: Iterable[torch.Tensor], prompts: list[str], model: nn.Module, processor: Any) -> np.ndarray:
+    """CLIP score of every image with its prompt, 100 max(cosine, 0) (Hessel et al. 2021); images uint8 (3, h, w)."""
+    metric = CLIPScore(model_name_or_path=lambda: (_ForTorchmetrics(model), processor))
+    scores = []
+    with torch.no_grad():
+        for image, prompt in zip(images, prompts, strict=True):
+            scores.append(float(metric(image[None], [prompt])))
+    return np.array(scores)
+
+
+def fid(features: int | nn.Module, reference: Iterable[torch.Tensor], images: Iterable[torch.Tensor]) -> float:
+    """Fréchet distance (Heusel et al. 2017) between two sets of uint8 images (3, h, w), at least 2 each.
+
+    Args:
+        features: 2048 for Inception, or a module uint8 (b, 3, h, w) → (b, d).
+    """
+    metric = FrechetInceptionDistance(feature=features)
+    for real, source in ((True, reference), (False, images)):
+        for batch in _batches(source):
+            metric.update(batch, real=real)
+    return float(metric.compute())
+
+
+def _batches(images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    batch: list[torch.Tensor] = []
+    for image in images:
+        if batch and (len(batch) == BATCH or batch[0].shape != image.shape):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(image)
+    if batch:
+        yield torch.stack(batch)
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """An image file as uint8 (3, h, w). Raises ErtaError that names a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ErtaError(f"{path} is not a readable image: {error}") from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, sorted. Raises ErtaError if there are fewer than two."""
+    if not folder.is_dir():
+        raise ErtaError(f"bench.reference={folder} is not a folder")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(files) < 2:
+        raise ErtaError(f"{folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}); FID needs at least 2")
+    return files
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ErtaError before anything is generated, if this benchmark cannot be run as asked."""
+    if cfg.model.num_frames is not None:
+        raise ErtaError(
+            f"bench={cfg.bench.name} scores images, and model={cfg.model.name} makes videos: take bench=vbench, or a "
+            "model of images such as model=flux_tiny"
+        )
+    if cfg.bench.num_prompts < 2:
+        raise ErtaError(f"FID needs at least 2 images: bench.num_prompts={cfg.bench.num_prompts} is too few")
+    if cfg.bench.num_reference < 2:
+        raise ErtaError(f"FID needs at least 2 reference images, not bench.num_reference={cfg.bench.num_reference}")
+    if cfg.bench.reference is not None:
+        for path in track(image_files(Path(cfg.bench.reference)), description="check reference images", transient=True):
+            read_image(path)
+
+
+def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[str, Any], dict[str, str]]:
+    """FID and CLIP score of `folder`/samples, both arms: metrics as in the record, and what is missing, with why."""
+    metrics: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    arms = {
+        arm: [folder / "samples" / arm / f"{k:03d}.png" for k in range(len(prompts))] for arm in ("uncached", "cached")
+    }
+    texts = [prompt.text for prompt in prompts]
+    on_scenes = all(prompt.scene is not None for prompt in prompts)
+    networks: dict[str, int | nn.Module] = {}
+    inception = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if inception.is_file():
+        networks["inception"] = 2048
+    else:
+        missing["fid_inception"] = f"Inception weights not found: {inception}"
+    clip, name = cfg.bench.clip, "tinyclip" if on_scenes and cfg.bench.clip is None else "vit"
+    other = "vit" if name == "tinyclip" else "tinyclip"
+    missing[f"clip_score_{other}"] = (
+        "pictures of the scene world are scored by clip_tiny; bench.clip=FOLDER takes another"
+        if name == "tinyclip"
+        else "clip_tiny knows the scene world alone"
+    )
+    try:
+        model, processor = load_clip(CLIP_TINY if name == "tinyclip" else clip or "openai/clip-vit-base-patch16")
+    except ErtaError as error:
+        missing[f"clip_score_{name}"] = str(error)
+    else:
+        per_arm = {arm: clip_scores(map(read_image, files), texts, model, processor) for arm, files in arms.items()}
+        metrics[f"clip_score_{name}"] = float(per_arm["cached"].mean())
+        metrics[f"clip_score_{name}_uncached"] = float(per_arm["uncached"].mean())
+        difference = paired_interval(per_arm["cached"] - per_arm["uncached"])
+        metrics[f"clip_score_{name}_difference"] = [difference.mean, difference.low, difference.high]
+        if name == "tinyclip":
+            networks["tinyclip"] = ClipFeatures(model, processor)
+    if "tinyclip" not in networks:
+        missing["fid_tinyclip"] = "clip_tiny knows the scene world alone"
+    reference = reference_images(cfg, prompts)
+    counts = {"generated": len(prompts), "reference": len(reference)}
+    for network, features in networks.items():
+        with console.out.status(f"FID: {network}"):
+            metrics[f"fid_{network}_to_uncached"] = fid(
+                features, map(read_image, arms["uncached"]), map(read_image, arms["cached"])
+            )
+            if not reference:
+                missing[f"fid_{network}"] = "no reference images: bench.reference=FOLDER"
+                continue
+            metrics[f"fid_{network}"] = fid(features, _opened(reference), map(read_image, arms["cached"]))
+            metrics[f"fid_{network}_uncached"] = fid(features, _opened(reference), map(read_image, arms["uncached"]))
+    if networks:
+        metrics["fid_counts"] = counts
+        smallest = min(count for count in counts.values() if count)
+        if smallest < RELIABLE_FROM:
+            console.note(
+                f"FID of {counts['generated']} images against {counts['reference'] or 'no'} references: below "
+                f"{RELIABLE_FROM} it is far above its value for many, so compare it at equal counts only"
+            )
+    return metrics, missing
+
+
+def reference_images(cfg: DictConfig, prompts: list[Prompt]) -> list[Path | torch.Tensor]:
+    """Files of `bench.reference`; without it, the prompts' own scenes, rendered in turn; without scenes, none."""
+    if cfg.bench.reference is not None:
+        return list(image_files(Path(cfg.bench.reference)))
+    scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
+    if len(scenes) < len(prompts):
+        return []
+    rng = np.random.default_rng(REFERENCE_SEED)
+    pictures = np.concatenate([render(scenes[k % len(scenes)], rng) for k in range(cfg.bench.num_reference)])
+    return list(torch.from_numpy(to_uint8(pictures)).permute(0, 3, 1, 2))
+
+
+def _opened(images: list[Path | torch.Tensor]) -> Iterator[torch.Tensor]:
+    return (read_image(image) if isinstance(image, Path) else image for image in images)

@@ -1,0 +1,1 @@
+"""VBench: its dimensions and prompts, its worker process, its scores."""

@@ -1,0 +1,1 @@
+"""What every experiment stands on: configuration, arms, calibrations, samples, rows, worker processes."""

@@ -1,0 +1,287 @@
+"""The typed configuration: Hydra checks every key and type against these classes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from erta.errors import BudgetError, ErtaError, choice_index
+from erta.site import SITES
+from experiments.bench.vbench import dimensions
+from experiments.harness.help import help_node
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+DEFAULT_SPEEDUP = 2.0
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+BUDGETS = ("threshold", "speedup", "steps")
+
+
+OFFLOADS = ("none", "model", "sequential")
+
+
+FRAMES_FROM = ("decoded", "mp4")
+
+
+MP4_BLOCK = 16  # pixels
+
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    pipeline: str = MISSING
+    path: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None  # a commit or tag on the hub
+    embedded: bool = False
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None  # of a pipeline's second transformer; null: as of the first
+    flow_shift: float | None = None
+    height: int = MISSING
+    width: int = MISSING
+    num_frames: int | None = None
+    max_sequence_length: int | None = None  # of the text, in tokens; null: the pipeline's own
+    fps: int = 8  # frames a second of the clips; VBench's dynamic degree depends on it
+    dtype: str = "float32"
+    offload: str = "none"  # on a GPU: model keeps one model there at a time, sequential one layer
+    vae_tiling: bool = False
+    compile: bool = False  # of the transformer's repeated blocks
+    paper_threshold: float | None = None
+    prompt_source: str = "scenes"
+
+
+@dataclass
+class SamplerConfig:
+    name: str = MISSING
+    scheduler: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CacheConfig:
+    """The method. Of threshold, speedup and steps at most one is given; see `budget`."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+    threshold: float | None = None
+    speedup: float | None = None
+    steps: int | None = None
+    site: str = "output"  # where the residual lives: output or blocks
+    policy: str = "threshold"  # or uniform
+    rel_l1_denominator: str = "ground_truth"  # of the policy; or cached
+    adjust_time: bool = False
+    phi_denominator: str = "velocity"  # or increment
+    time_form: str = "phi"  # or last_step, a control: only the longer last step that phi leads to
+    rectify: bool = False
+    rectifier: str = "channel"  # or scalar
+    rectifier_form: str = "linear"  # or sigmoid
+    rectifier_fit: str = "open"  # along uncached trajectories; closed: along the plan's own
+    corrector_at_reused: bool = True
+    reuse: str = "residual"  # or velocity
+    options: dict[str, Any] = field(default_factory=dict)  # a method's own
+
+
+@dataclass
+class BenchConfig:
+    name: str = MISSING
+    num_prompts: int | None = 16  # null only in VBench's standard suite: all that its dimensions need
+    prompts: str | None = None
+    frames_from: str = "decoded"  # what PSNR, SSIM, MS-SSIM and LPIPS compare; or mp4
+    dimensions: Any = field(default_factory=list)  # of VBench: a list of names, one name, or all
+    suite: str = "custom"  # or standard: VBench's own prompts
+    videos_per_prompt: int = 5  # of the standard suite
+    python: str | None = None  # interpreter of the VBench worker; null: this one
+    image_scores: bool = False  # FID and CLIP score
+    reference: str | None = None  # FID: a folder of images; null: on scenes, rendered ones
+    num_reference: int = 1024  # FID: how many are rendered
+    clip: str | None = None  # CLIP score: a folder or name on the hub; null: clip_tiny on scenes, else OpenAI's
+
+
+@dataclass
+class CalibrationConfig:
+    num_prompts: int = 20
+    knob_prompts: int = 3  # of them, for each value that is tried of a method's own parameter
+    prompts: str | None = None
+    window: int = 16
+    path: str | None = None
+    allow_interpolation: bool = False
+    shard: str | None = None  # k/n: calibrate on the k-th of n parts of the prompts
+    parts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"
+    project: str = "ertacache"
+
+
+@dataclass
+class ExperimentConfig:
+    _target_: str = MISSING
+    seeds: int = 1  # noises a prompt, of tables
+    until: str | None = None  # train_tiny: stop after this part: autoencoder, decoder or clip, text, transformer
+    work_dir: str | None = None  # train_tiny: where checkpoints are kept
+    install: bool = True  # train_tiny: put the finished weights into erta/assets
+    device: str | None = None  # train_tiny: of the transformer; null: cuda if there is one, else cpu
+    steps: int | None = None  # train_tiny: of the transformer; null: what was found enough on two cores
+    batch_size: int | None = None  # train_tiny: of the transformer; null: what is fast on two cores
+
+
+@dataclass
+class CompareConfig:
+    quick: bool = False
+    methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
+    only_finished: bool = False  # tables of the rows that are there, nothing is sampled
+    workers: int | None = None  # processes that share the rows; null: one a CPU thread for embedded models, else one
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    seed: int = 0
+    resume: bool = True
+
+
+def register() -> None:
+    """Make the schema, for the root and for every group, and the help known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    store.store(group="hydra/help", name="erta", node=help_node(CONF))
+
+
+def all_keys() -> list[str]:
+    """Every group and key of the configuration, dotted."""
+
+    def below(node: Any, prefix: str) -> list[str]:
+        if not is_dataclass(node):
+            return []
+        return [
+            key
+            for item in fields(node)
+            for key in (prefix + item.name, *below(item.default_factory, f"{prefix}{item.name}."))
+        ]
+
+    return below(Config, "")
+
+
+def budget(cfg: DictConfig) -> dict[str, float | int]:
+    """The one budget of a run, as the keyword argument of `Calibration.plan`.
+
+    Without any, a model's published threshold is used, else a speed-up of 2. Raises BudgetError for two.
+    """
+    given = {key: cfg.cache[key] for key in BUDGETS if cfg.cache[key] is not None}
+    if len(given) > 1:
+        named = " and ".join(f"cache.{key}={value:g}" for key, value in given.items())
+        raise BudgetError(f"two budgets at once: {named}. Give one of cache.threshold, cache.speedup, cache.steps.")
+    if given:
+        return given
+    if cfg.model.paper_threshold is not None:
+        return {"threshold": cfg.model.paper_threshold}
+    return {"speedup": DEFAULT_SPEEDUP}
+
+
+def shard_range(shard: str | None, count: int) -> range:
+    """Which of `count` calibration prompts a run is about: all of them, or those of a shard k/n."""
+    if shard is None:
+        return range(count)
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    number, total = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= number <= total <= count:
+        raise ErtaError(f"calibration.shard must be k/n with 1 ≤ k ≤ n ≤ {count}, the number of prompts, not {shard!r}")
+    return range((number - 1) * count // total, number * count // total)
+
+
+def _check_shards(cfg: DictConfig) -> None:
+    asked = [key for key in ("shard", "parts") if cfg.calibration[key]]
+    if asked and cfg.experiment._target_ != "experiments.calibrate.run":
+        raise ErtaError(f"calibration.{asked[0]} is for experiment=calibrate")
+    if len(asked) == 2:
+        raise ErtaError("calibration.shard and calibration.parts at once: calibrate the shards, then merge their files")
+    shard_range(cfg.calibration.shard, cfg.calibration.num_prompts)
+
+
+def _check_calibration_prompts(cfg: DictConfig) -> None:
+    """A calibration that is named, or merged, brings its prompts; only the closed-loop fit would read others."""
+    made = [key for key in ("path", "parts") if cfg.calibration[key]]
+    if cfg.calibration.prompts is not None and made and cfg.cache.rectifier_fit != "closed":
+        raise ErtaError(f"calibration.prompts would not be read: calibration.{made[0]} brings its own prompts")
+
+
+def _check_mp4(cfg: DictConfig) -> None:
+    """Only videos are saved as mp4, and export_to_video rescales frames whose sides are not multiples of 16."""
+    if cfg.bench.frames_from != "mp4":
+        return
+    if cfg.model.num_frames is None:
+        raise ErtaError("bench.frames_from=mp4 is for videos, and this model makes images: leave it at decoded")
+    if cfg.model.height % MP4_BLOCK or cfg.model.width % MP4_BLOCK:
+        size = f"model.height={cfg.model.height} model.width={cfg.model.width}"
+        raise ErtaError(f"bench.frames_from=mp4 needs sides that are multiples of {MP4_BLOCK}, not {size}")
+
+
+def validate(cfg: DictConfig) -> None:
+    """Raise ErtaError for values that have the right type but no meaning."""
+    chosen = budget(cfg)
+    if chosen.get("threshold", 0) < 0:
+        raise BudgetError(f"cache.threshold must be ≥ 0, not {chosen['threshold']:g}")
+    if chosen.get("speedup", 1) < 1:
+        raise BudgetError(f"cache.speedup must be ≥ 1, not {chosen['speedup']:g}")
+    steps = cfg.model.num_inference_steps
+    if steps < 2:
+        raise ErtaError(f"model.num_inference_steps must be at least 2 for a cache to have anything to do, not {steps}")
+    if chosen.get("speedup", 1) > steps:
+        raise BudgetError(
+            f"cache.speedup={chosen['speedup']:g} cannot be reached with {steps} steps: one step is always computed, "
+            f"so the largest is {steps}"
+        )
+    if not 1 <= chosen.get("steps", 1) <= steps:
+        raise BudgetError(f"cache.steps={chosen['steps']} must lie between 1 and model.num_inference_steps={steps}")
+    for key, value in {
+        "bench.num_prompts": cfg.bench.num_prompts,
+        "calibration.num_prompts": cfg.calibration.num_prompts,
+        "calibration.knob_prompts": cfg.calibration.knob_prompts,
+    }.items():
+        whole_suite = key == "bench.num_prompts" and value is None and cfg.bench.suite == "standard"
+        if not whole_suite and (value is None or value < 1):
+            raise ErtaError(f"{key} must be at least 1, not {value}")
+    for key, value in cfg.cache.options.items():
+        if isinstance(value, (int, float)) and value < 0:  # counts, shares and thresholds; before anything is measured
+            raise ErtaError(f"cache.options.{key} must be ≥ 0, not {value:g}")
+    _check_shards(cfg)
+    _check_calibration_prompts(cfg)
+    dimensions.validate(cfg)
+    if cfg.calibration.window < 1:
+        raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
+    choice_index("cache.site", cfg.cache.site, SITES)
+    choice_index("cache.rectifier_fit", cfg.cache.rectifier_fit, ("open", "closed"))
+    if cfg.compare.workers is not None and cfg.compare.workers < 1:
+        raise ErtaError(f"compare.workers must be at least 1, not {cfg.compare.workers}")
+    if cfg.experiment.seeds < 1:
+        raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
+    choice_index("model.dtype", cfg.model.dtype, DTYPES)
+    choice_index("model.offload", cfg.model.offload, OFFLOADS)
+    if cfg.model.compile and cfg.model.offload == "sequential":
+        raise ErtaError("model.compile=true and model.offload=sequential: layers that come and go cannot be compiled")
+    choice_index("bench.frames_from", cfg.bench.frames_from, FRAMES_FROM)
+    _check_mp4(cfg)
+    choice_index("wandb.mode", cfg.wandb.mode, WANDB_MODES)

@@ -1,0 +1,1 @@
+"""What methods share: budgets by a knob, counted caches, module caches, recorders, published constants, paths."""

@@ -1,0 +1,29 @@
+"""FORA (Selvaraju et al., 2024, arXiv 2407.01425): attention and feed-forward outputs kept between fixed steps.
+
+Site: the output of every attention and feed-forward module (of FLUX's single blocks: of both, after their projection). Stored: one such output a module and guidance branch.
+Static: all are computed at every `interval`-th step. Norms, modulation, embeddings and head run at every step, so what
+`cache.steps` can reach is one of the counts of the intervals 1, 2, 3 …; it takes the largest that is not above it.
+Where we differ: Wan's cross-attention is kept as well (DiT, which the paper uses, has none).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from erta.pipeline import single_denoiser
+from experiments.harness.arm import Arm, GetCalibration
+from experiments.methods.common.knob import Knob, check_number
+from experiments.methods.common.modules import Schedule, components_of, every, module_arm
+
+
+def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """FORA at `cache.options.interval`, or at the smallest interval that fits the budget."""
+    steps = cfg.model.num_inference_steps
+
+    def schedule(interval: int) -> Schedule:
+        mask = every(check_number("interval", interval, 1, whole=True), steps)
+        return dict.fromkeys(components_of(single_denoiser(pipe)), mask)
+
+    return module_arm(cfg, pipe, Knob("interval", 1, steps, whole=True), schedule)

@@ -1,0 +1,42 @@
+"""T-GATE (Zhang et al., 2024, arXiv 2404.02747): cross-attention is needed early only, self-attention now and then.
+
+Site: the outputs of cross- and self-attention. Stored: one output a module and guidance branch. Static:
+cross-attention is computed before step `gate` and frozen from there on. Self-attention is computed in the first
+`warmup` steps, then at every `before`-th step, and from the gate on at every `after`-th. Feed-forwards always run, so
+`cache.steps` cannot go below their share (the error says where that is). Where we differ: each guidance branch keeps
+its own cross-attention, while the authors average both and leave the unconditional branch out after the gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from erta.policy import Mask
+from experiments.harness.arm import Arm, GetCalibration
+from experiments.methods.common.knob import Knob, check_number, options_of
+from experiments.methods.common.modules import Schedule, module_arm
+
+
+def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+    """T-GATE at `cache.options.after`, or at the smallest interval after the gate that fits the budget."""
+    steps, options = cfg.model.num_inference_steps, options_of(cfg)
+    gate = round(check_number("gate", options["gate"], 0) * steps)
+    warmup = check_number("warmup", options["warmup"], 1, whole=True)
+    before = check_number("before", options["before"], 1, whole=True)
+
+    def schedule(after: int) -> Schedule:
+        return masks(steps, gate, warmup, before, check_number("after", after, 1, whole=True))
+
+    return module_arm(cfg, pipe, Knob("after", 1, steps, whole=True), schedule)
+
+
+def masks(num_steps: int, gate: int, warmup: int, before: int, after: int) -> Schedule:
+    """When cross- and self-attention are computed."""
+    cross: Mask = tuple(step < gate or step == 0 for step in range(num_steps))
+    own: Mask = tuple(
+        step < warmup or ((step - gate) % after == 0 if step >= gate else (step - warmup) % before == 0)
+        for step in range(num_steps)
+    )
+    return {"cross": cross, "attention": own}

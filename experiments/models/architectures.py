@@ -1,0 +1,72 @@
+"""What a model is made of and what its transformer is called with, without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from erta.errors import ErtaError
+from experiments.models.load import ASSETS
+from experiments.output import console
+from experiments.output.run_folder import read_json
+
+ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
+
+
+def describe(cfg: DictConfig) -> dict[str, Any]:
+    """Class, configuration and input sizes of a model: an embedded one's from its folder, else as published."""
+    model = cfg.model
+    known: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(ARCHITECTURES))  # type: ignore[assignment]
+    about = known.get(model.name)
+    if model.embedded:
+        folder = Path(model.path).expanduser() if model.path else ASSETS / model.name
+        config = read_json(folder / "transformer" / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
+        image = model.num_frames is None
+        latent = (
+            {"channels": vae["latent_channels"], "space": 2 ** (len(vae["block_out_channels"]) - 1), "time": 1}
+            if image
+            else {
+                "channels": vae["z_dim"],
+                "space": vae["scale_factor_spatial"],
+                "time": vae["scale_factor_temporal"],
+            }
+        )
+        width = config["joint_attention_dim"] if image else config["text_dim"]
+        about = {
+            "class": config["_class_name"],
+            "transformer": {key: value for key, value in config.items() if not key.startswith("_")},
+            "latent": latent,
+            "text": [model.max_sequence_length or 512, width],
+            "forwards": 2 if model.guidance_scale > 1 and not image else 1,
+        }
+    if about is not None and not model.embedded and model.path is not None:
+        console.note(f"the card is that of the published {model.name}; model.path is not read")
+    if about is None:
+        raise ErtaError(f"no architecture of model={model.name} is known; {ARCHITECTURES.name} has {', '.join(known)}")
+    frames = model.num_frames or 1
+    latent = about["latent"]
+    size = ((frames - 1) // latent["time"] + 1, model.height // latent["space"], model.width // latent["space"])
+    return {**about, "size": size}
+
+
+def forward_inputs(about: dict[str, Any], config: Any) -> dict[str, torch.Tensor]:
+    """Arguments of one forward of batch 1, as the model's pipeline gives them."""
+    frames, height, width = about["size"]
+    channels, (positions, text_width) = about["latent"]["channels"], about["text"]
+    inputs = {"timestep": torch.empty(1), "encoder_hidden_states": torch.empty(1, positions, text_width)}
+    name = about["class"]
+    if name == "FluxTransformer2DModel":  # tokens of 2x2 latents
+        tokens = height // 2 * (width // 2)
+        inputs |= {"img_ids": torch.empty(tokens, 3), "txt_ids": torch.empty(positions, 3)}
+        inputs |= {"pooled_projections": torch.empty(1, config.pooled_projection_dim), "guidance": torch.empty(1)}
+        return {"hidden_states": torch.empty(1, tokens, 4 * channels), **inputs}
+    if name == "CogVideoXTransformer3DModel":
+        return {"hidden_states": torch.empty(1, frames, channels, height, width), **inputs}
+    if name == "HunyuanVideoTransformer3DModel":
+        inputs |= {"encoder_attention_mask": torch.ones(1, positions), "guidance": torch.empty(1)}
+        inputs |= {"pooled_projections": torch.empty(1, config.pooled_projection_dim)}
+    return {"hidden_states": torch.empty(1, channels, frames, height, width), **inputs}

@@ -1,0 +1,231 @@
+"""The run folder: found again when unfinished, written so that nothing finished is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from erta.calibration import Calibration
+from erta.errors import ErtaError
+from erta.signature import model_signature
+from experiments.output import console
+from experiments.prompts.choose import Prompt
+
+
+def markdown(headings: list[str], table: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table)]) + "\n"
+
+
+def write_markdown(path: Path, headings: list[str], table: list[list[str]], below: str = "") -> None:
+    """A table, and text below it, as a Markdown file."""
+    path.write_text(markdown(headings, table) + (f"\n{below.strip()}\n" if below else ""), encoding="utf-8")
+    console.note(f"table: {path}")
+
+
+def as_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+SCHEMA = "erta.record/1"
+
+
+STATE_FILE = "state.json"
+
+
+RESULTS = ("per_prompt.jsonl", "rows.jsonl", "arms.jsonl", "left_out.json", "vbench.jsonl", "record.json")
+
+
+NOT_HASHED = ("resume", "wandb")
+
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "torchmetrics",
+    "hydra-core",
+    "wandb",
+    "vbench",
+)
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Digest of everything in the configuration that decides the result."""
+    plain = {key: value for key, value in as_plain(cfg).items() if key not in NOT_HASHED}
+    for key in ("only_finished", "workers"):
+        del plain["compare"][key]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
+    """The folder of an unfinished run of this configuration, or `fresh` itself, ready to write.
+
+    Args:
+        fresh: the folder that Hydra made for this run.
+        chosen: it was named by the user (hydra.run.dir), so no other folder is looked at.
+
+    Raises ErtaError if the folder holds another run, or cannot be written.
+    """
+    digest = config_hash(cfg)
+    if not chosen:
+        for state_path in sorted(_outputs_root(fresh).glob(f"**/{STATE_FILE}"), reverse=True):
+            state = read_json(state_path)
+            if cfg.resume and state and state.get("config_hash") == digest and not state.get("finished"):
+                return state_path.parent
+        while (fresh / STATE_FILE).exists():  # two runs in one second
+            fresh = fresh.with_name(f"{fresh.name}+")
+    state = read_json(fresh / STATE_FILE)
+    if state and state.get("config_hash") != digest:
+        raise ErtaError(f"{fresh} holds another run: choose another folder with hydra.run.dir=FOLDER, or delete it")
+    try:
+        fresh.mkdir(parents=True, exist_ok=True)
+        anew = (state or {}).get("finished") or not cfg.resume
+        if state and anew and not cfg.compare.only_finished:
+            for name in RESULTS:
+                (fresh / name).unlink(missing_ok=True)
+            shutil.rmtree(fresh / "uncached", ignore_errors=True)
+            state = None
+        write_json(fresh / STATE_FILE, {**(state or {}), "config_hash": digest, "finished": False})
+    except OSError as error:
+        raise ErtaError(
+            f"cannot write to {fresh}: {error.strerror}. Choose another folder with hydra.run.dir=FOLDER."
+        ) from error
+    return fresh
+
+
+def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration | None) -> dict[str, Any]:
+    """What the rows of a run depend on beyond its configuration."""
+    return {
+        "prompts": [[prompt.text, prompt.seed, prompt.id] for prompt in prompts],
+        "weights": model_signature(pipe)["weights"],
+        "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
+    }
+
+
+def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Note what a run reads (prompts, weights, calibration); a continued run must read the same.
+
+    Raises ErtaError if an input changed since the run began: its finished rows would not belong together.
+    """
+    state = read_json(folder / STATE_FILE) or {}
+    before = state.get("inputs")
+    inputs = json.loads(json.dumps(inputs))
+    changed = [key for key in inputs if before is not None and before.get(key) != inputs[key]]
+    if changed:
+        raise ErtaError(f"{', '.join(changed)} changed since the run in {folder} began: start anew with resume=false")
+    write_json(folder / STATE_FILE, {**state, "inputs": inputs})
+
+
+def mark_finished(folder: Path) -> None:
+    """The next run of this configuration starts anew."""
+    write_json(folder / STATE_FILE, {**(read_json(folder / STATE_FILE) or {}), "finished": True})
+
+
+def _outputs_root(fresh: Path) -> Path:
+    """`outputs` for a run or a sweep below it, else the folder itself."""
+    return next((parent for parent in fresh.parents if parent.name == "outputs"), fresh)
+
+
+def finish(folder: Path, record: dict[str, Any]) -> None:
+    """Write `record.json` and mark the run as finished."""
+    write_json(folder / "record.json", record)
+    mark_finished(folder)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
+    try:
+        partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON, or None if the file is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def append_line(path: Path, data: dict[str, Any]) -> None:
+    """Append one JSON line and make sure that it is on disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSONL file; what a crash or a full disk left of the last one is cut off the file."""
+    if not path.is_file():
+        return []
+    rows, whole = [], 0
+    content = path.read_bytes()
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        rows.append(row)
+        whole += len(line)
+    if whole < len(content):
+        os.truncate(path, whole)
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Command, commit, versions and device of this process."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "git_commit": _git_commit(),
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def describe_run(cfg: DictConfig, seeds: list[int], prompts: list[str]) -> dict[str, Any]:
+    """What every record begins with."""
+    return {
+        "schema": SCHEMA,
+        **environment(),
+        "config": as_plain(cfg),
+        "config_hash": config_hash(cfg),
+        "seeds": seeds,
+        "prompts": prompts,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

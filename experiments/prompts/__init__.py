@@ -1,0 +1,1 @@
+"""Prompts: which ones a run uses, and files of them."""

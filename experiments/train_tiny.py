@@ -1,0 +1,98 @@
+"""`python run.py experiment=train_tiny model=…`: an embedded model, part by part, then its pipeline folder.
+
+Every part goes on from its last checkpoint in `experiment.work_dir`; a finished part is not trained again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from erta.errors import ErtaError
+from experiments.harness.calibrations import make_calibration
+from experiments.harness.generate import generate
+from experiments.models.call import call_kwargs
+from experiments.models.load import ASSETS, load_pipeline
+from experiments.output import console
+from experiments.output.clips import to_uint8
+from experiments.output.run_folder import mark_finished, read_json, write_json
+from experiments.prompts.choose import Prompt, test_prompts
+from experiments.scenes import agreement, read_clip
+from experiments.training import train_images, train_video
+
+TRAINERS = {"WanPipeline": train_video, "FluxPipeline": train_images}
+SHEET_PROMPTS = 12
+SHEET_STEPS = 25
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Train what is not trained yet, and install the pipeline under erta/assets with its calibration."""
+    trainer = TRAINERS.get(cfg.model.pipeline)
+    if not cfg.model.embedded or trainer is None:
+        raise ErtaError(f"experiment=train_tiny trains embedded models, and model={cfg.model.name} is not one")
+    until = cfg.experiment.until or trainer.PARTS[-1]
+    if until not in trainer.PARTS:
+        raise ErtaError(f"experiment.until must be one of {', '.join(trainer.PARTS)}, not {until!r}")
+    work = Path(cfg.experiment.work_dir or Path.home() / ".cache" / "erta" / "train" / cfg.model.name).expanduser()
+    console.note(f"checkpoints, curves and sample sheets: {work}")
+    prompts = test_prompts(cfg)[:SHEET_PROMPTS]
+
+    def sheet(pipe: Any, step: int) -> None:
+        kwargs = {**call_kwargs(cfg), "num_inference_steps": SHEET_STEPS}
+        right = draw_sheet(pipe, prompts, kwargs, work / f"sheet_{step:06d}.png")
+        console.note(f"step {step}: {right} of {len(prompts)} samples show all that was asked for")
+
+    if cfg.experiment.batch_size is not None and cfg.experiment.batch_size < 1:
+        raise ErtaError(f"experiment.batch_size must be at least 1, not {cfg.experiment.batch_size}")
+    pipe = trainer.train(cfg, work, until, sheet)
+    if pipe is None or not cfg.experiment.install:
+        return
+    curves = {str(path.parent.relative_to(work)).replace("/", "-"): path for path in work.glob("**/curve.jsonl")}
+    install(cfg, pipe, curves)
+    if (work / "clip" / "clip").is_dir():
+        clip = ASSETS / "clip_tiny"
+        shutil.rmtree(clip, ignore_errors=True)
+        shutil.copytree(work / "clip" / "clip", clip)
+        console.note(f"installed: {clip}")
+    mark_finished(folder)
+
+
+def install(cfg: DictConfig, pipe: Any, curves: dict[str, Path]) -> None:
+    """Write the pipeline folder into the package, with the training curves and the default run's calibration."""
+    target = ASSETS / cfg.model.name
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial)
+    for path in partial.glob("*/config.json"):  # diffusers notes where the parts were loaded from
+        kept = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
+        write_json(path, kept)
+    (partial / "training").mkdir()
+    for part, curve in curves.items():
+        shutil.copyfile(curve, partial / "training" / f"{part}.jsonl")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+    steps = cfg.model.num_inference_steps
+    make_calibration(cfg, load_pipeline(cfg), target / f"calibration-{steps}.safetensors")
+    console.note(f"installed: {target}")
+
+
+def draw_sheet(pipe: Any, prompts: list[Prompt], kwargs: dict[str, Any], path: Path) -> int:
+    """First, middle and last frame of every prompt as one picture; returns how many show all that was asked for."""
+    from PIL import Image
+
+    strips, right = [], 0
+    for prompt in prompts:
+        frames = generate(pipe, prompt.text, prompt.seed, kwargs).frames
+        shown = sorted({0, len(frames) // 2, len(frames) - 1})
+        strips.append(np.concatenate(frames[shown], axis=1))
+        right += prompt.scene is not None and agreement(prompt.scene, read_clip(frames))["all"]
+    half = (len(strips) + 1) // 2
+    strips += [np.ones_like(strips[0])] * (2 * half - len(strips))
+    picture = np.concatenate([np.concatenate(strips[:half]), np.concatenate(strips[half:])], axis=1)
+    image = Image.fromarray(to_uint8(picture))
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
+    return right

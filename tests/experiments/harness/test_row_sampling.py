@@ -1,0 +1,108 @@
+"""TODO DOC"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from erta.errors import BudgetError, ExecutionMismatch
+from experiments.harness import arm, row_sampling
+from experiments.harness.generate import Sample
+from experiments.harness.rows import Row
+from experiments.output.run_folder import read_lines
+from experiments.prompts.choose import Prompt
+from tests.commands import folders
+
+
+@pytest.mark.slow
+def test_tables_of_rows(command, tmp_path, monkeypatch):
+    """Each row is run by its own overrides and compared in pairs; a second call takes up what is there."""
+    from experiments import budgets, table3_ablation
+
+    monkeypatch.setattr(budgets, "SHARES", (0.5,))
+    monkeypatch.setattr(budgets, "ROWS", budgets.ROWS[:4])
+    code, printed = command("experiment=budgets", "bench.num_prompts=2", "calibration.window=5")
+    assert code == 0, printed
+    (folder,) = folders(tmp_path)
+    rows = read_lines(folder / "rows.jsonl")
+    assert len(rows) == 2 * 5 and {r["row"]: r["forwards"] for r in rows} == {
+        "uncached, again": 12, "fewer steps (3)": 6, "plan grid, no cache (3)": 6, "uniform (3)": 6, "policy (3)": 6,
+    }  # fmt: skip
+    assert rows[0]["psnr_db"] is None and rows[-1]["psnr_db"] > 0
+    table = (folder / "table.md").read_text()
+    assert "identical" in table and len(table.splitlines()) == 2 + 1 + 5
+
+    monkeypatch.setattr(table3_ablation, "SHARES", (0.5,))
+    two = ("policy + longer last step only", "policy + closed-loop rectification")
+    monkeypatch.setattr(table3_ablation, "VARIANTS", [row for row in table3_ablation.VARIANTS if row[0] in two])
+    monkeypatch.setattr(table3_ablation, "OUTPUT_ONLY", ())
+    arguments = ("experiment=table3_ablation", "experiment.seeds=2", "bench.num_prompts=2", "hydra.run.dir=outputs/t/3")
+    code, printed = command(*arguments)
+    assert code == 0, printed
+    record = json.loads(Path("outputs/t/3/record.json").read_text())
+    assert len(record["verdicts"]) == 8 and len(record["seeds"]) == len(set(record["seeds"])) == 4
+    rows = read_lines(Path("outputs/t/3/rows.jsonl"))
+    assert len(rows) == 4 * 6 * 2 and {r["forwards"] for r in rows if "(output" in r["row"]} == {6}
+    (at_blocks,) = {round(r["forwards"], 6) for r in rows if "(blocks" in r["row"]}
+    assert 6 < at_blocks < 8  # reused steps run embeddings and head there
+    by_site = {site: [r["psnr_db"] for r in rows if r["row"] == f"policy ({site}, 3)"] for site in ("output", "blocks")}
+    assert by_site["output"] != by_site["blocks"]
+    closed = [r["psnr_db"] for r in rows if r["row"] == "policy + closed-loop rectification (output, 3)"]
+    assert closed and closed != by_site["output"] and "13.76" in Path("outputs/t/3/table.md").read_text()
+
+
+def test_tables_refuse_what_their_rows_decide(command):
+    code, printed = command("experiment=budgets", "cache.steps=3")
+    assert code == 1 and "cache.steps=3: the rows of this table decide" in printed
+    code, printed = command("experiment=table3_ablation", "calibration.path=x.safetensors")
+    assert code == 1 and "several calibrations" in printed
+
+
+def test_what_breaks_in_the_pipeline_is_a_failure(monkeypatch):
+    """A method that refuses is left out, also one that breaks with an error of ours fails. Mutant: both left out."""
+    refusing = {"t_gate"}
+
+    class Arms:
+        def __init__(self, pipe):
+            pass
+
+        def build(self, row):
+            if row.label in refusing:
+                raise BudgetError("no such budget")
+            return arm.Arm(None, {})
+
+    def breaks(*_):
+        raise ExecutionMismatch("two of three steps")
+
+    monkeypatch.setattr(row_sampling, "RowArms", Arms)
+    monkeypatch.setattr(row_sampling, "measurer", lambda *_: breaks)
+    sample = row_sampling.sampler(None, None, [], "CPU", pipe=object())
+    events = list(sample([(Row("t_gate", (), 3), (0, 1)), (Row("fora", (), 3), (0, 1))]))
+    assert [(event.row, event.kind) for event in events] == [
+        ("t_gate (3)", "is left out"), ("fora (3)", "set up"), ("fora (3)", "failed"),
+    ]  # fmt: skip
+    assert events[0].about["reason"] == "no such budget" and "two of three steps" in events[2].about["reason"]
+
+
+def test_uncached_runs_are_timed_in_turns(monkeypatch):
+    """A warm-up, then in turns. Mutants: no warm-up, the uncached run always first, or timed on every prompt."""
+    order = []
+
+    def generate(pipe, text, seed, kwargs, put_on=None):
+        order.append("uncached" if put_on is None else "cached")
+        return Sample(np.zeros((1, 16, 16, 3), np.float32), float(len(order)), 1.0, 1.0, 6)
+
+    monkeypatch.setattr(row_sampling, "generate", generate)
+    monkeypatch.setattr(row_sampling, "uncached_clips", lambda *_: [np.ones((1, 16, 16, 3), np.float32)] * 9)
+    cfg = OmegaConf.create({"compare": {"quick": True}, "bench": {"frames_from": "decoded"}})
+    monkeypatch.setattr(row_sampling, "call_kwargs", lambda cfg: {})
+    measure = row_sampling.measurer(cfg, None, None, [Prompt("a circle", 0, id="0")] * 9)
+    assert order == ["uncached"]
+    order.clear()
+    lines = [measure(arm.Arm(None, {}), index) for index in (0, 1, row_sampling.QUICK_TIMED)]
+    assert order == ["uncached", "cached", "cached", "uncached", "cached"]
+    assert [(line["denoise_s"], line["uncached_s"]) for line in lines] == [(2.0, 1.0), (3.0, 4.0), (5.0, None)]

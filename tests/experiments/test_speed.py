@@ -1,0 +1,59 @@
+"""experiment=speed: the real pipeline around untrained weights, timed with and without a cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from erta.errors import ErtaError
+from experiments import speed
+from experiments.harness.config import CONF
+from experiments.models import untrained
+from experiments.models.load import load_pipeline
+
+
+def configured(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("config", overrides=["experiment=speed", "experiment.seeds=1", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("model", "site", "forwards"),
+    [("wan21_tiny", "output", [20, 8]), ("flux_tiny", "output", [10, 4]), ("flux_tiny", "blocks", [10, 4])],
+)
+def test_every_forward_is_counted_and_the_possible_speedup_follows(model, site, forwards):
+    """Mutants: forwards of one branch counted twice, the cached call timed for both."""
+    cfg = configured(f"model={model}", "model.num_inference_steps=10", "cache.steps=4", f"cache.site={site}")
+    found = speed.measure(cfg)
+    assert found["forwards"] == forwards and found["computed"] == 4
+    assert found["cached_s"] < found["uncached_s"] and 1 < found["possible_speedup"] <= 2.5
+    assert 0 < found["forward_s"] < found["uncached_s"] / forwards[0] * 1.5
+    latent = {"wan21_tiny": 16 * 3 * 8 * 8 * 4, "flux_tiny": 64 * 16 * 4}[model]
+    branches = forwards[0] // 10
+    assert found["cache_bytes"] == (branches * latent if site == "output" else 64 * 128 * 4)
+    assert any("possible" in value for _, value in speed.shown(found))
+
+
+def test_the_weights_are_not_the_shipped_ones():
+    """Mutant: the embedded folder loaded instead of the architecture."""
+    cfg = configured("model=flux_tiny")
+    made, shipped = untrained.untrained_pipeline(cfg).transformer, load_pipeline(cfg).transformer
+    assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in shipped.state_dict().items()}
+    assert not torch.allclose(made.proj_out.weight, shipped.proj_out.weight)
+
+
+@pytest.mark.parametrize("cache", ["easycache", "fewer_steps", "plan_grid", "none"])
+def test_other_caches_are_not_timed_as_if_they_were_planned(cache):
+    """Mutant: every cache timed as ERTACache's plan."""
+    with pytest.raises(ErtaError, match=f"times planned caches .* not cache={cache}"):
+        speed.measure(configured("model=flux_tiny", f"cache={cache}"))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("flux_dev", "needs a GPU"), ("wan22_a14b", "is neither"), ("cogvideox_2b", "is neither")]
+)
+def test_models_that_cannot_be_timed_are_refused(model, said, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ErtaError, match=said):
+        speed.measure(configured(f"model={model}", "cache.speedup=2"))
