@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from erta.diagnosis import Decomposition, decompose, propagation_gain
     from erta.errors import BudgetError, ErtaError, ExecutionMismatch, InstallError, NonFiniteError, SignatureMismatch
     from erta.interpolation import interpolate
-    from erta.plan import Plan, Rectification
+    from erta.plan import Plan, PlanOptions, Rectification
     from erta.session import cached, install, uninstall
     from erta.trace import Trace
 
@@ -30,6 +30,7 @@ _HOME = {
     "InstallError": "errors",
     "NonFiniteError": "errors",
     "Plan": "plan",
+    "PlanOptions": "plan",
     "Rectification": "plan",
     "SignatureMismatch": "errors",
     "Trace": "trace",
@@ -52,6 +53,7 @@ __all__ = [
     "InstallError",
     "NonFiniteError",
     "Plan",
+    "PlanOptions",
     "Rectification",
     "SignatureMismatch",
     "Trace",

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +16,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from erta.architectures import architecture_of
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
-from erta.grid import TIME_FORMS, adjusted_sigmas, longer_last_step, step_scale
+from erta.grid import adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import guidance_scale_of, second_scale_of
 from erta.hooks import observed
-from erta.pipeline import SESSION, call_arguments, find_denoiser, find_denoisers, latent_call
-from erta.plan import Plan, Rectification
+from erta.pipeline import call_arguments, check_bare, find_denoiser, find_denoisers, latent_call
+from erta.plan import Plan, PlanOptions, Rectification
 from erta.policy import (
     Mask,
     budget_mask,
@@ -35,12 +36,11 @@ from erta.policy import (
 from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
 from erta.scheduler import counting, has_sigmas, nominal_sigmas, step_index
 from erta.signature import check_signature, model_signature
-from erta.site import SITES, make_site, model_name
+from erta.site import SITES, make_site
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
 
 SCHEMA = "erta.calibration/2"
 DEFAULT_WINDOW = 16
-POLICIES = ("threshold", "uniform")
 
 
 @dataclass(frozen=True)
@@ -74,35 +74,20 @@ class Calibration:
         threshold: float | None = None,
         speedup: float | None = None,
         steps: int | None = None,
-        policy: str = "threshold",
-        adjust_time: bool = True,
-        rectify: bool = True,
-        phi_denominator: str = "velocity",
-        time_form: str = "phi",
-        rel_l1_denominator: str = "ground_truth",
-        rectifier: str = "channel",
-        rectifier_form: str = "linear",
-        corrector_at_reused: bool = True,
-        reuse: str = "residual",
+        options: PlanOptions | None = None,
+        **changes: Any,
     ) -> Plan:
         """A plan for exactly one of a threshold, a speed-up in forwards, or a number of computed steps.
 
         Args:
-            policy: `threshold`, the paper's offline policy, or `uniform`, evenly spread steps.
-            adjust_time: the paper's trajectory-aware timestep adjustment.
-            rectify: the paper's error rectification.
-            phi_denominator: `velocity` or `increment`; the sources differ (see `erta.statistics`).
-            time_form: `phi`, or `last_step`, a control: only the longer last step that phi leads to.
-            rel_l1_denominator: of the policy: `ground_truth` or `cached` residual; the sources differ.
-            rectifier: coefficients for every step and branch by `channel`, or one `scalar` pair.
-            rectifier_form: `linear`, what is fitted, or `sigmoid`, the paper's formula taken literally.
-            corrector_at_reused: False switches UniPC's corrector off at reused steps.
-            reuse: `residual` (the paper) or `velocity`.
+            options: how the plan is made (see `PlanOptions`); None: the paper's method.
+            changes: single fields of `PlanOptions`, as in `plan(speedup=2.0, rectify=False)`.
 
         Raises BudgetError for a budget that cannot be met, ErtaError for options that do not go together.
         """
-        rel_l1 = self.rel_l1(rel_l1_denominator)
-        mask = self._mask(rel_l1, threshold, speedup, steps, policy)
+        options = replace(options or PlanOptions(), **changes)
+        rel_l1 = self.rel_l1(options.rel_l1_denominator)
+        mask = self._mask(rel_l1, threshold, speedup, steps, options.policy)
         longest = max(step - source for step, source in enumerate(sources(mask)))
         if longest > rel_l1.shape[1]:
             raise BudgetError(
@@ -110,27 +95,23 @@ class Calibration:
                 "ask for more computed steps or calibrate with a larger window"
             )
         if all(mask) and threshold is not None:
-            changes = rel_l1[1:, 0]
-            smallest = float(np.min(changes[np.isfinite(changes)], initial=np.inf))
+            neighbours = rel_l1[1:, 0]
+            smallest = float(np.min(neighbours[np.isfinite(neighbours)], initial=np.inf))
             warnings.warn(
                 f"threshold {threshold:g} reuses nothing: the smallest change between two steps is {smallest:.4g}",
                 stacklevel=2,
             )
-        if reuse == "velocity" and (rectify or adjust_time):
-            raise ErtaError("adjust_time and rectify are fitted for reuse='residual': switch them off for 'velocity'")
-        if adjust_time and self.signature["grid"] != "sigmas":
+        if options.adjust_time and self.signature["grid"] != "sigmas":
             raise ErtaError(
                 f"{self.signature['scheduler'].split()[0]} has no sigmas to move: plan with adjust_time=False "
                 "(policy and rectification work)"
             )
-        if adjust_time and phi_denominator == "increment" and "interpolated_from_steps" in self.record:
+        if options.adjust_time and options.phi_denominator == "increment" and "interpolated_from_steps" in self.record:
             raise ErtaError("phi by increment depends on the step length: calibrate with this number of steps")
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
-        phi = self.phi(mask, phi_denominator)
-        moved = adjusted_sigmas(sigmas, mask, phi, self.takeover) if adjust_time else sigmas
-        if choice_index("time_form", time_form, TIME_FORMS) == 1:
-            if not adjust_time:
-                raise ErtaError("time_form='last_step' is a control for adjust_time, which is off")
+        phi = self.phi(mask, options.phi_denominator)
+        moved = adjusted_sigmas(sigmas, mask, phi, self.takeover) if options.adjust_time else sigmas
+        if options.time_form == "last_step":
             moved = longer_last_step(sigmas, moved, self.takeover)
         errors = reuse_errors(rel_l1, mask)
         if not np.isfinite(errors).all():
@@ -142,9 +123,11 @@ class Calibration:
             sigmas=moved,
             nominal_sigmas=sigmas,
             site=self.signature["site"],
-            reuse=reuse,
-            rectification=self.rectification(mask, rectifier, rectifier_form) if rectify else None,
-            corrector_at_reused=corrector_at_reused,
+            reuse=options.reuse,
+            rectification=self.rectification(mask, options.rectifier, options.rectifier_form)
+            if options.rectify
+            else None,
+            corrector_at_reused=options.corrector_at_reused,
             branches=tuple(self.signature["branches"]),
             latent_shape=tuple(self.signature["latent_shape"]),
             guidance_scale=self.signature["guidance_scale"],
@@ -152,18 +135,12 @@ class Calibration:
             takeover=self.takeover,
             signature={**self.signature, "dtype": self.record.get("dtype")},
             report={
-                "policy": policy,
                 "threshold": threshold,
                 "speedup_asked": speedup,
                 "steps_asked": steps,
-                "adjust_time": adjust_time,
-                "rectify": rectify,
-                "rectifier": f"{rectifier}, {rectifier_form}" if rectify else None,
-                "rel_l1_denominator": rel_l1_denominator,
-                "phi_denominator": phi_denominator if adjust_time else None,
-                "time_form": time_form if adjust_time else None,
+                **_options_that_count(options),
                 "phi": [None if m else float(p) for m, p in zip(mask, phi, strict=True)]
-                if adjust_time and time_form == "phi"
+                if options.adjust_time and options.time_form == "phi"
                 else None,
                 "interpolated_from_steps": self.record.get("interpolated_from_steps"),
                 "reuse_error_mean": float(errors.sum() / max(1, mask.count(False))),
@@ -217,7 +194,6 @@ class Calibration:
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
             raise BudgetError(f"give exactly one of threshold, speedup and steps, not {', '.join(named) or 'none'}")
-        choice_index("policy", policy, POLICIES)
         if threshold is not None:
             if policy == "uniform":
                 raise BudgetError("the uniform policy has no threshold: give speedup or steps")
@@ -252,6 +228,18 @@ class Calibration:
             raise ErtaError(f"cannot read a calibration from {path}: {error}. Make it again.") from error
 
 
+def _options_that_count(options: PlanOptions) -> dict[str, Any]:
+    """For a plan's report: its options, None for those of a component that is off."""
+    adjusts, rectifies = options.adjust_time, options.rectify
+    return {
+        **asdict(options),
+        "phi_denominator": options.phi_denominator if adjusts else None,
+        "time_form": options.time_form if adjusts else None,
+        "rectifier": f"{options.rectifier}, {options.rectifier_form}" if rectifies else None,
+        "rectifier_form": options.rectifier_form if rectifies else None,
+    }
+
+
 def calibrate(
     pipe: Any,
     prompts: Sequence[str],
@@ -276,7 +264,8 @@ def calibrate(
 
     A prompt with an output that is not finite is left out, with a warning that names prompt and step.
 
-    Raises ErtaError for no prompts, none left, or guidance that cannot be told apart.
+    Raises ErtaError for no prompts, none left, or guidance that cannot be told apart; InstallError for a transformer that the
+    site does not know.
     """
     if not prompts:
         raise ErtaError("calibration needs at least one prompt")
@@ -285,8 +274,8 @@ def calibrate(
         raise ErtaError(f"window must be at least 1, not {window}")
     if pipeline_kwargs.get("num_videos_per_prompt", pipeline_kwargs.get("num_images_per_prompt", 1)) != 1:
         raise ErtaError("calibrate with one sample per prompt")
-    if SESSION in pipe.__dict__:
-        raise ErtaError("calibrate without a cache: call erta.uninstall(pipe) first")
+    check_bare(pipe)
+    make_site(site, find_denoiser(pipe))  # raises InstallError for what this site cannot be on
     calibration: Calibration | None = None
     skipped: list[str] = []
     for index, prompt in enumerate(prompts):
@@ -313,13 +302,13 @@ def calibrate(
 def _calibrate_one(
     pipe: Any, prompt: str, seed: int, site: str, window: int, pipeline_kwargs: dict[str, Any]
 ) -> Calibration:
-    transformers, model = find_denoisers(pipe), model_name(find_denoiser(pipe))
+    transformers, architecture = find_denoisers(pipe), architecture_of(find_denoiser(pipe))
     kwargs = latent_call(prompt, seed, pipeline_kwargs)
     arguments = call_arguments(type(pipe), pipe, (), kwargs)
     scale, second = guidance_scale_of(arguments), second_scale_of(arguments)
-    observer = TrajectoryObserver(window, scale, model, eager=site != "output", guidance_scale_2=second)
+    observer = TrajectoryObserver(window, scale, architecture, eager=site != "output", guidance_scale_2=second)
     scheduler = counting(pipe.scheduler)
-    with observed(transformers, observer, partial(make_site, site), lambda: step_index(scheduler)) as hooks:
+    with observed(transformers, observer.observe, partial(make_site, site), lambda: step_index(scheduler)) as hooks:
         own_scheduler, pipe.scheduler = pipe.scheduler, scheduler
         started = time.perf_counter()
         try:

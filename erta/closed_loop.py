@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError, choice_index
 from erta.guidance import branches_of, split
 from erta.pipeline import SESSION, find_denoiser, latent_call
 from erta.plan import Plan, Rectification
 from erta.rectifier import RECTIFIERS, Moments, fit_linear
 from erta.session import cached
-from erta.site import channel_axis, model_name
 from erta.statistics import channel_moments
 
 
@@ -75,13 +75,13 @@ def refit(
 def _observe(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> Moments:
     """Moments (num_steps, branches, channels) of one cached run; empty at computed steps."""
     found: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
-    branches, model = plan.branches or (), model_name(find_denoiser(pipe))
+    branches, architecture = plan.branches or (), architecture_of(find_denoiser(pipe))
 
     def note(step: int, context: str, v_cached: torch.Tensor, true_velocity: Callable[[], torch.Tensor]) -> None:
         names = branches_of(context, plan.guidance_scale)
         truth = split(true_velocity().float(), names)
         for name, value in split(v_cached.float(), names).items():
-            axis = channel_axis(value, model)
+            axis = architecture.channel_axis_of(value)
             sums = channel_moments(value, value - truth[name], axis)
             found[step, branches.index(name)] = sums, value.numel() // value.shape[axis]
 

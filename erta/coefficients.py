@@ -6,21 +6,22 @@ from typing import Any
 
 import torch
 
+from erta.architectures import Architecture
 from erta.guidance import branches_of
 from erta.plan import Plan, Rectification
-from erta.site import channel_axis
 
 
 class Coefficients:
     """The plan's rectification as tensors on the latent's device, laid out once a context."""
 
-    def __init__(self, plan: Plan, model: str) -> None:
-        self.plan, self.model = plan, model
+    def __init__(self, plan: Plan, architecture: Architecture) -> None:
+        self.plan, self.architecture = plan, architecture
         self.device: torch.device | None = None
         self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rectify(self, velocity: torch.Tensor, step: int, context: str) -> torch.Tensor:
-        """`v_cached - err_hat` with the coefficients of this step, guidance branch and channel.
+        """`v_cached - err_hat` with the coefficients of this step, guidance branch and channel (ERTACache, "Explicit error
+        rectification").
 
         In float32, since a gain of 0.98 has no room in bfloat16.
         """
@@ -44,7 +45,7 @@ class Coefficients:
         known = self.plan.branches or ()
         picked = [known.index(branch) for branch in branches_of(context, self.plan.guidance_scale)]
         shape = [1] * velocity.ndim
-        shape[channel_axis(velocity, self.model)] = -1
+        shape[self.architecture.channel_axis_of(velocity)] = -1
 
         def place(array: Any) -> torch.Tensor:
             table = torch.as_tensor(array[:, picked]).to(velocity.device, torch.float32)

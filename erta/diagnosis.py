@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from erta.architectures import Architecture, architecture_of
 from erta.coefficients import Coefficients
 from erta.errors import ErtaError
 from erta.guidance import branches_of, guidance_scale_of, guide, second_scale_of, split
@@ -30,8 +31,9 @@ from erta.pipeline import SESSION, call_arguments, find_denoiser, find_denoisers
 from erta.plan import Plan
 from erta.scheduler import step_index
 from erta.session import cached
-from erta.site import Site, make_site, model_name
+from erta.site import SeenForward, Site, make_site
 
+DIRECTION_STRIDE = 100_000  # between the seeds of the directions
 _Scales = tuple[float | None, float | None]
 
 
@@ -58,7 +60,7 @@ class Decomposition:
 
 
 def decompose(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_kwargs: Any) -> Decomposition:
-    """Split the error of one cached run against the uncached run from the same noise.
+    """Split the error of one cached run against the uncached run from the same noise (ERTACache, Eq. 11, made exact).
 
     Costs two uncached runs: at reused steps the model is evaluated as well. Raises what `erta.cached` raises, and
     ErtaError for schedulers without sigmas.
@@ -104,15 +106,19 @@ def propagation_gain(
     after_steps: list[int],
     *,
     seed: int = 0,
+    directions: int = 1,
     relative_size: float = 1e-3,
     **pipeline_kwargs: Any,
 ) -> np.ndarray:
     """How much a small random error in the latent after each of `after_steps` has grown at the end, uncached.
 
-    Finite differences: one run for each step, with an error of `relative_size` of the latent's norm.
+    Finite differences: one run for each step and direction, with an error of `relative_size` of the latent's norm. How much
+    it grows depends on the prompt and on the direction by orders of magnitude: one of each is no measurement.
+
+    Returns the growth, (steps, directions).
     """
 
-    def final(changed: int | None) -> tuple[torch.Tensor, float]:
+    def final(changed: int | None, direction: int = 0) -> tuple[torch.Tensor, float]:
         size = 0.0
 
         def disturb(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +126,8 @@ def propagation_gain(
             if step != changed:
                 return {}
             latents = values["latents"]
-            error = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(latents)
+            noise = torch.Generator().manual_seed(step + DIRECTION_STRIDE * direction)
+            error = torch.randn(latents.shape, generator=noise).to(latents)
             changed_latents = latents + error * (relative_size * latents.norm() / error.norm())
             size = float((changed_latents - latents).float().norm())  # after rounding to the latents' dtype
             return {"latents": changed_latents}
@@ -132,11 +139,12 @@ def propagation_gain(
         return latents, size
 
     undisturbed, _ = final(None)
-    gains = []
-    for step in after_steps:
-        disturbed, size = final(step)
-        gains.append(float((disturbed - undisturbed).norm()) / size)
-    return np.array(gains)
+    gains = np.empty((len(after_steps), directions))
+    for place, step in enumerate(after_steps):
+        for direction in range(directions):
+            disturbed, size = final(step, direction)
+            gains[place, direction] = float((disturbed - undisturbed).norm()) / size
+    return gains
 
 
 class _Run:
@@ -182,31 +190,23 @@ def _recorded(pipe: Any, run: _Run) -> Iterator[None]:
 class _OpenLoop:
     """Errors that a plan's reuse makes on the uncached trajectory, guided, one a step."""
 
-    def __init__(self, plan: Plan, guidance_scales: _Scales, model: str) -> None:
+    def __init__(self, plan: Plan, guidance_scales: _Scales, architecture: Architecture) -> None:
         self.plan, self.guidance_scales = plan, guidance_scales
         self.stages: dict[int, int] = {}
-        self.coefficients = Coefficients(plan, model)
+        self.coefficients = Coefficients(plan, architecture)
         self.kept: dict[str, torch.Tensor] = {}
         self.errors: list[dict[str, torch.Tensor]] = [{} for _ in plan.mask]
 
-    def observe(
-        self,
-        step: int,
-        context: str,
-        x: torch.Tensor,
-        velocity: torch.Tensor,
-        residual: torch.Tensor,
-        predict: Callable[[torch.Tensor], torch.Tensor],
-        stage: int = 0,
-    ) -> None:
-        """See `erta.hooks.Observer`."""
-        self.stages[step] = stage
+    def observe(self, forward: SeenForward) -> None:
+        """Note the error that reuse would make at this forward."""
+        step, branch, velocity = forward.step, forward.branch, forward.velocity
+        self.stages[step] = forward.stage
         if self.plan.mask[step]:  # and so is a second transformer's first step: nothing of the first's is left
-            self.kept[context] = velocity if self.plan.reuse == "velocity" else residual
+            self.kept[branch] = velocity if self.plan.reuse == "velocity" else forward.residual
             error = torch.zeros_like(velocity)
         else:
-            error = self.coefficients.rectify(predict(self.kept[context]), step, context) - velocity
-        self.errors[step] |= split(error.double(), branches_of(context, self.guidance_scales[0]))
+            error = self.coefficients.rectify(forward.predict(self.kept[branch]), step, branch) - velocity
+        self.errors[step] |= split(error.double(), branches_of(branch, self.guidance_scales[0]))
 
     def guided(self) -> list[torch.Tensor]:
         """One error a step, as the solver sees it."""
@@ -216,13 +216,13 @@ class _OpenLoop:
 
 def _run_uncached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, Any]) -> _Run:
     run = _Run()
-    open_loop = _OpenLoop(plan, _guidance_scales(pipe, prompt, kwargs), model_name(find_denoiser(pipe)))
+    open_loop = _OpenLoop(plan, _guidance_scales(pipe, prompt, kwargs), architecture_of(find_denoiser(pipe)))
 
     def site_of(transformer: nn.Module) -> Site:
         return make_site(plan.site, transformer, plan.reuse)
 
     step = functools.partial(step_index, pipe.scheduler)
-    with observed(find_denoisers(pipe), open_loop, site_of, step), _recorded(pipe, run):
+    with observed(find_denoisers(pipe), open_loop.observe, site_of, step), _recorded(pipe, run):
         run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
     run.open_loop_errors = open_loop.guided()
     return run

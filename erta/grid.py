@@ -12,12 +12,17 @@ PHI_MIN = 0.01  # phi = 0 makes two sigmas equal, and multistep solvers then div
 
 
 def step_scale(error_over_denominator: np.ndarray) -> np.ndarray:
-    """phi of every step, `clip(1 - ||v_cached - v||_1 / D, PHI_MIN, 1)` (the paper clips at 0, see PHI_MIN)."""
+    """phi of every step, `clip(1 - ||v_cached - v||_1 / D, PHI_MIN, 1)`: ERTACache, Eq. 9, with D = ||v||_1.
+
+    The paper clips at 0, see PHI_MIN; other sources have D = ||v[i] - v[i-1]||_1.
+    """
     return np.clip(1.0 - error_over_denominator, PHI_MIN, 1.0)
 
 
 def adjusted_sigmas(sigmas: np.ndarray, mask: Mask, phi: np.ndarray, takeover: int | None = None) -> np.ndarray:
     """The grid whose reused steps are shortened by phi and which still ends where it ended.
+
+    ERTACache, "Trajectory-aware timestep adjustment".
 
     Args:
         sigmas: nominal grid (num_steps + 1,), strictly decreasing, float32.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -17,19 +17,18 @@ from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from erta.architectures import architecture_of, latent_of
 from erta.coefficients import Coefficients
 from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
 from erta.guidance import SINGLE_BRANCH, branches_of
+from erta.pipeline import SESSION, Session, find_denoisers
 from erta.plan import Plan
-from erta.site import Site, latent_of, model_name
+from erta.site import SeenForward, Site
 from erta.trace import CallTrace, Stopwatch, Trace
 
 HOOK_NAME = "erta_cache"
-
-
 OBSERVER_NAME = "erta_observer"
-
-
+AnyHook = TypeVar("AnyHook", bound="_BranchHook")
 OnReuse = Callable[[int, str, torch.Tensor, Callable[[], torch.Tensor]], None]
 
 
@@ -138,7 +137,7 @@ class CacheHook(CachingHook):
         if self.on_reuse is not None:
             self.on_reuse(step, branch, velocity, lambda: self.site.compute(forward, args, kwargs)[0][0])
         if self.coefficients is None:
-            self.coefficients = Coefficients(self.plan, model_name(module))
+            self.coefficients = Coefficients(self.plan, architecture_of(module))
         velocity = self.coefficients.rectify(velocity, step, branch)
         self.trace.reused(branch, step, time.perf_counter() - entered)
         return self._answer(velocity, kwargs)
@@ -156,6 +155,9 @@ class CacheHook(CachingHook):
             raise SignatureMismatch("branches", plan.branches, branch)
 
 
+Observer = Callable[[SeenForward], None]  # called once a forward, in order of the steps
+
+
 class ObserverHook(_BranchHook):
     """Runs the transformer as it is, and shows an observer every output and what a cache would have made of it."""
 
@@ -171,35 +173,37 @@ class ObserverHook(_BranchHook):
         self.transformer.start(x.device)
         output, kept = self.site.compute(forward, args, kwargs)
         self.transformer.stop()
-        self.observer.observe(
-            step,
-            branch,
-            x,
-            output[0].detach(),
-            kept.detach(),
-            lambda earlier: self.site.predict(forward, args, kwargs, earlier).detach(),
-            self.stage,
-        )
+
+        def predict(earlier: torch.Tensor) -> torch.Tensor:
+            return self.site.predict(forward, args, kwargs, earlier).detach()
+
+        self.observer(SeenForward(step, branch, x, output[0].detach(), kept.detach(), predict, self.stage))
         return output
 
 
-class Observer(Protocol):
-    """What `ObserverHook` calls once a forward, in order of the steps."""
+class HookedSession(Session, Generic[AnyHook]):
+    """A session with a hook on each transformer, by stage."""
 
-    def observe(
-        self,
-        step: int,
-        context: str,
-        x: torch.Tensor,
-        velocity: torch.Tensor,
-        residual: torch.Tensor,
-        predict: Callable[[torch.Tensor], torch.Tensor],
-        stage: int = 0,
-    ) -> None:
-        """`predict(r)` is the velocity at this very input with the residual `r` of an earlier step.
+    def __init__(self, pipe: Any, scheduler: Any, trace: CallTrace, hooks: Mapping[int, AnyHook]) -> None:
+        super().__init__(pipe, scheduler, trace)
+        self.transformers, self.hooks = find_denoisers(pipe), hooks
 
-        `stage` is 1 in a pipeline's second transformer, else 0.
-        """
+    def put_on(self, pipe: Any) -> None:
+        """Hooks first: if one is refused, the pipeline is as it was."""
+        attach_all(self.transformers, self.hooks, HOOK_NAME)
+        super().put_on(pipe)
+
+    def take_off(self, pipe: Any) -> None:
+        """See `Session`. Raises InstallError if another hook lies on top of ours."""
+        if pipe.__dict__.get(SESSION) is self:
+            detach_all(self.transformers, HOOK_NAME)
+        super().take_off(pipe)
+
+    def before_call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """After an exception the last call's state survives, and offload renews its own hooks after every call."""
+        for stage, transformer in self.transformers.items():
+            attach_again_if_dropped(transformer, self.hooks[stage])
+            self.hooks[stage].reset_state(transformer)
 
 
 @contextmanager
@@ -218,8 +222,7 @@ def observed(
     try:
         yield list(hooks.values())
     finally:
-        for transformer in transformers.values():
-            detach(transformer, OBSERVER_NAME)
+        detach_all(transformers, OBSERVER_NAME)
 
 
 def attach_all(transformers: dict[int, nn.Module], hooks: Mapping[int, _BranchHook], name: str) -> None:
@@ -233,6 +236,14 @@ def attach_all(transformers: dict[int, nn.Module], hooks: Mapping[int, _BranchHo
         for transformer in done:
             detach(transformer, name)
         raise
+
+
+def detach_all(transformers: dict[int, nn.Module], name: str) -> None:
+    """Take a hook off each transformer: off all of them, or off none if another hook lies on top of one."""
+    for transformer in transformers.values():
+        check_detachable(transformer, name)
+    for transformer in transformers.values():
+        detach(transformer, name)
 
 
 def attach(transformer: nn.Module, hook: _BranchHook, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from erta.errors import ExecutionMismatch, InstallError
-from erta.hooks import HOOK_NAME, CachingHook, attach, attach_again_if_dropped, check_detachable, detach
-from erta.pipeline import SESSION, checked_class, single_denoiser
+from erta.architectures import latent_of
+from erta.errors import ExecutionMismatch
+from erta.hooks import CachingHook, HookedSession
+from erta.pipeline import check_bare, find_denoisers, single_denoiser
 from erta.scheduler import counting, step_index
-from erta.site import Site, latent_of, make_site
+from erta.site import Site, make_site
 from erta.trace import NOTHING_RECEIVED, CallTrace
 
 
@@ -76,12 +77,13 @@ class OnlineRule(ABC):
 
 @dataclass
 class OnlineTrace(CallTrace):
-    """The trace of a run whose steps were decided while it ran."""
+    """The trace of a run whose steps were decided while it ran. What `rule` keeps counts as cache."""
 
     num_steps: int = 0
+    rule: OnlineRule | None = None
 
-    def finish(self, kept: Iterable[torch.Tensor] = ()) -> None:
-        """Check that every branch saw every step once, in order, and weigh the cache and what else was `kept`.
+    def finish(self) -> None:
+        """Check that every branch saw every step once, in order, and weigh the cache and what the rule kept.
 
         Raises ExecutionMismatch.
         """
@@ -93,7 +95,7 @@ class OnlineTrace(CallTrace):
                     f"branch {branch!r} was called at {len(steps)} steps, not once at each of {self.num_steps}. Was "
                     "the pipeline interrupted, or the cache put under another hook?"
                 )
-        self.weigh([*self.cached.values(), *kept])
+        self.weigh([*self.cached.values(), *tensors_in({} if self.rule is None else vars(self.rule))])
 
     def summary(self) -> str:
         """One line for people: computed steps by branch, seconds, cache bytes; loud if nothing was reused."""
@@ -163,10 +165,9 @@ def online(
         InstallError: a cache is installed already, or the pipeline has two transformers.
         ExecutionMismatch: a call did not pass through the hook once a step and branch.
     """
-    if SESSION in pipe.__dict__:
-        raise InstallError("erta is installed on this pipeline already: call erta.uninstall(pipe) first")
-    transformer, own_scheduler, pipe_class = single_denoiser(pipe), pipe.scheduler, type(pipe)
-    scheduler, trace = counting(own_scheduler), OnlineTrace(reuse_share=reuse_share)
+    check_bare(pipe)
+    transformer = single_denoiser(pipe)
+    scheduler, trace = counting(pipe.scheduler), OnlineTrace(reuse_share=reuse_share)
     hook = OnlineHook(
         rule,
         trace,
@@ -174,32 +175,13 @@ def online(
         lambda: step_index(scheduler),
         lambda: len(scheduler.timesteps),
     )
-    attach(transformer, hook, HOOK_NAME)
-    session = _OnlineSession(pipe_class, transformer, hook)
-    pipe.scheduler, pipe.__class__ = scheduler, checked_class(session)
-    pipe.__dict__[SESSION] = session
+    trace.rule = rule
+    session = HookedSession(pipe, scheduler, trace, dict.fromkeys(find_denoisers(pipe), hook))
+    session.put_on(pipe)
     try:
         yield trace
     finally:
-        check_detachable(transformer, HOOK_NAME)
-        detach(transformer, HOOK_NAME)
-        pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
-        del pipe.__dict__[SESSION]
-
-
-class _OnlineSession:
-    """What happens around every call."""
-
-    def __init__(self, pipe_class: type, transformer: nn.Module, hook: OnlineHook) -> None:
-        self.pipe_class, self.transformer, self.hook = pipe_class, transformer, hook
-
-    def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        attach_again_if_dropped(self.transformer, self.hook)
-        self.hook.reset_state(self.transformer)  # after an exception the last call's state survives
-        self.hook.trace.begin()
-        result = self.pipe_class.__call__(pipe, *args, **kwargs)
-        self.hook.trace.finish(tensors_in(vars(self.hook.rule)))
-        return result
+        session.take_off(pipe)
 
 
 def mean_change(now: torch.Tensor, before: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as the library sees it: its transformers, its call, the class that checks a call."""
+"""A diffusers pipeline as the library sees it: its transformers, its call, and the session that is put on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from erta.errors import InstallError
+from erta.trace import CallTrace
 
 SESSION = "_erta_session"
 
@@ -27,18 +28,54 @@ def call_arguments(pipe_class: type, pipe: Any, args: tuple[Any, ...], kwargs: d
     return dict(bound.arguments)
 
 
-def checked_class(session: Any) -> type:
-    """A subclass for one pipeline object, with the same name, whose call goes through `session.call(pipe, …)`.
+class Session:
+    """What happens around every call of one pipeline object, and what must be put back. The one way on and off a pipeline.
 
-    `session.pipe_class` is the class that the pipeline object has now.
+    The object gets a subclass of its own class, with the same name, whose call goes through `call`, and the scheduler that the
+    cache runs with. Other objects of that class stay as they are.
     """
-    base = session.pipe_class
 
-    @functools.wraps(base.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return session.call(self, *args, **kwargs)
+    refusal = "erta is installed on this pipeline already: call erta.uninstall(pipe) first"
 
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+    def __init__(self, pipe: Any, scheduler: Any, trace: CallTrace) -> None:
+        self.pipe_class, self.own_scheduler = type(pipe), pipe.scheduler
+        self.scheduler, self.trace = scheduler, trace
+
+    def put_on(self, pipe: Any) -> None:
+        """From now on calls of `pipe` are this session's."""
+        base, session = self.pipe_class, self
+
+        @functools.wraps(base.__call__)
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return session.call(self, *args, **kwargs)
+
+        pipe.scheduler = self.scheduler
+        pipe.__class__ = type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+        pipe.__dict__[SESSION] = self
+
+    def take_off(self, pipe: Any) -> None:
+        """Put class and scheduler back; does nothing if another session, or none, is on."""
+        if pipe.__dict__.get(SESSION) is not self:
+            return
+        pipe.scheduler, pipe.__class__ = self.own_scheduler, self.pipe_class
+        del pipe.__dict__[SESSION]
+
+    def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call, with the state cleared before and what was executed checked after."""
+        self.before_call(pipe, args, kwargs)
+        self.trace.begin()
+        result = self.pipe_class.__call__(pipe, *args, **kwargs)
+        self.trace.finish()
+        return result
+
+    def before_call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """To be overridden: check the arguments, forget what an aborted call left behind."""
+
+
+def check_bare(pipe: Any) -> None:
+    """Raise InstallError, with what to do, if a session is on this pipeline object."""
+    if SESSION in pipe.__dict__:
+        raise InstallError(pipe.__dict__[SESSION].refusal)
 
 
 def find_denoisers(pipe: Any) -> dict[int, nn.Module]:

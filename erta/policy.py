@@ -24,7 +24,8 @@ def segments(num_steps: int, takeover: int | None) -> tuple[range, ...]:
 
 
 def threshold_mask(rel_l1: np.ndarray, threshold: float) -> Mask:
-    """The paper's greedy rule: reuse step i iff `rel_l1(c, i) < threshold`, c the last computed step.
+    """The greedy rule of ERTACache, "Offline policy from residual profiling": reuse step i iff `rel_l1(c, i) < threshold`,
+    c the last computed step.
 
     Not accumulated. Step 0 is computed, and so is whatever lies farther from c than the profile's window, or where
     the profile is NaN.

@@ -61,7 +61,10 @@ class LinearRectifier:
 
 
 def fit_linear(moments: Moments) -> LinearRectifier:
-    """Least squares of err on v_cached. A channel without variance gets the mean error only."""
+    """Least squares of err on v_cached: ERTACache, "Explicit error rectification", K = 4 S_ve / S_vv, linearised.
+
+    A channel without variance gets the mean error only.
+    """
     varied = moments.s_vv > 0
     slope = np.where(varied, moments.s_ve / np.where(varied, moments.s_vv, 1.0), 0.0)
     explained = slope * moments.s_ve

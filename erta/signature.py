@@ -13,8 +13,6 @@ from erta.errors import InstallError, SignatureMismatch
 from erta.pipeline import boundary_ratio, find_denoiser, find_denoisers
 
 SAMPLES_PER_TENSOR = 32
-
-
 MUST_MATCH = (
     "model_class",
     "model_config",

@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from erta.architectures import Architecture, BlockStack, architecture_of, blocks_of, latent_of
 from erta.errors import InstallError
 
 SITES = ("output", "blocks")
-CHANNEL_AXIS = {"CogVideoXTransformer3DModel": 2}  # (b, frames, channels, height, width)
 Forward = Callable[..., Any]
 
 
 class OutputSite:
-    """The paper's formula: `r = v - x` of the whole transformer; a reused step runs nothing and returns `x + r`.
+    """The paper's residual, `r = v - x` of the whole transformer; a reused step runs nothing and returns `x + r`.
 
     With `reuse="velocity"` the velocity itself is kept and returned.
     """
 
     name = "output"
 
-    def __init__(self, model: str, reuse: str = "residual") -> None:
-        self.model, self.reuse = model, reuse
+    def __init__(self, architecture: Architecture, reuse: str = "residual") -> None:
+        self.architecture, self.reuse = architecture, reuse
 
     def compute(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The model's output as it is, and what to keep of it."""
@@ -39,7 +39,7 @@ class OutputSite:
         kept = (
             velocity
             if self.reuse == "velocity"
-            else velocity - like_output(latent_of(args, kwargs), velocity, self.model)
+            else velocity - like_output(latent_of(args, kwargs), velocity, self.architecture)
         )
         return output, kept
 
@@ -47,34 +47,17 @@ class OutputSite:
         self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], kept: torch.Tensor
     ) -> torch.Tensor:
         """The velocity at this input with what was kept of an earlier step."""
-        return kept if self.reuse == "velocity" else like_output(latent_of(args, kwargs), kept, self.model) + kept
-
-
-@dataclass(frozen=True)
-class BlockStack:
-    """Where a transformer keeps its blocks: attribute names in order, and which output holds the image tokens.
-
-    `output_index` is None if a block returns the tokens alone, else their place in the pair that it returns,
-    whose other member are the text tokens.
-    """
-
-    lists: tuple[str, ...]
-    output_index: int | None
-
-
-CONTROLS = ("controlnet_block_samples", "controlnet_single_block_samples")
-BLOCK_STACKS = {
-    "WanTransformer3DModel": BlockStack(("blocks",), None),
-    "FluxTransformer2DModel": BlockStack(("transformer_blocks", "single_transformer_blocks"), 1),
-}
+        return (
+            kept if self.reuse == "velocity" else like_output(latent_of(args, kwargs), kept, self.architecture) + kept
+        )
 
 
 class _Stand(nn.Module):
     """Stands in the block stack with a block's arguments and results; notes the tokens, or shifts them."""
 
-    def __init__(self, output_index: int | None) -> None:
+    def __init__(self, stack: BlockStack) -> None:
         super().__init__()
-        self.output_index = output_index
+        self.stack = stack
         self.tokens: torch.Tensor | None = None
         self.shift: torch.Tensor | None = None
 
@@ -83,10 +66,11 @@ class _Stand(nn.Module):
         self.tokens = tokens
         if self.shift is not None:
             tokens = tokens + self.shift
-        if self.output_index is None:
+        if self.stack.output_index is None:
             return tokens
-        text = text_of(args, kwargs)
-        return (text, tokens) if self.output_index == 1 else (tokens, text)
+        streams = self.stack.streams(args, kwargs)
+        streams[self.stack.output_index] = tokens
+        return tuple(streams)
 
 
 class BlocksSite:
@@ -102,14 +86,9 @@ class BlocksSite:
     name = "blocks"
 
     def __init__(self, transformer: nn.Module) -> None:
-        stack = BLOCK_STACKS.get(model_name(transformer))
-        if stack is None:
-            raise InstallError(
-                f"site=blocks does not know the blocks of {model_name(transformer)} (it knows "
-                f"{', '.join(BLOCK_STACKS)}): use site=output, which works on every transformer"
-            )
+        self.stack = stack = blocks_of(transformer, "site=blocks")
         self.transformer = transformer
-        self.before, self.after, self.instead = (_Stand(stack.output_index) for _ in range(3))
+        self.before, self.after, self.instead = (_Stand(stack) for _ in range(3))
         blocks = [list(transformer.get_submodule(name)) for name in stack.lists]
         blocks[0].insert(0, self.before)
         blocks[-1].append(self.after)
@@ -119,7 +98,7 @@ class BlocksSite:
 
     def compute(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The model's output as it is, and the residual of its block stack, (batch, tokens, width)."""
-        if any(kwargs.get(name) is not None for name in CONTROLS):
+        if any(kwargs.get(name) is not None for name in self.stack.controls):
             raise InstallError("a ControlNet adds to single blocks, which site=blocks exchanges: use site=output")
         with self._stack(self.watched):
             output = forward(*args, **kwargs)
@@ -150,35 +129,45 @@ class BlocksSite:
             modules.update(own)
 
 
+@dataclass(frozen=True)
+class SeenForward:
+    """One forward of an uncached run, and what a site would have made of it, as an observer sees it.
+
+    Attributes:
+        step, branch: the scheduler's step, and the pipeline's cache context (a guidance branch, or both in one batch).
+        x, velocity: the latent that the transformer was given, and its output.
+        residual: what a site would keep of it.
+        predict: the velocity at this very input with the residual of an earlier step.
+        stage: 1 in a pipeline's second transformer, else 0.
+    """
+
+    step: int
+    branch: str
+    x: torch.Tensor
+    velocity: torch.Tensor
+    residual: torch.Tensor
+    predict: Callable[[torch.Tensor], torch.Tensor]
+    stage: int = 0
+
+
 Site = OutputSite | BlocksSite
 
 
 def make_site(name: str, transformer: nn.Module, reuse: str = "residual") -> Site:
-    """The site called `name`, one of `SITES`."""
-    return OutputSite(model_name(transformer), reuse) if name == "output" else BlocksSite(transformer)
+    """The site called `name`, one of `SITES`.
+
+    Raises InstallError for a transformer whose output holds more than the velocity, and at `blocks` for unknown blocks.
+    """
+    architecture = architecture_of(transformer)
+    if architecture.beside_velocity is not None:
+        raise InstallError(
+            f"the output of {architecture.name} holds {architecture.beside_velocity} beside the velocity, which a reused "
+            "step cannot give: this pipeline cannot be cached"
+        )
+    return OutputSite(architecture, reuse) if name == "output" else BlocksSite(transformer)
 
 
-def text_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The text tokens among the arguments of a block."""
-    return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
-
-
-def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The latent (or the tokens) that a module was called with."""
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-
-def model_name(transformer: nn.Module) -> str:
-    """Class name of a transformer."""
-    return type(transformer).__name__
-
-
-def channel_axis(latent: torch.Tensor, model: str) -> int:
-    """The channel axis of a model's latent: the last one for packed tokens (b, n, c) as in FLUX, else mostly 1."""
-    return latent.ndim - 1 if latent.ndim == 3 else CHANNEL_AXIS.get(model, 1)
-
-
-def like_output(x: torch.Tensor, velocity: torch.Tensor, model: str) -> torch.Tensor:
+def like_output(x: torch.Tensor, velocity: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     """The part of the input that the output answers to: its first channels (image-to-video appends others)."""
-    axis = channel_axis(velocity, model)
+    axis = architecture.channel_axis_of(velocity)
     return x if x.shape[axis] == velocity.shape[axis] else x.narrow(axis, 0, velocity.shape[axis])

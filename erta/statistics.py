@@ -16,10 +16,11 @@ from functools import partial
 import numpy as np
 import torch
 
+from erta.architectures import Architecture
 from erta.errors import ErtaError, NonFiniteError
 from erta.guidance import SINGLE_BRANCH, branches_of, guide, split
 from erta.rectifier import Moments
-from erta.site import channel_axis
+from erta.site import SeenForward
 
 REL_L1_DENOMINATORS = ("ground_truth", "cached")
 PHI_DENOMINATORS = ("velocity", "increment")
@@ -111,11 +112,12 @@ class TrajectoryObserver:
         self,
         window: int,
         guidance_scale: float | None,
-        model: str,
+        architecture: Architecture,
         eager: bool = False,
         guidance_scale_2: float | None = None,
     ) -> None:
-        self.window, self.guidance_scale, self.model, self.eager = window, guidance_scale, model, eager
+        self.window, self.guidance_scale, self.eager = window, guidance_scale, eager
+        self.architecture = architecture
         self.guidance_scale_2 = guidance_scale_2
         self.takeover: int | None = None
         self.branches: list[str] = []
@@ -129,29 +131,21 @@ class TrajectoryObserver:
         self._phi: list[tuple[int, int, torch.Tensor]] = []
         self._finite: list[torch.Tensor] = []
 
-    def observe(
-        self,
-        step: int,
-        context: str,
-        x: torch.Tensor,
-        velocity: torch.Tensor,
-        residual: torch.Tensor,
-        predict: Callable[[torch.Tensor], torch.Tensor],
-        stage: int = 0,
-    ) -> None:
-        """Take one forward. Steps come in order, each cache context once a step. See `erta.hooks.Observer`.
+    def observe(self, forward: SeenForward) -> None:
+        """Take one forward. Steps come in order, each cache context once a step.
 
         Raises ErtaError for other orders, and where the first transformer runs after the second.
         """
+        step, context, velocity = forward.step, forward.branch, forward.velocity
         if step != self._step:
             self._close_step()
             if step != self._step + 1:
                 raise ErtaError(f"calibration saw step {step} after step {self._step}: steps must come in order")
             self._step = step
-            if stage > self._stage:  # the first transformer's residuals are never paired with the second's
-                self._stage, self.takeover = stage, step
+            if forward.stage > self._stage:  # the first transformer's residuals are never paired with the second's
+                self._stage, self.takeover = forward.stage, step
                 self._residuals = {name: deque(maxlen=self.window) for name in self._residuals}
-        if stage != self._stage:
+        if forward.stage != self._stage:
             raise ErtaError(f"calibration saw both transformers at step {step}, or the first after the second")
         if context in self._pending:
             raise ErtaError(f"calibration saw branch {context!r} twice at step {step}")
@@ -163,12 +157,12 @@ class TrajectoryObserver:
         if context not in self._residuals:
             self.branches += branches_of(context, self.guidance_scale)
             self._residuals[context] = deque(maxlen=self.window)
-        self.latent_shape = tuple(x.shape[1:])
+        self.latent_shape = tuple(forward.x.shape[1:])
         predictions: list[Callable[[], torch.Tensor]] = []
         for earlier in reversed(self._residuals[context]):
-            make = partial(predict, earlier)
+            make = partial(forward.predict, earlier)
             predictions.append(partial(_identity, make()) if self.eager else make)
-        self._pending[context] = _Seen(velocity, residual, predictions)
+        self._pending[context] = _Seen(velocity, forward.residual, predictions)
 
     def finish(self, num_steps: int) -> PairStatistics:
         """Statistics of the trajectory that ended. Raises ErtaError if it is incomplete or not finite."""
@@ -189,7 +183,7 @@ class TrajectoryObserver:
         self._finite.append(torch.stack([torch.isfinite(value).all() for value in velocities.values()]).all())
         scale = self.guidance_scale_2 if self._stage else self.guidance_scale
         guided = guide(velocities, scale)
-        axis = channel_axis(guided, self.model)
+        axis = self.architecture.channel_axis_of(guided)
         self._channels = guided.shape[axis]
         self._per_channel = guided.numel() / self._channels
         for gap in range(1, 1 + min(len(old) for old in self._residuals.values())):

@@ -98,6 +98,10 @@ class CallTrace:
         self.executed.setdefault(branch, []).append((step, False))
         self.overhead_s += overhead_s
 
+    def finish(self) -> None:
+        """To be overridden: check the call that ended. Raises ExecutionMismatch."""
+        raise NotImplementedError
+
     @property
     def forward_s(self) -> float:
         """Seconds inside the transformer in the last call."""

@@ -11,46 +11,36 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from experiments.harness.rows import NO_CORRECTOR, Row, columns, sample_rows, tabulate
-from experiments.output import console
-from experiments.output.run_folder import describe_run, finish, write_markdown
+from analysis.records import Table
+from experiments.harness.row_sampling import run_table
+from experiments.harness.rows import NO_CORRECTOR, Row
 
 SHARES = (0.50, 0.34, 0.24)  # of the steps are computed: 25, 17 and 12 of 50
-REFERENCE = "policy"
-ROWS = (
-    ("fewer steps", ("cache=fewer_steps",)),
-    ("plan grid, no cache", ("cache=plan_grid",)),
-    ("uniform", ("cache=uniform",)),
-    (REFERENCE, ("cache=policy",)),
-    ("policy + time", ("cache=policy_time",)),
-    ("policy + rectification", ("cache=policy", "cache.rectify=true")),
-    ("all three", ("cache=ertacache",)),
-    ("uniform, corrector off", ("cache=uniform", NO_CORRECTOR)),
-    ("policy, corrector off", ("cache=policy", NO_CORRECTOR)),
-    ("policy + time, corrector off", ("cache=policy_time", NO_CORRECTOR)),
-    ("policy + rectification, corrector off", ("cache=policy", "cache.rectify=true", NO_CORRECTOR)),
-    ("all three, corrector off", ("cache=ertacache", NO_CORRECTOR)),
-    ("all three, phi by increment", ("cache=ertacache", "cache.phi_denominator=increment")),
-    ("velocity reuse", ("cache=policy", "cache.reuse=velocity")),
-    ("velocity reuse, corrector off", ("cache=policy", "cache.reuse=velocity", NO_CORRECTOR)),
+TABLE = Table(
+    reference="policy",
+    columns=["forwards", "speedup", "psnr_db_std", "gain", "ssim", "scene", "scene_change", "last_sigma"],
+)
+ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("fewer steps", "fewer_steps", ()),
+    ("plan grid, no cache", "plan_grid", ()),
+    ("uniform", "uniform", ()),
+    ("policy", "policy", ()),
+    ("policy + time", "policy_time", ()),
+    ("policy + rectification", "policy", ("cache.rectify=true",)),
+    ("all three", "ertacache", ()),
+    ("uniform, corrector off", "uniform", (NO_CORRECTOR,)),
+    ("policy, corrector off", "policy", (NO_CORRECTOR,)),
+    ("policy + time, corrector off", "policy_time", (NO_CORRECTOR,)),
+    ("policy + rectification, corrector off", "policy", ("cache.rectify=true", NO_CORRECTOR)),
+    ("all three, corrector off", "ertacache", (NO_CORRECTOR,)),
+    ("all three, phi by increment", "ertacache", ("cache.phi_denominator=increment",)),
+    ("velocity reuse", "policy", ("cache.reuse=velocity",)),
+    ("velocity reuse, corrector off", "policy", ("cache.reuse=velocity", NO_CORRECTOR)),
 )
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Sample every row on every prompt, write `rows.jsonl`, `table.md` and `record.json`, print the table."""
-    rows = [Row("uncached, again", ("cache=none",))]
+    """Sample every row on every prompt; write the rows, `table.md` and `record.json`, print the table."""
     counts = [round(share * cfg.model.num_inference_steps) for share in SHARES]
-    rows += [Row(label, overrides, count) for count in counts for label, overrides in ROWS]
-    results = sample_rows(cfg, folder, rows)
-    headings, table = columns(REFERENCE), tabulate(results, REFERENCE)
-    console.table(f"{cfg.model.name}, {len(results.prompts)} held-out prompts", headings, table)
-    write_markdown(folder / "table.md", headings, table)
-    finish(
-        folder,
-        {
-            **describe_run(
-                cfg, [prompt.seed for prompt in results.prompts], [prompt.text for prompt in results.prompts]
-            ),
-            "table": {"columns": headings, "rows": table},
-        },
-    )
+    rows = [Row(label, method, options, count) for count in counts for label, method, options in ROWS]
+    run_table(cfg, folder, [Row("uncached, again", "none"), *rows], TABLE)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 
 import erta
+from analysis.records import CalibrationRecord, Planned
 from erta.errors import ErtaError
 from erta.policy import segments, sources
 from experiments.harness.calibrations import make_calibration
-from experiments.models.load import load_pipeline
+from experiments.harness.setup import Setup
 from experiments.output import console
-from experiments.output.run_folder import mark_finished, write_json
+from experiments.output.run_folder import describe_made, finish
 
 
 def merge_parts(paths: list[Path]) -> erta.Calibration:
@@ -43,7 +43,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         calibration = merge_parts([Path(part) for part in cfg.calibration.parts])
         calibration.save(path)
     else:
-        calibration = make_calibration(cfg, load_pipeline(cfg), path)
+        calibration = make_calibration(Setup(cfg), path)
     total = calibration.num_steps
     least = len(segments(total, calibration.takeover))
     counts = sorted({max(least, total * share // 100) for share in (20, 24, 34, 50, 70)})
@@ -57,41 +57,42 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "pays after",
     ]
     console.table("what can be planned", columns, [_shown(row) for row in planned])
-    write_json(folder / "calibration.json", {"record": calibration.record, "planned": planned})
+    finish(folder, CalibrationRecord(**describe_made(cfg), calibration=calibration.record, planned=planned))
     console.note(
         f"{len(calibration.record['prompts'])} prompts, {calibration.record['seconds']:.0f} s, "
         f"{path.stat().st_size / 1e6:.1f} MB; use it with calibration.path={path}"
     )
-    mark_finished(folder)
 
 
-def _planned(calibration: erta.Calibration, steps: int) -> dict[str, Any]:
+def _planned(calibration: erta.Calibration, steps: int) -> Planned:
     """What `steps` computed steps would give, step by step where it fits; or why they cannot be had."""
-    row: dict[str, Any] = {"computed": steps, "speedup": calibration.num_steps / steps}
+    speedup = calibration.num_steps / steps
     try:
         plan = calibration.plan(steps=steps)
     except erta.BudgetError:
-        return {**row, "missing": "needs a larger calibration.window"}
+        return Planned(computed=steps, speedup=speedup, missing="needs a larger calibration.window")
     if all(plan.mask):
-        return {**row, "reuse_error": 0.0}
+        return Planned(computed=steps, speedup=speedup, reuse_error=0.0)
     reused = [(step, step - source - 1) for step, source in enumerate(sources(plan.mask)) if step != source]
     spread = calibration.statistics.rel_l1.std()[0]
+    deviation = float(np.mean([spread[pair] for pair in reused]))
     r2 = calibration.rectifier_r2(plan.mask)
-    return {
-        **row,
-        "reuse_error": plan.report["reuse_error_mean"],
-        "reuse_error_std": float(np.mean([spread[pair] for pair in reused])),
-        "rectifier_r2": float(np.nanmean(r2)),
-        "rectifier_r2_by_step": [None if np.isnan(value) else float(value) for value in r2],
-        "break_even_generations": calibration.break_even(steps),
-    }
+    return Planned(
+        computed=steps,
+        speedup=speedup,
+        reuse_error=plan.report["reuse_error_mean"],
+        reuse_error_std=None if np.isnan(deviation) else deviation,
+        rectifier_r2=float(np.nanmean(r2)),
+        rectifier_r2_by_step=[None if np.isnan(value) else float(value) for value in r2],
+        break_even_generations=calibration.break_even(steps),
+    )
 
 
-def _shown(row: dict[str, Any]) -> list[str]:
-    if "missing" in row:
-        return [str(row["computed"]), f"{row['speedup']:.2f}", row["missing"], "", "", ""]
-    cells = [str(row["computed"]), f"{row['speedup']:.2f}", f"{row['reuse_error']:.4f}"]
-    if "rectifier_r2" not in row:
+def _shown(row: Planned) -> list[str]:
+    if row.missing is not None:
+        return [str(row.computed), f"{row.speedup:.2f}", row.missing, "", "", ""]
+    cells = [str(row.computed), f"{row.speedup:.2f}", f"{row.reuse_error:.4f}"]
+    if row.rectifier_r2 is None:
         return [*cells, "", "", ""]
-    generations = f"{row['break_even_generations']:.0f} generations"
-    return [*cells, f"{row['reuse_error_std']:.4f}", f"{row['rectifier_r2']:.3f}", generations]
+    deviation = "" if row.reuse_error_std is None else f"{row.reuse_error_std:.4f}"
+    return [*cells, deviation, f"{row.rectifier_r2:.3f}", f"{row.break_even_generations:.0f} generations"]

@@ -77,6 +77,7 @@ def _run(cfg: DictConfig) -> None:
     for override in HydraConfig.get().overrides.task:
         if override.startswith("+"):
             raise ErtaError(f"{override}: keys cannot be added; python run.py --cfg job shows those that exist")
+    config.check_is_read(cfg, list(HydraConfig.get().overrides.task))
     config.validate(cfg)
     fresh = Path(HydraConfig.get().runtime.output_dir)
     chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
@@ -109,7 +110,11 @@ def _unknown_key(message: str) -> str | None:
     found = re.match(r"Could not override '([^']+)'", message)
     if found is None:
         return None
-    nearest = difflib.get_close_matches(found[1], config.all_keys(), n=1)
+    if found[1] in config.all_keys():  # of an experiment that is not the one that is run
+        return f"{found[1]} is read by experiment={found[1].split('.')[0]} only: leave it out, or add that"
+    last = found[1].split(".")[-1]
+    alike = [key for key in config.all_keys() if key.split(".")[-1] == last]
+    nearest = alike or difflib.get_close_matches(found[1], config.all_keys(), n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "python run.py --cfg job shows those that exist"
     return f"unknown key {found[1]}: {hint}"
 

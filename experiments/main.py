@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 import erta
 from analysis import plots
-from erta.calibration import Calibration
+from analysis.records import MainRecord
 from experiments.bench import images
 from experiments.bench.vbench import evaluation
 from experiments.harness.arm import Arm, make_arm
-from experiments.harness.calibrations import get_calibration
-from experiments.harness.pair import ARMS, sample_all, score_images, summarise
-from experiments.models.load import check_vocabulary, load_pipeline
+from experiments.harness.pair import ARMS, sample_all, summarise
+from experiments.harness.setup import Setup
+from experiments.models.load import check_vocabulary
 from experiments.output import console, report, tracking
 from experiments.output.run_folder import check_inputs, describe_inputs, finish
 from experiments.prompts.choose import test_prompts
@@ -28,56 +28,45 @@ def run(cfg: DictConfig, folder: Path) -> None:
         images.check(cfg)
     vbench = evaluation.prepare(cfg)
     prompts = vbench.suite.prompts(cfg.seed) if vbench.suite else test_prompts(cfg)
-    pipe = load_pipeline(cfg)
+    setup = Setup(cfg)
     if cfg.model.embedded:
-        check_vocabulary(pipe, [prompt.text for prompt in prompts])
-    known: list[Calibration] = []
-
-    def calibration() -> Calibration:
-        if not known:
-            known.append(get_calibration(cfg, pipe))
-        return known[0]
-
-    arm = make_arm(cfg, pipe, calibration)
+        check_vocabulary(setup.pipe, [prompt.text for prompt in prompts])
+    arm = make_arm(setup)
     if arm.plan is not None:
         arm.plan.save(folder / "plan.json")
-    check_inputs(folder, describe_inputs(pipe, prompts, arm.calibration))
+    check_inputs(folder, describe_inputs(setup.pipe, prompts, arm.calibration))
     vbench.check()
     with tracking.start(cfg, folder) as tracker:
-        rows = sample_all(cfg, pipe, arm, prompts, folder, tracker)
+        rows = sample_all(setup, arm, prompts, folder, tracker)
         names = {evaluation.clip_name(prompt, index): prompt.text for index, prompt in enumerate(prompts)}
         vbench.score({name: folder / "samples" / name for name in ARMS}, names, folder)
-        record = summarise(cfg, pipe, arm, rows, vbench)
-        image_metrics, image_missing = score_images(cfg, prompts, folder)
-        record["metrics"] |= image_metrics
-        record["missing"] |= image_missing
+        record = summarise(setup, arm, prompts, rows, vbench, folder)
         _draw(arm, rows, record, folder)
         report.write(folder, record, rows)
         finish(folder, record)
-        tracker.finish(record)
+        tracker.finish({**record.metrics, "timing": vars(record.timing), "memory": vars(record.memory)})
     _print_summary(record, folder)
 
 
-def _draw(arm: Arm, rows: list[dict[str, Any]], record: dict[str, Any], folder: Path) -> None:
-    (folder / "figures").mkdir(exist_ok=True)
-    plots.step_map(record, folder / "figures" / "step_map.png")
-    plots.psnr_per_prompt(rows, folder / "figures" / "psnr_per_prompt.png")
-    if len(rows[0]["frames"]["psnr_db"]) > 1 and not record["metrics"]["identical"]:
-        plots.psnr_per_frame(rows, folder / "figures" / "psnr_per_frame.png")
-    plots.contact_sheet(folder / "samples", rows, folder / "figures" / "contact_sheet.png")
+def _draw(arm: Arm, rows: list[dict[str, Any]], record: MainRecord, folder: Path) -> None:
+    figures, mask = folder / "figures", record.steps.mask
+    figures.mkdir(exist_ok=True)
+    plots.step_map(mask, record.sigmas, figures / "step_map.png")
+    plots.psnr_per_prompt(rows, figures / "psnr_per_prompt.png")
+    if len(rows[0]["frames"]["psnr_db"]) > 1 and not record.metrics["identical"]:
+        plots.psnr_per_frame(rows, figures / "psnr_per_frame.png")
+    plots.contact_sheet(folder / "samples", rows, figures / "contact_sheet.png")
     if arm.calibration is not None:
-        plots.change_profile(*profile(arm.calibration), record, folder / "figures" / "relative_l1.png")
+        plots.change_profile(*profile(arm.calibration), mask, figures / "relative_l1.png")
 
 
-def _print_summary(record: dict[str, Any], folder: Path) -> None:
+def _print_summary(record: MainRecord, folder: Path) -> None:
     console.table("result", ["", "uncached", "cached"], report.summary_rows(record))
-    idle = record["steps"]["without_reuse"]
+    idle = record.steps.without_reuse
     if idle:
-        console.note(
-            f"did not reuse anything: {idle} of {record['timing']['repeats']} samples, every step was computed"
-        )
-    for name, reason in record["missing"].items():
-        if not name.startswith(("fid", "clip_score")) or record["config"]["bench"]["image_scores"]:
+        console.note(f"did not reuse anything: {idle} of {record.timing.repeats} samples, every step was computed")
+    for name, reason in record.missing.items():
+        if not name.startswith(("fid", "clip_score")) or record.config["bench"]["image_scores"]:
             console.note(f"not evaluated: {name} ({reason})")
     console.note(f"report: {folder / 'report.html'}")
 

@@ -14,25 +14,25 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from erta.site import BLOCK_STACKS, SITES
-from experiments.models.architectures import describe, forward_inputs
+from analysis.records import ModelCardRecord
+from erta.site import SITES
+from experiments.models.architectures import describe, forward_inputs, known_class
 from experiments.models.costs import count_flops, flops_without_blocks
 from experiments.output import console
-from experiments.output.run_folder import mark_finished, write_json
+from experiments.output.run_folder import describe_made, finish
 
 FLOPS_PER_PAIR = 40  # and element, of the statistics of two steps: counted by hand, generously
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Print the card and write it to `model_card.json`."""
+    """Print the card and write it to `record.json`."""
     card = model_card(cfg)
-    write_json(folder / "model_card.json", card)
+    finish(folder, card)
     console.table(f"{cfg.model.name}, {cfg.model.num_inference_steps} steps", ["", "counted"], shown(card))
-    console.note(f"card: {folder / 'model_card.json'}")
-    mark_finished(folder)
+    console.note(f"card: {folder / 'record.json'}")
 
 
-def model_card(cfg: DictConfig) -> dict[str, Any]:
+def model_card(cfg: DictConfig) -> ModelCardRecord:
     """Parameters, sizes, FLOPs (two per multiply-add) and the expected price of a calibration.
 
     Of two equal transformers `parameters` counts both; a step runs one of them, and the cache keeps residuals of one.
@@ -45,7 +45,7 @@ def model_card(cfg: DictConfig) -> dict[str, Any]:
         inputs = forward_inputs(about, transformer.config)
         flops, velocity = count_flops(transformer, inputs)
         parameters = sum(p.numel() for p in transformer.parameters())
-        head_flops = flops_without_blocks(transformer, about["class"], inputs)
+        head_flops = flops_without_blocks(transformer, inputs)
     itemsize = getattr(torch, cfg.model.dtype).itemsize
     kept = {"output": velocity.numel(), "blocks": _token_elements(about, transformer.config)}
     forwards = about["forwards"] if cfg.model.guidance_scale > 1 else 1
@@ -54,40 +54,41 @@ def model_card(cfg: DictConfig) -> dict[str, Any]:
     if head_flops is not None:
         passes["blocks"] = window * head_flops / flops
     transformers = about.get("transformers", 1)
-    return {
-        "transformer": about["class"],
-        "transformers": transformers,
-        "parameters": transformers * parameters,
-        "latent_shape": list(inputs["hidden_states"].shape[1:]),
-        "forwards_per_step": forwards,
-        "flops_per_forward": flops,
-        "flops_per_step": forwards * flops,
-        "flops_per_sample": steps * forwards * flops,
-        "cache_dtype": cfg.model.dtype,
-        "cache_bytes": {site: None if kept[site] is None else forwards * kept[site] * itemsize for site in SITES},
-        "reused_step_share": {"output": 0.0, "blocks": None if head_flops is None else head_flops / flops},
-        "calibration_generations": {site: None if passes[site] is None else 1 + passes[site] for site in SITES},
-    }
+    return ModelCardRecord(
+        **describe_made(cfg),
+        transformer=about["class"],
+        transformers=transformers,
+        parameters=transformers * parameters,
+        latent_shape=list(inputs["hidden_states"].shape[1:]),
+        forwards_per_step=forwards,
+        flops_per_forward=flops,
+        flops_per_step=forwards * flops,
+        flops_per_sample=steps * forwards * flops,
+        cache_dtype=cfg.model.dtype,
+        cache_bytes={site: None if kept[site] is None else forwards * kept[site] * itemsize for site in SITES},
+        reused_step_share={"output": 0.0, "blocks": None if head_flops is None else head_flops / flops},
+        calibration_generations={site: None if passes[site] is None else 1 + passes[site] for site in SITES},
+    )
 
 
-def shown(card: dict[str, Any]) -> list[list[str]]:
+def shown(card: ModelCardRecord) -> list[list[str]]:
     """The card as rows of text."""
 
     def by_site(key: str, form: str) -> str:
-        known = {site: value for site, value in card[key].items() if value is not None}
+        known = {site: value for site, value in getattr(card, key).items() if value is not None}
         return ", ".join(f"{site} {value:{form}}" for site, value in known.items())
 
-    megabytes = {site: None if count is None else count / 1e6 for site, count in card["cache_bytes"].items()}
-    count, billions = card["transformers"], card["parameters"] / 1e9
+    megabytes = {site: None if count is None else count / 1e6 for site, count in card.cache_bytes.items()}
+    count, billions = card.transformers, card.parameters / 1e9
     each = f" in {count} of {billions / count:.3f}, one of which runs at a step" if count > 1 else ""
     return [
-        ["transformer", card["transformer"] if count == 1 else f"{count} {card['transformer']}"],
+        ["transformer", card.transformer if count == 1 else f"{count} {card.transformer}"],
         ["parameters", f"{billions:.3f} billion{each}"],
-        ["latent", " x ".join(map(str, card["latent_shape"]))],
-        ["forwards a step", str(card["forwards_per_step"])],
-        ["TFLOPs a step", f"{card['flops_per_step'] / 1e12:.4g}"],
-        ["TFLOPs a sample", f"{card['flops_per_sample'] / 1e12:.4g}"],
-        [f"cache, {card['cache_dtype']}", ", ".join(f"{s} {v:.3g} MB" for s, v in megabytes.items() if v is not None)],
+        ["latent", " x ".join(map(str, card.latent_shape))],
+        ["forwards a step", str(card.forwards_per_step)],
+        ["TFLOPs a step", f"{card.flops_per_step / 1e12:.4g}"],
+        ["TFLOPs a sample", f"{card.flops_per_sample / 1e12:.4g}"],
+        [f"cache, {card.cache_dtype}", ", ".join(f"{s} {v:.3g} MB" for s, v in megabytes.items() if v is not None)],
         ["FLOPs of a reused step", by_site("reused_step_share", ".3%")],
         ["calibration of a prompt, generations", by_site("calibration_generations", ".3f")],
     ]
@@ -95,7 +96,7 @@ def shown(card: dict[str, Any]) -> list[list[str]]:
 
 def _token_elements(about: dict[str, Any], config: Any) -> int | None:
     """Elements of the token residual of one branch; None where the `blocks` site is not known."""
-    if about["class"] not in BLOCK_STACKS:
+    if known_class(about).blocks is None:
         return None
     frames, height, width = about["size"]
     return frames * (height // 2) * (width // 2) * config.num_attention_heads * config.attention_head_dim

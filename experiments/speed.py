@@ -13,58 +13,55 @@ import torch
 from omegaconf import DictConfig
 
 import erta
+from analysis.records import SpeedRecord
 from erta.errors import ErtaError
 from erta.pipeline import latent_call
+from experiments.harness.arm import make_arm
 from experiments.harness.generate import now, possible_speedup
-from experiments.methods.ertacache import planned
-from experiments.models.call import call_kwargs
-from experiments.models.load import memory_advice
+from experiments.harness.setup import Setup
 from experiments.models.untrained import untrained_pipeline
 from experiments.output import console
 from experiments.output.console import progress_bar
-from experiments.output.run_folder import describe_run, mark_finished, write_json
+from experiments.output.run_folder import describe_made, finish
 
 PROMPT = "a red circle"  # any words will do
 
 
-PLANNED = "experiments.methods.ertacache.arm"
-
-
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Calibrate on one prompt, then generate uncached and cached in turns, `experiment.seeds` times."""
-    with memory_advice(cfg):
-        found = measure(cfg)
-    write_json(folder / "speed.json", {**describe_run(cfg, list(range(cfg.experiment.seeds)), [PROMPT]), **found})
-    steps = f"{found['computed']} of {cfg.model.num_inference_steps} steps computed, site {cfg.cache.site}"
-    console.table(f"{cfg.model.name} with untrained weights: {steps}", ["", "measured"], shown(found))
-    console.note(f"record: {folder / 'speed.json'}")
-    mark_finished(folder)
+    """Calibrate on one prompt, then generate uncached and cached in turns, `speed.pairs` times."""
+    record = measure(cfg)
+    finish(folder, record)
+    steps = f"{record.computed} of {cfg.model.num_inference_steps} steps computed, site {cfg.cache.site}"
+    console.table(f"{cfg.model.name} with untrained weights: {steps}", ["", "measured"], shown(record))
+    console.note(f"record: {folder / 'record.json'}")
 
 
-def measure(cfg: DictConfig) -> dict[str, Any]:
-    """Medians over the pairs, in seconds and bytes. Raises ErtaError for a cache without a plan."""
-    if cfg.cache._target_ != PLANNED:
+def measure(cfg: DictConfig) -> SpeedRecord:
+    """Medians over the pairs, in seconds and bytes. Raises ErtaError for a method that needs more than a calibration."""
+    if not cfg.cache.about.from_calibration:
         raise ErtaError(
-            f"experiment=speed times planned caches (ertacache, policy, uniform, …), not cache={cfg.cache.name}"
+            f"experiment=speed times what is planned from a calibration (ertacache, policy, uniform, …), not cache={cfg.cache.name}"
         )
-    pipe = untrained_pipeline(cfg)
-    kwargs = call_kwargs(cfg)
+    setup = Setup(cfg, untrained_pipeline(cfg))
+    pipe, kwargs = setup.pipe, setup.kwargs
     plain: list[float] = []
     cached: list[dict[str, Any]] = []
+    trace: Any = None
     with progress_bar() as bar:
-        task = bar.add_task("generate", total=2 + 2 * cfg.experiment.seeds)
+        task = bar.add_task("generate", total=2 + 2 * cfg.speed.pairs)
         generate(pipe, {**kwargs, "num_inference_steps": 2})  # warm-up, not measured
         bar.advance(task)
         started = now()
         calibration = erta.calibrate(pipe, [PROMPT], site=cfg.cache.site, window=cfg.calibration.window, **kwargs)
         calibration_s = now() - started
-        plan = planned(cfg, calibration)
+        setup.calibrations[cfg.cache.site] = calibration
+        arm = make_arm(setup)
         bar.advance(task)
-        for seed in range(cfg.experiment.seeds):
+        for seed in range(cfg.speed.pairs):
             plain.append(generate(pipe, kwargs, seed))
             plain_peak = _peak_of_last()
             bar.advance(task)
-            with erta.cached(pipe, plan) as trace:
+            with arm.put_on(pipe) as trace:
                 seconds = generate(pipe, kwargs, seed)
             cached_peak = _peak_of_last()
             calls = sum(map(len, trace.executed.values()))
@@ -81,40 +78,40 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
             bar.advance(task)
     middle = sorted(cached, key=lambda one: one["denoise_s"])[len(cached) // 2]
     uncached_s = sorted(plain)[len(plain) // 2]
-    calls, forwards = middle["calls"], middle["forwards"]
-    forward_s = middle["forward_s"]
+    calls, forwards, forward_s = middle["calls"], middle["forwards"], middle["forward_s"]
     rest_s = max(0.0, uncached_s / calls - forward_s)
-    return {
-        "untrained": True,
-        "computed": plan.num_computed,
-        "uncached_s": uncached_s,
-        "cached_s": middle["denoise_s"],
-        "speedup": uncached_s / middle["denoise_s"],
-        "possible_speedup": possible_speedup(calls, forwards, forward_s, rest_s),
-        "forwards": [calls, forwards],
-        "forward_s": forward_s,
-        "hook_share": middle["hook_s"] / forward_s,
-        "calibration_s": calibration_s,
-        "calibration_generations": calibration_s / uncached_s,
-        "cache_bytes": trace.cache_bytes,
-        "cache_dtype": trace.cache_dtype,
-        "peak_gpu_bytes": {"uncached": plain_peak, "cached": cached_peak},
-    }
+    return SpeedRecord(
+        **describe_made(cfg),
+        pairs=cfg.speed.pairs,
+        computed=arm.num_computed,
+        uncached_s=uncached_s,
+        cached_s=middle["denoise_s"],
+        speedup=uncached_s / middle["denoise_s"],
+        possible_speedup=possible_speedup(calls, forwards, forward_s, rest_s),
+        forwards_uncached=calls,
+        forwards=forwards,
+        forward_s=forward_s,
+        hook_share=middle["hook_s"] / forward_s,
+        calibration_s=calibration_s,
+        calibration_generations=calibration_s / uncached_s,
+        cache_bytes=trace.cache_bytes,
+        cache_dtype=trace.cache_dtype,
+        peak_gpu_bytes={"uncached": plain_peak, "cached": cached_peak},
+    )
 
 
-def shown(found: dict[str, Any]) -> list[list[str]]:
+def shown(record: SpeedRecord) -> list[list[str]]:
     """Rows of the printed table."""
-    calls, forwards = found["forwards"]
     rows = [
-        ["uncached", f"{found['uncached_s']:.2f} s, {calls} forwards"],
-        ["cached", f"{found['cached_s']:.2f} s, {forwards} forwards"],
-        ["speed-up", f"{found['speedup']:.3f}x, possible {found['possible_speedup']:.3f}x"],
-        ["one forward", f"{1000 * found['forward_s']:.1f} ms"],
-        ["hook, share of a forward", f"{100 * found['hook_share']:.2f} %"],
-        ["calibration of one prompt", f"{found['calibration_generations']:.2f} generations"],
-        ["cache", f"{found['cache_bytes']:,} bytes ({found['cache_dtype'] or 'empty'})"],
+        ["uncached", f"{record.uncached_s:.2f} s, {record.forwards_uncached:g} forwards"],
+        ["cached", f"{record.cached_s:.2f} s, {record.forwards:g} forwards"],
+        ["speed-up", f"{record.speedup:.3f}x, possible {record.possible_speedup:.3f}x"],
+        ["one forward", f"{1000 * record.forward_s:.1f} ms"],
+        ["hook, share of a forward", f"{100 * record.hook_share:.2f} %"],
+        ["calibration of one prompt", f"{record.calibration_generations:.2f} generations"],
+        ["cache", f"{record.cache_bytes:,} bytes ({record.cache_dtype or 'empty'})"],
     ]
-    peaks = [peak for peak in found["peak_gpu_bytes"].values() if peak is not None]
+    peaks = [peak for peak in record.peak_gpu_bytes.values() if peak is not None]
     if peaks:
         rows.append(["peak GPU memory", " → ".join(f"{peak / 2**30:.2f} GiB" for peak in peaks)])
     return rows

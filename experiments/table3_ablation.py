@@ -9,107 +9,62 @@ over prompts, clips of all seeds averaged: *reproduced*, *contradicted*, or *not
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from analysis.records import Table
 from erta.site import SITES
-from experiments.harness.rows import NO_CORRECTOR, Results, Row, columns, sample_rows, tabulate
-from experiments.output import console
-from experiments.output.run_folder import describe_run, finish, write_markdown
+from experiments.harness.row_sampling import run_table
+from experiments.harness.rows import NO_CORRECTOR, Row
 
 SHARES = (0.50, 0.34)  # of the steps are computed: about 2x and 3x
-REFERENCE = "policy"
-PAPER_ROWS = (
-    ("uniform", ("cache=uniform",)),
-    (REFERENCE, ("cache=policy",)),
-    ("policy + time", ("cache=policy_time",)),
-    ("all three", ("cache=ertacache",)),
+PAPER_ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("uniform", "uniform", ()),
+    ("policy", "policy", ()),
+    ("policy + time", "policy_time", ()),
+    ("all three", "ertacache", ()),
 )
-VARIANTS = (
-    ("policy by cached residual", ("cache=policy", "cache.rel_l1_denominator=cached")),
-    ("policy + rectification", ("cache=policy", "cache.rectify=true")),
-    ("policy + time, phi by increment", ("cache=policy_time", "cache.phi_denominator=increment")),
-    ("policy + longer last step only", ("cache=policy_time", "cache.time_form=last_step")),
-    ("policy + scalar rectification", ("cache=policy", "cache.rectify=true", "cache.rectifier=scalar")),
-    ("policy + literal sigmoid", ("cache=policy", "cache.rectify=true", "cache.rectifier_form=sigmoid")),
-    ("policy + closed-loop rectification", ("cache=policy", "cache.rectify=true", "cache.rectifier_fit=closed")),
-    ("policy, corrector off", ("cache=policy", NO_CORRECTOR)),
-    ("all three, corrector off", ("cache=ertacache", NO_CORRECTOR)),
-    ("plan grid, no cache", ("cache=plan_grid",)),
+VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("policy by cached residual", "policy", ("cache.rel_l1_denominator=cached",)),
+    ("policy + rectification", "policy", ("cache.rectify=true",)),
+    ("policy + time, phi by increment", "policy_time", ("cache.phi_denominator=increment",)),
+    ("policy + longer last step only", "policy_time", ("cache.time_form=last_step",)),
+    ("policy + scalar rectification", "policy", ("cache.rectify=true", "cache.rectifier=scalar")),
+    ("policy + literal sigmoid", "policy", ("cache.rectify=true", "cache.rectifier_form=sigmoid")),
+    ("policy + closed-loop rectification", "policy", ("cache.rectify=true", "cache.rectifier_fit=closed")),
+    ("policy, corrector off", "policy", (NO_CORRECTOR,)),
+    ("all three, corrector off", "ertacache", (NO_CORRECTOR,)),
+    ("plan grid, no cache", "plan_grid", ()),
 )
-OUTPUT_ONLY = (
-    ("velocity reuse", ("cache=policy", "cache.reuse=velocity")),
-    ("velocity reuse, corrector off", ("cache=policy", "cache.reuse=velocity", NO_CORRECTOR)),
-    ("fewer steps", ("cache=fewer_steps",)),
+OUTPUT_ONLY: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("velocity reuse", "policy", ("cache.reuse=velocity",)),
+    ("velocity reuse, corrector off", "policy", ("cache.reuse=velocity", NO_CORRECTOR)),
+    ("fewer steps", "fewer_steps", ()),
 )
-CLAIMS = (
-    ("the policy helps", REFERENCE, "uniform"),
-    ("timestep adjustment helps", "policy + time", REFERENCE),
-    ("rectification helps", "all three", "policy + time"),
-    ("phi does more than the longer last step", "policy + time", "policy + longer last step only"),
+TABLE = Table(
+    reference="policy",
+    columns=["forwards", "speedup", "psnr_db_std", "gain", "ssim", "scene", "scene_change", "last_sigma"],
+    claims=[
+        ("the policy helps", "policy", "uniform"),
+        ("timestep adjustment helps", "policy + time", "policy"),
+        ("rectification helps", "all three", "policy + time"),
+        ("phi does more than the longer last step", "policy + time", "policy + longer last step only"),
+    ],
+    paper="table3_ablation",
 )
-PAPER = Path(__file__).parents[1] / "analysis" / "paper_tables.yaml"
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Sample every row, write `rows.jsonl`, `table.md` and `record.json`, print the table and the verdicts."""
-    results = sample_rows(cfg, folder, table_rows(cfg.model.num_inference_steps), cfg.experiment.seeds)
-    headings, table = columns(REFERENCE), tabulate(results, REFERENCE)
-    said = verdicts(results, cfg.model.num_inference_steps)
-    paper = OmegaConf.to_container(OmegaConf.load(PAPER).table3_ablation)
-    console.table(f"{cfg.model.name}, {len(results.prompts)} clips a row", headings, table)
-    for line in said:
-        console.note(line)
-    below = "\n".join([*(f"- {line}" for line in said), "", *_paper_lines(paper)])
-    write_markdown(folder / "table.md", headings, table, below)
-    finish(
-        folder,
-        {
-            **describe_run(
-                cfg, [prompt.seed for prompt in results.prompts], [prompt.text for prompt in results.prompts]
-            ),
-            "table": {"columns": headings, "rows": table},
-            "verdicts": said,
-            "paper": paper,
-        },
-    )
+    """Sample every row; write the rows, `table.md` with the verdicts and `record.json`, print them."""
+    run_table(cfg, folder, table_rows(cfg.model.num_inference_steps), TABLE)
 
 
 def table_rows(num_steps: int) -> list[Row]:
-    """Every row at every site and budget; labels name the site where there is one."""
+    """Every row at every site and budget."""
     rows = []
     for site in SITES:
         chosen = (*PAPER_ROWS, *VARIANTS, *(OUTPUT_ONLY if site == "output" else ()))
         for share in SHARES:
             count = round(share * num_steps)
-            rows += [Row(label, (*overrides, f"cache.site={site}"), count, site) for label, overrides in chosen]
+            rows += [Row(label, method, options, count, site) for label, method, options in chosen]
     return rows
-
-
-def verdicts(results: Results, num_steps: int) -> list[str]:
-    """One sentence for each claim, site and budget."""
-    lines = []
-    for claim, better, worse in CLAIMS:
-        for site in SITES:
-            for share in SHARES:
-                count = round(share * num_steps)
-                keys = [Row(label, (), count, site).key for label in (better, worse)]
-                gain = results.psnr_gain(*keys)
-                if gain is None:
-                    verdict, shown = "not decidable here", "clips are identical"
-                else:
-                    verdict = (
-                        "reproduced" if gain.low > 0 else "contradicted" if gain.high < 0 else "not decidable here"
-                    )
-                    shown = f"{gain.mean:+.2f} dB [{gain.low:+.2f}, {gain.high:+.2f}]"
-                lines.append(f"{claim}, site {site}, {count} of {num_steps} steps: {verdict} ({shown})")
-    return lines
-
-
-def _paper_lines(paper: Any) -> list[str]:
-    lines = [f"What the paper prints for Wan2.1 1.3B ({paper['source']}), another model, so no column of ours:", ""]
-    names = ("vbench", "lpips", "ssim", "psnr_db")
-    lines += ["| row | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-    lines += [f"| {row['row']} | " + " | ".join(str(row[name]) for name in names) + " |" for row in paper["wan21_1_3b"]]
-    return lines

@@ -1,6 +1,6 @@
 """`python run.py experiment=train_tiny model=…`: an embedded model, part by part, then its pipeline folder.
 
-Every part goes on from its last checkpoint in `experiment.work_dir`; a finished part is not trained again.
+Every part goes on from its last checkpoint in `train_tiny.work_dir`; a finished part is not trained again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from erta.errors import ErtaError
 from experiments.harness.calibrations import make_calibration
 from experiments.harness.generate import generate
+from experiments.harness.setup import Setup
 from experiments.models.call import call_kwargs
-from experiments.models.load import ASSETS, load_pipeline
+from experiments.models.load import ASSETS
 from experiments.output import console
 from experiments.output.clips import to_uint8
 from experiments.output.run_folder import mark_finished, read_json, write_json
@@ -34,10 +35,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     trainer = TRAINERS.get(cfg.model.pipeline)
     if not cfg.model.embedded or trainer is None:
         raise ErtaError(f"experiment=train_tiny trains embedded models, and model={cfg.model.name} is not one")
-    until = cfg.experiment.until or trainer.PARTS[-1]
+    until = cfg.train_tiny.until or trainer.PARTS[-1]
     if until not in trainer.PARTS:
-        raise ErtaError(f"experiment.until must be one of {', '.join(trainer.PARTS)}, not {until!r}")
-    work = Path(cfg.experiment.work_dir or Path.home() / ".cache" / "erta" / "train" / cfg.model.name).expanduser()
+        raise ErtaError(f"train_tiny.until must be one of {', '.join(trainer.PARTS)}, not {until!r}")
+    work = Path(cfg.train_tiny.work_dir or Path.home() / ".cache" / "erta" / "train" / cfg.model.name).expanduser()
     console.note(f"checkpoints, curves and sample sheets: {work}")
     prompts = test_prompts(cfg)[:SHEET_PROMPTS]
 
@@ -46,10 +47,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
         right = draw_sheet(pipe, prompts, kwargs, work / f"sheet_{step:06d}.png")
         console.note(f"step {step}: {right} of {len(prompts)} samples show all that was asked for")
 
-    if cfg.experiment.batch_size is not None and cfg.experiment.batch_size < 1:
-        raise ErtaError(f"experiment.batch_size must be at least 1, not {cfg.experiment.batch_size}")
     pipe = trainer.train(cfg, work, until, sheet)
-    if pipe is None or not cfg.experiment.install:
+    if pipe is None or not cfg.train_tiny.install:
         return
     curves = {str(path.parent.relative_to(work)).replace("/", "-"): path for path in work.glob("**/curve.jsonl")}
     install(cfg, pipe, curves)
@@ -76,7 +75,7 @@ def install(cfg: DictConfig, pipe: Any, curves: dict[str, Path]) -> None:
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     steps = cfg.model.num_inference_steps
-    make_calibration(cfg, load_pipeline(cfg), target / f"calibration-{steps}.safetensors")
+    make_calibration(Setup(cfg), target / f"calibration-{steps}.safetensors")
     console.note(f"installed: {target}")
 
 

@@ -24,11 +24,7 @@ from experiments.training.text import TEXT_DIM, build_text_encoder
 from experiments.training.video_vae import build_vae
 
 STEPS = 8
-
-
 CALL = dict(num_inference_steps=STEPS, guidance_scale=4.0, height=32, width=32, num_frames=5, max_sequence_length=16)
-
-
 PROMPTS = ["a small red circle moving left on a dark background", "a large blue star rising on a light background"]
 
 
@@ -83,11 +79,7 @@ def run(pipe: WanPipeline, prompt: str = PROMPTS[0], seed: int = 3, **changes) -
 
 
 SITE_MASK = (True, True, False, True, False, False)
-
-
 WAN_CALL = {**CALL, "num_inference_steps": len(SITE_MASK)}
-
-
 FLUX_CALL = dict(num_inference_steps=len(SITE_MASK), guidance_scale=3.5, height=64, width=64, max_sequence_length=16)
 
 
@@ -168,8 +160,6 @@ def build_ltx() -> LTXPipeline:
 LTX_CALL = dict(
     num_inference_steps=len(SITE_MASK), guidance_scale=3.0, height=64, width=64, num_frames=9, max_sequence_length=16
 )
-
-
 MODELS = {"wan": (build_pipe, WAN_CALL), "flux": (build_flux, FLUX_CALL)}
 
 

@@ -17,6 +17,7 @@ from experiments.harness.arm import Arm
 from experiments.harness.calibrations import get_calibration
 from experiments.harness.config import CONF
 from experiments.harness.generate import generate
+from experiments.harness.setup import Setup
 from experiments.models.call import call_kwargs
 from experiments.models.load import ASSETS, load_pipeline
 from experiments.prompts.choose import calibration_prompts, test_prompts
@@ -72,7 +73,7 @@ def test_no_path_of_the_machine_is_shipped():
 @pytest.mark.parametrize(("model", "steps"), [("wan21_tiny", 50), ("flux_tiny", 30)])
 def test_shipped_calibration_is_used(model, steps):
     cfg = default_config(f"model={model}")
-    calibration = get_calibration(cfg, load_pipeline(cfg))
+    calibration = get_calibration(Setup(cfg))
     assert calibration.record["prompts"] == calibration_prompts(cfg)
     (path,) = (ASSETS / model).glob(f"calibration-{steps}.safetensors")
     assert calibration.num_steps == steps and path.stat().st_size <= 5e6
@@ -80,7 +81,7 @@ def test_shipped_calibration_is_used(model, steps):
 
 def test_forward_leaves_most_time_to_the_transformer_and_the_hook_costs_little(shipped):
     cfg = default_config()
-    plan = get_calibration(cfg, shipped).plan(steps=25)
+    plan = get_calibration(Setup(cfg, shipped)).plan(steps=25)
     prompt = test_prompts(cfg)[0]
     generate(shipped, prompt.text, 0, {**call_kwargs(cfg), "num_inference_steps": 2})
     sample = generate(shipped, prompt.text, prompt.seed, call_kwargs(cfg), lambda pipe: erta.cached(pipe, plan))
@@ -96,7 +97,7 @@ def test_the_clock_gets_what_the_plan_allows(shipped):
     Mutants: a reused step that runs the transformer all the same, a copy of the latent at every step.
     """
     cfg = default_config()
-    calibration = get_calibration(cfg, shipped)
+    calibration = get_calibration(Setup(cfg, shipped))
     arm = Arm(calibration.plan(speedup=2.0), call_kwargs(cfg), calibration)
     prompt, reached = test_prompts(cfg)[0], False
     generate(shipped, prompt.text, 0, {**arm.kwargs, "num_inference_steps": 2})
@@ -140,7 +141,7 @@ def test_autoencoder_keeps_what_matters(shipped):
 def test_ertacache_on_the_shipped_model(model, forwards):
     cfg = default_config(f"model={model}")
     pipe = load_pipeline(cfg)
-    plan = get_calibration(cfg, pipe).plan(speedup=2.0)
+    plan = get_calibration(Setup(cfg, pipe)).plan(speedup=2.0)
     prompt = test_prompts(cfg)[0]
     kwargs = {**call_kwargs(cfg), "output_type": "latent"}
     (plain,) = pipe(prompt.text, generator=torch.Generator().manual_seed(0), return_dict=False, **kwargs)

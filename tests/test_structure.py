@@ -15,17 +15,24 @@ from experiments import cli
 from experiments.harness import config
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {"erta": {"erta"}, "experiments": {"erta", "experiments"}, "analysis": {"analysis"}}
-NOT_IN_ERTA = {"hydra", "omegaconf", "wandb", "rich", "matplotlib", "pandas", "torchmetrics"}
+MAY_IMPORT = {"erta": {"erta"}, "analysis": {"analysis"}, "experiments": {"erta", "analysis", "experiments"}}
+NOT_IN = {
+    "erta": {"hydra", "omegaconf", "wandb", "rich", "matplotlib", "pandas", "torchmetrics"},
+    "analysis": {"torch", "diffusers", "hydra", "omegaconf"},
+    "experiments": set(),
+}
+# The rooms of `experiments`, each of which knows only rooms above it; the commands know all of them.
+ROOMS = ["scenes", "prompts", "output", "models", "bench", "harness", "methods", "training"]
 
 
 def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, inside functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -34,17 +41,46 @@ def test_arrows_run_one_way(package):
     files = list((ROOT / package).rglob("*.py"))
     ours = {"erta", "experiments", "analysis", "tests", "run"}
     for path in files:
-        assert not (imported(path) & ours) - MAY_IMPORT[package], path
-        if package == "erta":
-            assert not imported(path) & NOT_IN_ERTA, path
-        if package == "analysis":
-            assert "torch" not in imported(path), path
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert not (tops & ours) - MAY_IMPORT[package], path
+        assert not tops & NOT_IN[package], path
     assert files
 
 
+def room_of(name: str) -> str | None:
+    """The room of `experiments` in which a module lies; None for a command, or another package."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "experiments" and len(parts) > 2 and parts[1] in ROOMS else None
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_know_only_those_above(room):
+    """No circles between sub-packages, and no room knows a command. Mutant: harness imports a method."""
+    for path in (ROOT / "experiments" / room).rglob("*.py"):
+        names = [name for name in imported(path) if name.startswith("experiments.")]
+        known = {room_of(name) for name in names} - {room}
+        assert known <= set(ROOMS[: ROOMS.index(room)]), (path, known)
+
+
+def test_every_room_and_command_is_known():
+    """One rule: `experiment=X` is experiments/X.py and conf/experiment/X.yaml, and its own keys are X.key."""
+    folder = ROOT / "experiments"
+    assert {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)
+    commands = {path.stem for path in folder.glob("*.py")} - {"__init__", "cli"}
+    assert commands == set(choices("experiment"))
+    for name in commands:
+        about = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
+        assert about["experiment"]["name"] == name and about["experiment"]["_target_"] == f"experiments.{name}.run"
+        own = set(about) - {"experiment", "defaults", "bench"}
+        assert own <= {name} and (name in own) <= any(
+            f"/keys@{name}" in str(entry) for entry in about.get("defaults", [])
+        )
+
+
 def test_files_are_short_enough_to_read():
-    for path in [*ROOT.glob("erta/**/*.py"), *ROOT.glob("experiments/**/*.py")]:
-        assert len(path.read_text().splitlines()) <= 400, path
+    for package in MAY_IMPORT:
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path
 
 
 def locked() -> dict[str, Requirement]:

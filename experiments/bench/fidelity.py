@@ -21,11 +21,7 @@ from torchmetrics.functional.image import (
 from analysis.intervals import mean_psnr
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales of Wang et al. (2003), finest first
-
-
 WINDOW = 11  # pixels, Gaussian, sigma 1.5
-
-
 FRAMES_AT_ONCE = 16
 
 

@@ -28,6 +28,7 @@ from experiments.prompts.choose import Prompt
 from experiments.scenes import render
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+SCORES = ("fid_inception", "fid_tinyclip", "clip_score_vit", "clip_score_tinyclip")
 CLIP_TINY = ASSETS / "clip_tiny"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 RELIABLE_FROM = 2048  # images: below, FID is far above its value for many, and compares only at equal counts
@@ -148,6 +149,13 @@ def check(cfg: DictConfig) -> None:
     if cfg.bench.reference is not None:
         for path in track(image_files(Path(cfg.bench.reference)), description="check reference images", transient=True):
             read_image(path)
+
+
+def scores_of(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[str, Any], dict[str, str]]:
+    """FID and CLIP score of both arms, or why not (see `score`)."""
+    if cfg.bench.image_scores:
+        return score(cfg, folder, prompts)
+    return {}, dict.fromkeys(SCORES, f"bench={cfg.bench.name} does not ask for it: bench=fid_clip, on images, does")
 
 
 def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What `cache=...` can be: each function turns a config into the plan and the number of steps of the cached arm."""
+"""An arm is one side of a comparison: what a method puts on the pipeline, and the arguments of the pipeline's call."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ from typing import Any
 
 import numpy as np
 from hydra.utils import get_method
-from omegaconf import DictConfig
 
 import erta
-from erta.policy import steps_for_speedup
 from erta.trace import CallTrace
-from experiments.harness.config import CONF, DEFAULT_SPEEDUP, budget
+from experiments.harness.generate import Sample, generate
 from experiments.harness.kept import search_seconds
-from experiments.models.call import call_sigmas
-from experiments.models.costs import reuse_share
-
-CACHES = CONF / "cache"
-
-
-GetCalibration = Callable[[], erta.Calibration]
+from experiments.harness.setup import Setup
+from experiments.models.call import call_grid
+from experiments.prompts.choose import Prompt
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The cached side of a comparison: what is put on the pipeline, and the pipeline's arguments.
+    """The side of a comparison that a method makes; `Arm(None, setup.kwargs)` is the uncached side.
 
     Attributes:
         plan: a planned cache; None: the plain pipeline, or what `attach` brings.
@@ -35,7 +29,8 @@ class Arm:
             call, or None where it puts on no cache (another solver).
         report: how the arm was set up, for the record; a plan brings its own.
         searched_s: seconds that searches and measurements of the method's own took, also if an earlier run made them.
-        reuse_share: what part of a forward a plan's reused steps run all the same (see `counting.reuse_share`).
+        reuse_share: what part of a forward a plan's reused steps run all the same (see `Setup.reuse_share`).
+        changes_solver: `attach` puts on another solver, so the grid is another one.
     """
 
     plan: erta.Plan | None
@@ -45,6 +40,7 @@ class Arm:
     report: dict[str, Any] = field(default_factory=dict)
     searched_s: float = 0.0
     reuse_share: float = 0.0
+    changes_solver: bool = False
 
     @property
     def calibration_s(self) -> float:
@@ -53,7 +49,21 @@ class Arm:
 
     @property
     def num_computed(self) -> int:
-        return self.plan.num_computed if self.plan is not None else self.kwargs["num_inference_steps"]
+        return self.plan.num_computed if self.plan is not None else self.num_steps
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the solver."""
+        return self.kwargs["num_inference_steps"]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the arm was set up, for a record: the plan's report, or the method's own."""
+        return self.plan.report if self.plan is not None else self.report
+
+    def sample(self, pipe: Any, prompt: Prompt) -> Sample:
+        """One sample from the prompt's noise."""
+        return generate(pipe, prompt.text, prompt.seed, self.kwargs, self.put_on)
 
     @contextmanager
     def put_on(self, pipe: Any) -> Iterator[CallTrace | None]:
@@ -66,35 +76,21 @@ class Arm:
             with self.attach(pipe) if self.attach is not None else nullcontext() as own:
                 yield own
 
-    def sigmas(self, pipe: Any) -> np.ndarray:
-        """The grid that is integrated, float32 (num_steps + 1,)."""
+    def sigmas(self, setup: Setup) -> np.ndarray:
+        """The grid that is integrated, float32 (num_steps + 1,). The pipeline is asked where it is not the uncached run's."""
         if self.plan is not None:
             return self.plan.sigmas
-        with self.put_on(pipe):
-            return call_sigmas(pipe, self.kwargs)
+        if self.kwargs == setup.kwargs and not self.changes_solver:
+            return setup.grid.sigmas
+        with self.put_on(setup.pipe):
+            return call_grid(setup.pipe, self.kwargs).sigmas
 
 
-def make_arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def make_arm(setup: Setup) -> Arm:
     """The arm of `cfg.cache._target_`, with what it took to set it up."""
     with search_seconds() as spent:
-        arm: Arm = get_method(cfg.cache._target_)(cfg, pipe, get_calibration)
+        arm: Arm = get_method(setup.cfg.cache._target_)(setup)
     arm = replace(arm, searched_s=arm.searched_s + sum(spent.values()))
     if arm.plan is None or all(arm.plan.mask):
         return arm
-    runs_first = int(arm.plan.takeover == 0)
-    return replace(arm, reuse_share=reuse_share(arm.plan.site, pipe, arm.kwargs, runs_first))
-
-
-def step_count(cfg: DictConfig, takeover: int | None = None) -> int:
-    """The budget in computed steps. Raises BudgetError for a threshold.
-
-    With two transformers, the second runs from step `takeover`, which is computed anyhow.
-    """
-    chosen = budget(cfg)
-    if cfg.cache.threshold is None and "threshold" in chosen:  # the model's published one: not for this method
-        chosen = {"speedup": DEFAULT_SPEEDUP}
-    if "threshold" in chosen:
-        raise erta.BudgetError(f"cache={cfg.cache.name} has no threshold: give cache.speedup or cache.steps")
-    if "steps" in chosen:
-        return int(chosen["steps"])
-    return steps_for_speedup(cfg.model.num_inference_steps, chosen["speedup"], takeover)
+    return replace(arm, reuse_share=setup.reuse_share(int(arm.plan.takeover == 0)))

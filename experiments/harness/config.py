@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, BooleanNode, DictConfig, IntegerNode, OmegaConf
 
 from erta.errors import BudgetError, ErtaError, choice_index
+from erta.plan import PlanOptions
 from erta.site import SITES
 from experiments.bench.vbench import dimensions
 from experiments.harness.help import help_node
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
 DEFAULT_SPEEDUP = 2.0
-
-
 DTYPES = ("float32", "bfloat16", "float16")
-
-
 BUDGETS = ("threshold", "speedup", "steps")
-
-
 OFFLOADS = ("none", "model", "sequential")
-
-
 FRAMES_FROM = ("decoded", "mp4")
-
-
 MP4_BLOCK = 16  # pixels
-
-
 WANDB_MODES = ("offline", "online", "disabled")
+METHOD_GROUPS = (
+    "planned",
+    "online",
+    "inside",
+    "none",
+)  # steps planned before; decided on the way; inside the model; no cache
 
 
 @dataclass
@@ -72,27 +65,45 @@ class SamplerConfig:
 
 
 @dataclass
-class CacheConfig:
-    """The method. Of threshold, speedup and steps at most one is given; see `budget`."""
+class MethodFacts:
+    """What a method says of itself: how it is shown, and what a comparison does with it."""
+
+    title: str = MISSING  # in tables and figures
+    group: str = MISSING  # one of METHOD_GROUPS
+    has_budget: bool = True  # it can be asked for a number of computed steps
+    whole_steps: bool = (
+        False  # it chooses beforehand which steps are computed whole, so cache=plan_grid can take its grid
+    )
+    same_steps_as: str | None = None  # another method that chooses the same steps
+    from_calibration: bool = False  # its plan needs a calibration at most, no runs of its own
+    slow_search: bool = False  # it searches by hundreds of generations: not in a quick comparison
+    no_warmup: dict[str, Any] = field(
+        default_factory=dict
+    )  # options without the first steps that it computes as published
+
+
+@dataclass
+class MethodConfig:
+    """Of threshold, speedup and steps at most one is given; see `budget`."""
 
     _target_: str = MISSING
     name: str = MISSING
+    about: MethodFacts = field(default_factory=MethodFacts)
     threshold: float | None = None
     speedup: float | None = None
     steps: int | None = None
     site: str = "output"  # where the residual lives: output or blocks
-    policy: str = "threshold"  # or uniform
-    rel_l1_denominator: str = "ground_truth"  # of the policy; or cached
-    adjust_time: bool = False
-    phi_denominator: str = "velocity"  # or increment
-    time_form: str = "phi"  # or last_step, a control: only the longer last step that phi leads to
-    rectify: bool = False
-    rectifier: str = "channel"  # or scalar
-    rectifier_form: str = "linear"  # or sigmoid
     rectifier_fit: str = "open"  # along uncached trajectories; closed: along the plan's own
-    corrector_at_reused: bool = True
-    reuse: str = "residual"  # or velocity
     options: dict[str, Any] = field(default_factory=dict)  # a method's own
+
+
+_TYPES = get_type_hints(PlanOptions)
+CacheConfig = make_dataclass(  # the method, and how a plan is made of a calibration
+    "CacheConfig",
+    [(option.name, _TYPES[option.name], field(default=option.default)) for option in fields(PlanOptions)],
+    bases=(MethodConfig,),
+)
+CacheConfig.__module__ = __name__  # so that other processes can be sent a configuration
 
 
 @dataclass
@@ -131,47 +142,77 @@ class WandbConfig:
 
 @dataclass
 class ExperimentConfig:
+    """Which experiment it is, and what it reads: a setting that it does not read is refused."""
+
     _target_: str = MISSING
-    seeds: int = 1  # noises a prompt, of tables
-    until: str | None = None  # train_tiny: stop after this part: autoencoder, decoder or clip, text, transformer
-    work_dir: str | None = None  # train_tiny: where checkpoints are kept
-    install: bool = True  # train_tiny: put the finished weights into erta/assets
-    device: str | None = None  # train_tiny: of the transformer; null: cuda if there is one, else cpu
-    steps: int | None = None  # train_tiny: of the transformer; null: what was found enough on two cores
-    batch_size: int | None = None  # train_tiny: of the transformer; null: what is fast on two cores
+    name: str = MISSING
+    folder: str = MISSING  # what the name of its run folder ends in
+    reads: list[str] = field(default_factory=list)  # groups and keys
+    benches: list[str] = field(default_factory=list)  # choices of `bench`; none: all that there are
+    because: dict[str, str] = field(default_factory=dict)  # why a group or key is not read
 
 
 @dataclass
-class CompareConfig:
-    quick: bool = False
-    methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
-    only_finished: bool = False  # tables of the rows that are there, nothing is sampled
+class Table:
+    """Of every experiment whose rows are sampled by `harness.row_sampling`."""
+
     workers: int | None = None  # processes that share the rows; null: one a CPU thread for embedded models, else one
+    seeds: int = 1  # noises a prompt
 
 
 @dataclass
-class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    bench: BenchConfig = field(default_factory=BenchConfig)
-    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    compare: CompareConfig = field(default_factory=CompareConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    seed: int = 0
-    resume: bool = True
+class Compare(Table):
+    quick: bool = (
+        False  # 8 prompts, 2x only, parameters found on one prompt, no slow searches, no rows without a warm-up
+    )
+    methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
+    reference: str = "ertacache"  # the method that the others are compared with
+
+
+@dataclass
+class Decomposition:
+    growth_prompts: int = 16  # on which the growth of a small error is measured
+    growth_directions: int = 3  # random ones, for each of these prompts and steps
+
+
+@dataclass
+class Speed:
+    pairs: int = 3  # of generations, uncached and cached
+
+
+@dataclass
+class TrainTiny:
+    until: str | None = None  # stop after this part: autoencoder, decoder or clip, text, transformer
+    work_dir: str | None = None  # where checkpoints are kept
+    install: bool = True  # put the finished weights into erta/assets
+    device: str | None = None  # of the transformer; null: cuda if there is one, else cpu
+    steps: int | None = None  # of the transformer; null: what was found enough on two cores
+    batch_size: int | None = None  # of the transformer; null: what is fast on two cores
+
+
+SCHEMA: dict[str, Any] = {
+    "model": ModelConfig,
+    "sampler": SamplerConfig,
+    "cache": CacheConfig,
+    "bench": BenchConfig,
+    "experiment": ExperimentConfig,
+    "calibration": CalibrationConfig,
+    "wandb": WandbConfig,
+}
+OWN_KEYS = {"table": Table, "compare": Compare, "decomposition": Decomposition, "speed": Speed, "train_tiny": TrainTiny}
 
 
 def register() -> None:
-    """Make the schema, for the root and for every group, and the help known to Hydra."""
+    """Make the schema, for the root, for every group and for the experiments' own keys, and the help known to Hydra."""
     store = ConfigStore.instance()
-    store.store(name="config_schema", node=Config)
+    store.store(name="config_schema", node={**SCHEMA, "seed": IntegerNode(0), "resume": BooleanNode(True)})
+    for name, keys in OWN_KEYS.items():
+        store.store(group="keys", name=name, node=keys)
     store.store(group="hydra/help", name="erta", node=help_node(CONF))
 
 
 def all_keys() -> list[str]:
-    """Every group and key of the configuration, dotted."""
+    """Every group and key of the configuration, dotted; an experiment's own keys under its name."""
 
     def below(node: Any, prefix: str) -> list[str]:
         if not is_dataclass(node):
@@ -182,7 +223,35 @@ def all_keys() -> list[str]:
             for key in (prefix + item.name, *below(item.default_factory, f"{prefix}{item.name}."))
         ]
 
-    return below(Config, "")
+    named = {**SCHEMA, **{name: keys for name, keys in OWN_KEYS.items() if name != "table"}}
+    return ["seed", "resume", *named, *(key for name, node in named.items() for key in below(node, f"{name}."))]
+
+
+def own_keys(cfg: DictConfig) -> DictConfig:
+    """The own keys of the experiment that is run; empty where it has none."""
+    return cfg.get(cfg.experiment.name, OmegaConf.create())
+
+
+def check_is_read(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raise ErtaError for a setting on the command line that the experiment does not read."""
+    experiment = cfg.experiment
+    always = ("experiment", "seed", "resume", "wandb", experiment.name)
+    for override in overrides:
+        key = override.split("=")[0].lstrip("~")
+        if not any(_is_in(key, part) for part in (*always, *experiment.reads)):
+            choices = [part for part in experiment.reads if _is_in(part, key)]  # a group of which some keys are read
+            if not choices:
+                why = next((text for part, text in experiment.because.items() if _is_in(key, part)), None)
+                raise ErtaError(f"{override}: {why or f'experiment={experiment.name} does not read it'}; leave it out")
+    if experiment.benches and cfg.bench.name not in experiment.benches:
+        raise ErtaError(
+            f"experiment={experiment.name} does not evaluate bench={cfg.bench.name}: it takes "
+            f"bench={' or '.join(experiment.benches)}"
+        )
+
+
+def _is_in(key: str, part: str) -> bool:
+    return key == part or key.startswith(f"{part}.")
 
 
 def budget(cfg: DictConfig) -> dict[str, float | int]:
@@ -213,10 +282,7 @@ def shard_range(shard: str | None, count: int) -> range:
 
 
 def _check_shards(cfg: DictConfig) -> None:
-    asked = [key for key in ("shard", "parts") if cfg.calibration[key]]
-    if asked and cfg.experiment._target_ != "experiments.calibrate.run":
-        raise ErtaError(f"calibration.{asked[0]} is for experiment=calibrate")
-    if len(asked) == 2:
+    if cfg.calibration.shard and cfg.calibration.parts:
         raise ErtaError("calibration.shard and calibration.parts at once: calibrate the shards, then merge their files")
     shard_range(cfg.calibration.shard, cfg.calibration.num_prompts)
 
@@ -274,10 +340,10 @@ def validate(cfg: DictConfig) -> None:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)
     choice_index("cache.rectifier_fit", cfg.cache.rectifier_fit, ("open", "closed"))
-    if cfg.compare.workers is not None and cfg.compare.workers < 1:
-        raise ErtaError(f"compare.workers must be at least 1, not {cfg.compare.workers}")
-    if cfg.experiment.seeds < 1:
-        raise ErtaError(f"experiment.seeds must be at least 1, not {cfg.experiment.seeds}")
+    choice_index("cache.about.group", cfg.cache.about.group, METHOD_GROUPS)
+    for own_key, number in own_keys(cfg).items():
+        if type(number) is int and number < 1:
+            raise ErtaError(f"{cfg.experiment.name}.{own_key!s} must be at least 1, not {number}")
     choice_index("model.dtype", cfg.model.dtype, DTYPES)
     choice_index("model.offload", cfg.model.offload, OFFLOADS)
     if cfg.model.compile and cfg.model.offload == "sequential":

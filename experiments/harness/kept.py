@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from omegaconf import DictConfig
-
-from experiments.harness.calibrations import MADE_HERE, expected_signature, prompts_for
+from experiments.harness.calibrations import MADE_HERE
+from experiments.harness.setup import Setup
 from experiments.output.run_folder import read_json, write_json
 
 COUNTED = 2  # raised when forwards are counted, or modules chosen, in another way: what was kept before is made anew
-
-
 _SPENT: ContextVar[dict[str, float] | None] = ContextVar("seconds of what is kept", default=None)
 
 
@@ -32,12 +29,16 @@ def search_seconds() -> Iterator[dict[str, float]]:
         _SPENT.reset(token)
 
 
-def kept(cfg: DictConfig, pipe: Any, name: str, setup: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`make()`, or what an earlier run made for the same model, grid, guidance, size, calibration prompts and `setup`."""
-    size = [cfg.model.height, cfg.model.width, cfg.model.num_frames, cfg.model.max_sequence_length]
-    made_for = [expected_signature(cfg, pipe), size, prompts_for(cfg, pipe), setup, COUNTED]
-    digest = hashlib.sha256(json.dumps(made_for).encode()).hexdigest()[:10]
-    path = MADE_HERE / f"{cfg.model.name}-{name}-{digest}.json"
+def kept(
+    setup: Setup, name: str, made_with: list[Any], make: Callable[[], dict[str, Any]], before: Iterable[list[Any]] = ()
+) -> dict[str, Any]:
+    """`make()`, or what an earlier run made for the same model, grid, guidance, size, calibration prompts and `made_with`.
+
+    Args:
+        before: what `made_with` was in earlier versions, whose files are still read.
+    """
+    paths = [MADE_HERE / f"{setup.cfg.model.name}-{name}-{_digest(setup, one)}.json" for one in (made_with, *before)]
+    path = next((path for path in paths if path.is_file()), paths[0])
     found: dict[str, Any] | None = read_json(path)
     if found is None or "made" not in found:
         started = time.perf_counter()
@@ -48,3 +49,10 @@ def kept(cfg: DictConfig, pipe: Any, name: str, setup: list[Any], make: Callable
     if (spent := _SPENT.get()) is not None:
         spent[path.name] = found["seconds"]
     return found["made"]
+
+
+def _digest(setup: Setup, made_with: list[Any]) -> str:
+    model = setup.cfg.model
+    size = [*setup.size, model.max_sequence_length]
+    made_for = [setup.signature, size, setup.calibration_prompts, made_with, COUNTED]
+    return hashlib.sha256(json.dumps(made_for).encode()).hexdigest()[:10]

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 
+from analysis.records import MainRecord, Memory, Steps, Timing
 from experiments.bench import fidelity, images
 from experiments.bench.fidelity import Lpips
 from experiments.bench.scene import scene_agreement
 from experiments.bench.vbench import evaluation
 from experiments.harness.arm import Arm
-from experiments.harness.generate import Sample, generate, possible_speedup
-from experiments.models.call import call_kwargs
+from experiments.harness.generate import Sample, possible_speedup
+from experiments.harness.setup import Setup
 from experiments.output import clips, console, report, tracking
 from experiments.output.clips import to_uint8, write_lossless
 from experiments.output.console import progress_bar
@@ -27,23 +28,22 @@ from experiments.prompts.choose import Prompt
 from experiments.scenes import CHANCE_LEVEL
 
 ARMS = ("uncached", "cached")
-
-
 PER_PROMPT = "per_prompt.jsonl"
 
 
 def sample_all(
-    cfg: DictConfig, pipe: Any, arm: Arm, prompts: list[Prompt], folder: Path, tracker: tracking.Tracker
+    setup: Setup, arm: Arm, prompts: list[Prompt], folder: Path, tracker: tracking.Tracker
 ) -> list[dict[str, Any]]:
+    """Both arms on every prompt, in turns; a line a prompt, kept in `folder`, where a second call goes on."""
+    cfg, pipe = setup.cfg, setup.pipe
     for name in ARMS:
         (folder / "samples" / name).mkdir(parents=True, exist_ok=True)
     rows = read_lines(folder / PER_PROMPT)
     if rows:
         console.note(f"going on in {folder}: {len(rows)} of {len(prompts)} prompts are done")
-    lpips = Lpips()
-    base = call_kwargs(cfg)
+    lpips, sides = Lpips(), {"uncached": Arm(None, setup.kwargs), "cached": arm}
     if len(rows) < len(prompts):  # warm-up, not measured
-        generate(pipe, prompts[0].text, 0, {**base, "num_inference_steps": 2})
+        Arm(None, {**setup.kwargs, "num_inference_steps": 2}).sample(pipe, prompts[0])
     with progress_bar() as bar:
         task = bar.add_task("uncached and cached samples", total=len(prompts), completed=len(rows))
         for index, prompt in enumerate(prompts):
@@ -51,10 +51,8 @@ def sample_all(
             is_measured = index < len(rows)
             if is_measured and all((folder / "samples" / name / kept).is_file() for name in ARMS):
                 continue
-            samples: dict[str, Sample] = {}
-            for name in ARMS if index % 2 == 0 else ARMS[::-1]:  # alternating, so that drift hits both
-                side = Arm(None, base) if name == "uncached" else arm
-                samples[name] = generate(pipe, prompt.text, prompt.seed, side.kwargs, side.put_on)
+            order = ARMS if index % 2 == 0 else ARMS[::-1]  # alternating, so that drift hits both
+            samples = {name: sides[name].sample(pipe, prompt) for name in order}
             compared: dict[str, np.ndarray] = {}
             for name, sample in samples.items():
                 mp4 = folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
@@ -99,107 +97,136 @@ def _keep(frames: np.ndarray, path: Path, fps: int) -> None:
         write_lossless(frames, path, fps)
 
 
-def score_images(cfg: DictConfig, prompts: list[Prompt], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """FID and CLIP score of both arms, or why not."""
-    if cfg.bench.image_scores:
-        return images.score(cfg, folder, prompts)
-    names = ("fid_inception", "fid_tinyclip", "clip_score_vit", "clip_score_tinyclip")
-    return {}, dict.fromkeys(names, f"bench={cfg.bench.name} does not ask for it: bench=fid_clip, on images, does")
-
-
 def summarise(
-    cfg: DictConfig, pipe: Any, arm: Arm, rows: list[dict[str, Any]], vbench: evaluation.Evaluation
-) -> dict[str, Any]:
-    timing = _timing(cfg, arm, rows)
+    setup: Setup,
+    arm: Arm,
+    prompts: list[Prompt],
+    rows: list[dict[str, Any]],
+    vbench: evaluation.Evaluation,
+    folder: Path,
+) -> MainRecord:
+    """The record of all samples, image and VBench scores among its metrics."""
+    cfg, clock = setup.cfg, Clock(setup, arm, rows)
     metrics, missing = fidelity.summarise(rows)
     metrics["frames_from"] = cfg.bench.frames_from
-    metrics["speedup_denoise"] = timing["denoise_uncached_s"] / timing["denoise_s"]
-    metrics["speedup_pipeline"] = timing["pipeline_uncached_s"] / timing["pipeline_s"]
-    metrics["speedup_possible"] = timing.pop("speedup_possible")
+    metrics |= clock.speedups()
     if rows[0]["cached"]["scene"] is not None:
         metrics["scene_accuracy"] = _scene_accuracy(rows, "cached")
         metrics["scene_accuracy_uncached"] = _scene_accuracy(rows, "uncached")
         metrics["scene_chance_level"] = CHANCE_LEVEL
     else:
         missing["scene_accuracy"] = "the prompts are not of the scene world"
-    if rows[0]["cached"]["mask"] is not None and timing["hook_overhead_per_step_s"] == 0:
+    if rows[0]["cached"]["mask"] is not None and not clock.overhead_s:
         missing["hook_overhead"] = "another library's hooks: their own time is not told apart from the model's"
-    vbench_metrics, not_evaluated = vbench.summarise()
-    metrics |= vbench_metrics
-    missing |= not_evaluated
-    mask = rows[0]["cached"]["mask"] or [1] * arm.kwargs["num_inference_steps"]
-    return {
-        **describe_run(cfg, [row["seed"] for row in rows], [row["prompt"] for row in rows]),
-        "steps": {
-            "total": len(mask),
-            "computed": _whole(_computed_steps(cfg, arm, rows)),
-            "mask": mask,
-            "uncached": cfg.model.num_inference_steps,
-            "without_reuse": sum(row["cached"]["without_reuse"] for row in rows),
-        },
-        "sigmas": [float(s) for s in arm.sigmas(pipe)],
-        "timing": timing,
-        "memory": {
-            "cache_bytes": max(row["cached"]["cache_bytes"] for row in rows),
-            "cache_dtype": rows[0]["cached"]["cache_dtype"],
-            "peak_bytes": _peak_bytes(),
-        },
-        "metrics": metrics,
-        "missing": missing,
-        "plan_report": arm.plan.report if arm.plan is not None else arm.report,
-    }
+    for found, absent in (vbench.summarise(), images.scores_of(cfg, folder, prompts)):
+        metrics |= found
+        missing |= absent
+    mask = rows[0]["cached"]["mask"] or [1] * arm.num_steps
+    return MainRecord(
+        **describe_run(cfg, prompts),
+        steps=Steps(
+            total=len(mask),
+            computed=arm.num_computed if arm.attach is None else clock.forwards / clock.branches,
+            mask=mask,
+            uncached=cfg.model.num_inference_steps,
+            without_reuse=sum(row["cached"]["without_reuse"] for row in rows),
+        ),
+        sigmas=[float(s) for s in arm.sigmas(setup)],
+        timing=clock.timing(),
+        memory=Memory(
+            cache_bytes=max(row["cached"]["cache_bytes"] for row in rows),
+            cache_dtype=rows[0]["cached"]["cache_dtype"],
+            peak_bytes=_peak_bytes(),
+        ),
+        metrics=metrics,
+        missing=missing,
+        plan_report=arm.about,
+    )
 
 
-def _timing(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the paired runs, and what as many forwards as the cached ones made can reach at most."""
+@dataclass(frozen=True)
+class Clock:
+    """What pairs of samples took: medians over the pairs, in seconds."""
 
-    def median(name: str, key: str) -> float:
-        return float(np.median([row[name][key] for row in rows]))
+    setup: Setup
+    arm: Arm
+    rows: list[dict[str, Any]]
 
-    steps = cfg.model.num_inference_steps
-    forward_s = median("uncached", "forward_s") / steps  # all guidance branches
-    solver_s = max(median("uncached", "denoise_s") / steps - forward_s, 0.0)
-    branches, forwards = _branches(cfg, rows), _forwards(rows)
-    cached_steps = arm.kwargs["num_inference_steps"]
-    possible = possible_speedup(steps, forwards / branches, forward_s, solver_s, cached_steps)
-    calls = sum(row["cached"]["overhead_calls"] for row in rows)
-    overhead_s = sum(row["cached"]["overhead_s"] for row in rows) / calls if calls else 0.0
-    return {
-        "denoise_s": median("cached", "denoise_s"),
-        "denoise_uncached_s": median("uncached", "denoise_s"),
-        "pipeline_s": median("cached", "pipeline_s"),
-        "pipeline_uncached_s": median("uncached", "pipeline_s"),
-        "forward_s": forward_s / branches,
-        "solver_step_s": solver_s,
-        "calibration_s": arm.calibration_s,
-        "hook_overhead_per_step_s": overhead_s * branches,
-        "hook_overhead_of_forward": overhead_s / (forward_s / branches),
-        "forwards": _whole(forwards),
-        "forwards_uncached": rows[0]["uncached"]["forwards"],
-        "repeats": len(rows),
-        "speedup_possible": possible,
-    }
+    def median(self, side: str, key: str) -> float:
+        return float(np.median([row[side][key] for row in self.rows]))
 
+    @property
+    def steps(self) -> int:
+        """Of the uncached side."""
+        return self.setup.cfg.model.num_inference_steps
 
-def _computed_steps(cfg: DictConfig, arm: Arm, rows: list[dict[str, Any]]) -> float:
-    """Steps with a forward in each guidance branch: as planned, or the mean of what an online rule really made."""
-    if arm.attach is None:
-        return arm.num_computed
-    return _forwards(rows) / _branches(cfg, rows)
+    @property
+    def branches(self) -> float:
+        """Guidance branches: forwards of an uncached step."""
+        return self.rows[0]["uncached"]["forwards"] / self.steps
 
+    @property
+    def forwards(self) -> float:
+        """Of a cached sample, mean over prompts."""
+        return float(np.mean([row["cached"]["forwards"] for row in self.rows]))
 
-def _branches(cfg: DictConfig, rows: list[dict[str, Any]]) -> float:
-    """Guidance branches: forwards of an uncached step."""
-    return rows[0]["uncached"]["forwards"] / cfg.model.num_inference_steps
+    @property
+    def overhead_s(self) -> float:
+        """Of the hook at one forward; 0 where another library's hooks do not tell."""
+        calls = sum(row["cached"]["overhead_calls"] for row in self.rows)
+        return sum(row["cached"]["overhead_s"] for row in self.rows) / calls if calls else 0.0
 
+    @property
+    def forward_s(self) -> float:
+        """Of one forward of the uncached side."""
+        return self.median("uncached", "forward_s") / self.steps / self.branches
 
-def _forwards(rows: list[dict[str, Any]]) -> float:
-    """Forwards of a cached sample, mean over prompts."""
-    return float(np.mean([row["cached"]["forwards"] for row in rows]))
+    @property
+    def solver_s(self) -> float:
+        """What a step of the uncached side takes beside its forwards."""
+        rest = [row["uncached"]["denoise_s"] - row["uncached"]["forward_s"] for row in self.rows]
+        return max(float(np.median(rest)) / self.steps, 0.0)
 
+    def speedups(self) -> dict[str, float]:
+        """Measured; possible with as many forwards; and `speedup_realised`, how much of the possible one was reached.
 
-def _whole(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+        The last is the time of the cached side's own forwards and of the solver's steps over that of its whole denoising,
+        median over samples: what the hook and slower steps cost. Forwards of two runs differ by several percent from one
+        minute to the next, so a share in which uncached forwards stand for cached ones could lie above 1.
+        """
+        found = {
+            "speedup_denoise": self.median("uncached", "denoise_s") / self.median("cached", "denoise_s"),
+            "speedup_pipeline": self.median("uncached", "pipeline_s") / self.median("cached", "pipeline_s"),
+            "speedup_possible": possible_speedup(
+                self.steps,
+                self.forwards / self.branches,
+                self.forward_s * self.branches,
+                self.solver_s,
+                self.arm.num_steps,
+            ),
+        }
+        if self.overhead_s:
+            rest_s = self.arm.num_steps * self.solver_s
+            shares = [(row["cached"]["forward_s"] + rest_s) / row["cached"]["denoise_s"] for row in self.rows]
+            found["speedup_realised"] = float(np.median(shares))
+        return found
+
+    def timing(self) -> Timing:
+        """For the record."""
+        return Timing(
+            denoise_s=self.median("cached", "denoise_s"),
+            denoise_uncached_s=self.median("uncached", "denoise_s"),
+            pipeline_s=self.median("cached", "pipeline_s"),
+            pipeline_uncached_s=self.median("uncached", "pipeline_s"),
+            forward_s=self.forward_s,
+            solver_step_s=self.solver_s,
+            calibration_s=self.arm.calibration_s,
+            hook_overhead_per_step_s=self.overhead_s * self.branches,
+            hook_overhead_of_forward=self.overhead_s / self.forward_s,
+            forwards=self.forwards,
+            forwards_uncached=self.rows[0]["uncached"]["forwards"],
+            repeats=len(self.rows),
+        )
 
 
 def _scene_accuracy(rows: list[dict[str, Any]], name: str) -> dict[str, float]:

@@ -1,169 +1,213 @@
-"""The samples of a comparison: made row by row, in several processes if there are cores for it, and kept in its folder."""
+"""The one engine of rows: samples every row of a table, in several processes if there are cores for it.
+
+What is finished lies in the run folder (see `analysis.records`), so the same command goes on from there. A row that refuses
+is left out with the reason, whatever goes wrong in the pipeline is a failure, and the other rows go on. Every row is compared
+with the same uncached samples, paired by prompt and noise; forwards are counted, not assumed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from analysis import records, tables
 from erta.errors import ErtaError
 from experiments.bench.fidelity import Lpips, psnr_db, ssim
 from experiments.bench.scene import scene_agreement
-from experiments.harness.arm import Arm
-from experiments.harness.comparison import REFERENCE, Outcome
-from experiments.harness.generate import generate
-from experiments.harness.rows import Row, RowArms, comparer, uncached_clips, uncached_path
+from experiments.harness.arm import Arm, make_arm
+from experiments.harness.calibrations import get_calibration
+from experiments.harness.config import own_keys
+from experiments.harness.rows import Row, compose_row
+from experiments.harness.setup import Setup
 from experiments.harness.workers import Event, shared_threads, side_by_side
-from experiments.models.call import call_kwargs
-from experiments.models.load import load_pipeline
-from experiments.output import console
+from experiments.output import console, tracking
+from experiments.output.clips import frames_of
 from experiments.output.console import progress_bar
 from experiments.output.run_folder import (
     append_line,
     check_inputs,
     describe_inputs,
+    describe_run,
     environment,
+    mark_finished,
     read_json,
     read_lines,
     write_json,
 )
-from experiments.prompts.choose import Prompt
+from experiments.prompts.choose import Prompt, test_prompts
 
-TIMED, QUICK_TIMED = 6, 4  # prompts of each row on which an uncached run is timed too, right before or after
-ROWS, ARMS, LEFT_OUT = "rows.jsonl", "arms.jsonl", "left_out.json"
+TIMED = 6  # prompts of each row on which an uncached run is timed too, right before or after
+UNCACHED = "uncached"  # folder
+SEED_STRIDE = 100_000  # between the noises of one prompt
 SET_UP, SAMPLED, LEFT, FAILED = "set up", "sampled", "is left out", "failed"  # what happens to a row
-Piece = list[tuple[Row, tuple[int, ...]]]  # rows for one process, with the numbers of the prompts that are missing
+Piece = list[tuple[Row, tuple[int, ...]]]  # rows for one process, with the numbers of the samples that are missing
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process of a table is given."""
+
+    cfg: DictConfig
+    folder: Path
+    prompts: list[Prompt]  # once a noise
+    timed: int
+    ran_on: str = ""
+
+
+def run_table(
+    cfg: DictConfig,
+    folder: Path,
+    rows: list[Row],
+    table: records.Table,
+    num_prompts: int | None = None,
+    timed: int = TIMED,
+) -> None:
+    """Sample every row on every prompt and noise, then write and print the table (see `analysis.tables`).
+
+    Args:
+        num_prompts: only the first so many of `bench.num_prompts`.
+        timed: samples of each row that are timed in turns with uncached ones.
+
+    Raises ErtaError at the end if a row failed inside the pipeline; a row that refuses is no failure.
+    """
+    if cfg.bench.frames_from != "decoded":
+        console.note(f"PSNR and SSIM compare frames read from {cfg.bench.frames_from} files, in all rows")
+    once, noises = test_prompts(cfg)[:num_prompts], own_keys(cfg).seeds
+    prompts = [replace(p, seed=p.seed + SEED_STRIDE * s) for s in range(noises) for p in once]
+    record = records.RowsRecord(
+        **describe_run(cfg, prompts),
+        experiment=cfg.experiment.name,
+        num_steps=cfg.model.num_inference_steps,
+        noises=noises,
+        rows=[row.record() for row in rows],
+        table=table,
+        uncached_scene=[None] * len(prompts),
+    )
+    with tracking.start(cfg, folder) as tracker:
+        failed = _sample(Work(cfg, folder, prompts, timed), rows, record, tracker)
+        found = records.read_rows(folder)
+        written = tables.write(folder, found)
+        tracker.finish({"rows": len(found.setups), "left_out": len(found.left_out)})
+    tables.show(found, console.table, console.note)
+    console.note("\n".join(f"written: {path}" for path in written))
+    mark_finished(folder)
+    if failed:
+        raise ErtaError(f"failed inside the pipeline: {', '.join(failed)}. The other rows are in {folder}")
+
+
+def _sample(work: Work, rows: list[Row], record: records.RowsRecord, tracker: tracking.Tracker) -> list[str]:
+    """Every row on every prompt and noise; the keys of rows that failed. What the folder holds is not made again."""
+    samples = Samples(work.folder, rows, len(work.prompts))
+    with closing(_events(work, rows, samples, record)) as events, progress_bar() as bar:
+        total = len(rows) * len(work.prompts)
+        task = bar.add_task("rows", total=total, completed=len(samples.done), visible=False)
+        for event in events:
+            samples.add(event)
+            if event.kind == SAMPLED:
+                tracker.log(event.about, event.row)
+            settled = len(samples.done) + sum(len(samples.missing(row)) for row in rows if row.key in samples.left_out)
+            bar.update(task, description=event.row, completed=settled, visible=True)
+    return samples.failed
 
 
 class Samples:
-    """What a comparison's folder holds: samples, how their arms were set up, and why a row was left out."""
+    """What a table's folder holds: samples, how their rows were set up, and why a row was left out."""
 
-    def __init__(self, folder: Path, rows: list[Row], num_prompts: int) -> None:
-        self.folder, self.rows, self.num_prompts = folder, rows, num_prompts
-        self.done = {(line["row"], line["index"]): line for line in read_lines(folder / ROWS)}
-        self.arms = {line["row"]: line for line in read_lines(folder / ARMS)}
-        self.left_out: dict[str, str] = read_json(folder / LEFT_OUT) or {}
+    def __init__(self, folder: Path, rows: list[Row], count: int) -> None:
+        self.folder, self.rows, self.count = folder, rows, count
+        self.done = {(line["row"], line["index"]) for line in read_lines(folder / records.ROWS)}
+        self.setups = {line["row"] for line in read_lines(folder / records.SETUPS)}
+        self.left_out: dict[str, str] = read_json(folder / records.LEFT_OUT) or {}
         self.failed: list[str] = []
 
     def missing(self, row: Row) -> tuple[int, ...]:
-        """Numbers of the prompts that the row has no sample of."""
-        return tuple(index for index in range(self.num_prompts) if (row.key, index) not in self.done)
+        """Numbers of the samples that the row does not have."""
+        return tuple(index for index in range(self.count) if (row.key, index) not in self.done)
 
     def pieces(self) -> list[Piece]:
         """What is missing. Rows that use what one method searched stay together; the longest pieces come first."""
         pieces: dict[str, Piece] = {}
         for row in self.rows:
             if missing := self.missing(row):
-                method = row.label.removeprefix("plan_grid of ")
-                pieces.setdefault(REFERENCE if method == "plan_grid" else method, []).append((row, missing))
+                pieces.setdefault(row.searches or row.method, []).append((row, missing))
         return sorted(pieces.values(), key=lambda piece: -sum(len(missing) for _, missing in piece))
 
     def add(self, event: Event) -> None:
         """Note what happened to a row, in the folder too."""
         if event.kind == SAMPLED:
-            self.done[event.row, event.about["index"]] = event.about
-            append_line(self.folder / ROWS, event.about)
-        elif event.kind == SET_UP and event.row not in self.arms:
-            self.arms[event.row] = event.about
-            append_line(self.folder / ARMS, event.about)
+            self.done.add((event.row, event.about["index"]))
+            append_line(self.folder / records.ROWS, event.about)
+        elif event.kind == SET_UP and event.row not in self.setups:
+            self.setups.add(event.row)
+            append_line(self.folder / records.SETUPS, event.about)
         elif event.kind in (LEFT, FAILED):
             self.left_out[event.row] = event.about["reason"]
-            write_json(self.folder / LEFT_OUT, self.left_out)
+            write_json(self.folder / records.LEFT_OUT, self.left_out)
             self.failed += [event.row] if event.kind == FAILED else []
             console.note(f"{event.row} {event.kind}: {event.about['reason']}")
 
-    def outcome(self, row: Row) -> Outcome:
-        """The row's samples, or why it has none."""
-        if missing := self.missing(row):
-            unfinished = f"not finished: {self.num_prompts - len(missing)} of {self.num_prompts} prompts"
-            return Outcome(row, reason=self.left_out.get(row.key, unfinished))
-        arm = self.arms[row.key]
-        samples = [self.done[row.key, index] for index in range(self.num_prompts)]
-        return Outcome(row, samples, arm["calibration_s"], ran_on=arm.get("ran_on"), commit=arm.get("commit"))
 
-
-def sample_all(
-    cfg: DictConfig, folder: Path, rows: list[Row], prompts: list[Prompt]
-) -> tuple[list[Outcome], list[str]]:
-    """Every row on every prompt, and the rows that failed. What `rows.jsonl` holds already is not made again.
-
-    With `compare.only_finished` nothing is made: rows that are not whole say so, or why they were left out before.
-    """
-    samples = Samples(folder, rows, len(prompts))
-    if cfg.compare.only_finished:
-        outcomes = [samples.outcome(row) for row in rows]
-        for outcome in outcomes:
-            if outcome.reason:
-                console.note(f"{outcome.row.key} {LEFT}: {outcome.reason}")
-        return outcomes, []
-    with closing(events_of(cfg, folder, prompts, samples.pieces())) as events, progress_bar() as bar:
-        task = bar.add_task("rows", total=len(rows) * len(prompts), completed=len(samples.done), visible=False)
-        for event in events:
-            samples.add(event)
-            settled = len(samples.done) + sum(len(samples.missing(row)) for row in rows if row.key in samples.left_out)
-            bar.update(task, description=event.row, completed=settled, visible=True)
-    return [samples.outcome(row) for row in rows], samples.failed
-
-
-def uncached_scene(folder: Path, prompts: list[Prompt]) -> float | None:
-    """Share of the uncached samples that show all that was asked for; None if one is missing or cannot be checked."""
-    paths = [uncached_path(folder, index) for index in range(len(prompts))]
-    if not all(path.is_file() for path in paths):
-        return None
-    found = [scene_agreement(prompt, np.load(path)) for prompt, path in zip(prompts, paths, strict=True)]
-    right = [scene["all"] for scene in found if scene is not None]
-    return float(np.mean(right)) if len(right) == len(prompts) else None
-
-
-def events_of(
-    cfg: DictConfig, folder: Path, prompts: list[Prompt], pieces: list[Piece]
-) -> Generator[Event, None, None]:
-    """What happens to the rows of all pieces, after the uncached samples that they are compared with were made.
+def _events(work: Work, rows: list[Row], samples: Samples, record: records.RowsRecord) -> Generator[Event, None, None]:
+    """What happens to the missing rows, after the uncached samples that they are compared with were made.
 
     Raises ErtaError if the folder's samples belong to other prompts, weights or calibrations.
     """
-    pipe = load_pipeline(cfg)
-    check_inputs(folder, describe_inputs(pipe, prompts, RowArms(pipe).calibration(cfg)))
+    cfg, folder = work.cfg, work.folder
+    setup, pieces = Setup(cfg), samples.pieces()
+    check_inputs(folder, describe_inputs(setup.pipe, work.prompts, get_calibration(setup)))
+    for row in {row.site: row for row in rows if row.site is not None}.values():  # once, and not in every process
+        get_calibration(setup.with_cache(compose_row(row)))
     by_default = cfg.model.embedded and not torch.cuda.is_available()  # a large model is in memory once
-    with shared_threads(cfg.compare.workers, len(pieces), by_default) as count:
-        uncached_clips(pipe, cfg, prompts, folder)
+    asked = own_keys(cfg).workers
+    with shared_threads(asked, len(pieces), by_default, f"{cfg.experiment.name}.workers") as count:
+        references = uncached_samples(setup, work.prompts, folder)
+        scenes = [scene_agreement(p, frames) for p, frames in zip(work.prompts, references, strict=True)]
+        write_json(folder / records.RECORD, records.to_json(replace(record, uncached_scene=scenes)))
         device = environment()["device"]
-        given = cfg, folder, prompts, device if count == 1 else f"{count} processes side by side, each on {device}"
+        ran_on = device if count == 1 else f"{count} processes side by side, each on {device}"
+        work = replace(work, ran_on=ran_on)
         if count == 1:
-            sample = sampler(*given, pipe)
+            sample = sampler(work, setup)
             for piece in pieces:
                 yield from sample(piece)
         else:
-            del pipe
-            yield from side_by_side(count, pieces, sampler, *given)
+            del setup
+            yield from side_by_side(count, pieces, sampler, work)
 
 
-def sampler(
-    cfg: DictConfig, folder: Path, prompts: list[Prompt], ran_on: str, pipe: Any = None
-) -> Callable[[Piece], Iterator[Event]]:
+def sampler(work: Work, setup: Setup | None = None) -> Callable[[Piece], Iterator[Event]]:
     """What samples a piece, on the pipeline given or on one of its own.
 
-    An arm that refuses before its first sample is left out; whatever goes wrong in the pipeline is a failure.
+    A row that refuses before its first sample is left out; whatever goes wrong in the pipeline is a failure.
     """
-    pipe = pipe if pipe is not None else load_pipeline(cfg)
-    arms, measure = RowArms(pipe), measurer(cfg, folder, pipe, prompts)
+    setup = setup if setup is not None else Setup(work.cfg)
+    measure = measurer(work, setup)
     commit = environment()["git_commit"]
 
     def sample(piece: Piece) -> Iterator[Event]:
         for row, missing in piece:
             arm = None
             try:
-                arm = arms.build(row)
-                about = {"calibration_s": arm.calibration_s, "ran_on": ran_on, "commit": commit, "report": arm.report}
-                yield Event(SET_UP, row.key, {"row": row.key, **about})
+                arm = make_arm(setup.with_cache(compose_row(row)))
+                about = records.Setup(
+                    row=row.key,
+                    calibration_s=arm.calibration_s,
+                    last_sigma=float(arm.sigmas(setup)[-2]),
+                    ran_on=work.ran_on,
+                    commit=commit,
+                    report=arm.about,
+                )
+                yield Event(SET_UP, row.key, records.to_json(about))
                 for index in missing:
-                    yield Event(SAMPLED, row.key, {"row": row.key, **measure(arm, index)})
-            except Exception as error:  # a peer's code may raise anything; the row says what
+                    yield Event(SAMPLED, row.key, records.to_json(measure(row, arm, index)))
+            except Exception as error:  # another library's code may raise anything; the row says what
                 refused = arm is None and isinstance(error, ErtaError)
                 reason = str(error) if refused else _first_line(error)
                 yield Event(LEFT if refused else FAILED, row.key, {"reason": reason})
@@ -175,36 +219,62 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def measurer(cfg: DictConfig, folder: Path, pipe: Any, prompts: list[Prompt]) -> Callable[[Arm, int], dict[str, Any]]:
+def measurer(work: Work, setup: Setup) -> Callable[[Row, Arm, int], records.Sample]:
     """What measures an arm on the k-th prompt; the first few next to an uncached run, which goes first every other time.
 
     The process's first run, which takes longer, is not measured.
     """
-    lpips, base, compared = Lpips(), call_kwargs(cfg), comparer(cfg)
-    references = uncached_clips(pipe, cfg, prompts, folder)
+    lpips, compared, pipe, prompts = Lpips(), comparer(work.cfg), setup.pipe, work.prompts
+    references, uncached = uncached_samples(setup, prompts, work.folder), Arm(None, setup.kwargs)
     if prompts:
-        generate(pipe, prompts[0].text, 0, {**base, "num_inference_steps": 2})
-    timed = QUICK_TIMED if cfg.compare.quick else TIMED
+        Arm(None, {**setup.kwargs, "num_inference_steps": 2}).sample(pipe, prompts[0])
 
-    def measure(arm: Arm, index: int) -> dict[str, Any]:
+    def measure(row: Row, arm: Arm, index: int) -> records.Sample:
         prompt = prompts[index]
         made, uncached_s = None, None
-        if index < timed and index % 2:
-            made = generate(pipe, prompt.text, prompt.seed, arm.kwargs, arm.put_on)
-        if index < timed:
-            uncached_s = generate(pipe, prompt.text, prompt.seed, base).denoise_s
-        made = made or generate(pipe, prompt.text, prompt.seed, arm.kwargs, arm.put_on)
-        scene, pair = scene_agreement(prompt, made.frames), compared(made.frames, references[index])
-        return {
-            "index": index,
-            "forwards": made.forwards,
-            "denoise_s": made.denoise_s,
-            "uncached_s": uncached_s,
-            "psnr_db": psnr_db(*pair),
-            "ssim": ssim(*pair),
-            "lpips": None if lpips.missing else lpips(*pair),
-            "scene": None if scene is None else scene["all"],
-            "cache_bytes": made.cache_bytes,
-        }
+        if index < work.timed and index % 2:
+            made = arm.sample(pipe, prompt)
+        if index < work.timed:
+            uncached_s = uncached.sample(pipe, prompt).denoise_s
+        made = made or arm.sample(pipe, prompt)
+        pair = compared(made.frames, references[index])
+        return records.Sample(
+            row=row.key,
+            index=index,
+            forwards=made.forwards,
+            denoise_s=made.denoise_s,
+            uncached_s=uncached_s,
+            psnr_db=psnr_db(*pair),
+            ssim=ssim(*pair),
+            lpips=None if lpips.missing else lpips(*pair),
+            scene=scene_agreement(prompt, made.frames),
+            cache_bytes=made.cache_bytes,
+        )
 
     return measure
+
+
+def comparer(cfg: DictConfig) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
+    """What gives the frames of a sample and of its reference as `bench.frames_from` wants them compared."""
+
+    def compared(sample: np.ndarray, reference: np.ndarray) -> list[np.ndarray]:
+        with TemporaryDirectory() as folder:
+            return [
+                frames_of(cfg.bench.frames_from, each, Path(folder, "compared.mp4")) for each in (sample, reference)
+            ]
+
+    return compared if cfg.bench.frames_from != "decoded" else lambda sample, reference: [sample, reference]
+
+
+def uncached_samples(setup: Setup, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
+    """Uncached samples, kept beside the rows so that a continued run compares with the same ones."""
+    paths = [folder / UNCACHED / f"{index:03d}.npy" for index in range(len(prompts))]
+    (folder / UNCACHED).mkdir(exist_ok=True)
+    missing = [(path, prompt) for path, prompt in zip(paths, prompts, strict=True) if not path.is_file()]
+    if missing:
+        with progress_bar() as bar:
+            for path, prompt in bar.track(missing, description="uncached samples"):
+                partial = path.with_suffix(".partial.npy")
+                np.save(partial, Arm(None, setup.kwargs).sample(setup.pipe, prompt).frames)
+                partial.replace(path)
+    return [np.load(path, mmap_mode="c") for path in paths]

@@ -43,20 +43,19 @@ Prepare = Callable[..., Callable[[Any], Iterator[Event]]]
 
 
 @contextmanager
-def shared_threads(asked: int | None, pieces: int, by_default: bool) -> Iterator[int]:
+def shared_threads(asked: int | None, pieces: int, by_default: bool, key: str) -> Iterator[int]:
     """Inside the `with`, each of as many processes as it yields has its share of torch's threads.
 
     Args:
         asked: processes; None: one a thread if that is what happens `by_default`, else one.
         pieces: of work; no more processes than that are of use.
+        key: of the configuration that asked, for the error.
 
     Raises ErtaError for more processes than torch has threads.
     """
     threads = torch.get_num_threads()
     if asked is not None and asked > threads:
-        raise ErtaError(
-            f"compare.workers={asked}: torch has {threads} CPU threads to share, so ask for at most {threads}"
-        )
+        raise ErtaError(f"{key}={asked}: torch has {threads} CPU threads to share, so ask for at most {threads}")
     count = max(1, min(asked if asked is not None else threads if by_default else 1, pieces))
     torch.set_num_threads(threads // count)
     try:
@@ -120,7 +119,7 @@ def _stop(processes: list[Any], leaving: bool) -> None:
 
 
 def _lost(code: int | None) -> str:
-    memory = ", perhaps for want of memory: try compare.workers=1" if code == -signal.SIGKILL else ""
+    memory = ", perhaps for want of memory: try workers=1" if code == -signal.SIGKILL else ""
     return f"a process ended with code {code}{memory}. What was finished is kept: the same command goes on from there."
 
 
@@ -149,7 +148,7 @@ def _work(
         events.put(error if isinstance(error, OSError) else ErtaError(str(error)))
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        events.put(ErtaError(f"{text} (compare.workers=1 --traceback shows where)"))
+        events.put(ErtaError(f"{text} (workers=1 with --traceback shows where)"))
 
 
 def _end_with_parent() -> None:

@@ -15,12 +15,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig
-
 from erta.policy import Mask, uniform_mask
-from experiments.harness.arm import Arm, GetCalibration, step_count
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
-from experiments.methods.common.knob import check_number, options_of
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import check_number
 from experiments.methods.common.searched import planned_arm, trial_runs
 from experiments.output.console import progress_bar
 
@@ -28,12 +27,12 @@ PREFIX = 0.3
 HOT, COLD = 1.0, 0.01
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """BudCache's mask for the budget; every number of computed steps can be reached."""
-    iterations, count = check_number("iterations", options_of(cfg)["iterations"], 0, whole=True), step_count(cfg)
+    iterations, count = check_number("iterations", setup.options["iterations"], 0, whole=True), setup.step_count()
 
     def find() -> dict[str, Any]:
-        run = trial_runs(cfg, pipe)
+        run = trial_runs(setup)
         reference = run(None)
         with progress_bar() as bar:
             task = bar.add_task("budcache: masks", total=None)
@@ -42,12 +41,12 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
                 bar.advance(task)
                 return math.log((run(mask) - reference).pow(2).mean().item() + 1e-20)
 
-            mask, value = anneal(error, cfg.model.num_inference_steps, count, iterations, cfg.seed)
+            mask, value = anneal(error, setup.cfg.model.num_inference_steps, count, iterations, setup.cfg.seed)
         return {"mask": [int(step) for step in mask], "log_mse": value}
 
-    setup = [iterations, count, cfg.seed, cfg.cache.reuse, cfg.cache.corrector_at_reused]
-    report = kept(cfg, pipe, "budcache", setup, find)
-    return planned_arm(cfg, pipe, tuple(map(bool, report["mask"])), report)
+    made_with = [iterations, count, setup.cfg.seed, setup.cfg.cache.reuse, setup.cfg.cache.corrector_at_reused]
+    report = kept(setup, "budcache", made_with, find)
+    return planned_arm(setup, tuple(map(bool, report["mask"])), report)
 
 
 def anneal(

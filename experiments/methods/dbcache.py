@@ -16,22 +16,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig
-
+from erta.architectures import architecture_of, model_name
 from erta.errors import ErtaError
 from erta.pipeline import single_denoiser
-from erta.site import BLOCK_STACKS, model_name
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.counting import CountedTrace, counted
-from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm, options_of
-from experiments.models.call import call_kwargs
-from experiments.models.costs import forward_costs
+from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm
 
 PUBLISHED_FIRST = 8
 os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # else a line for every block and call; read at its import
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """DBCache at `cache.options.threshold`, or at the threshold that meets the budget.
 
     Raises ErtaError if cache-dit is missing, or does not know the transformer.
@@ -40,15 +37,15 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
         from cache_dit import BlockAdapterRegister, DBCacheConfig, TaylorSeerCalibratorConfig
     except ImportError as error:
         raise ErtaError(
-            f"cache={cfg.cache.name} needs the package cache-dit, an extra: pip install -e '.[peers]'"
+            f"cache={setup.cfg.cache.name} needs the package cache-dit, an extra: pip install -e '.[peers]'"
         ) from error
-    transformer, options = single_denoiser(pipe), options_of(cfg)
+    transformer, options = single_denoiser(setup.pipe), setup.options
     if not BlockAdapterRegister.is_supported(transformer):
         families = ", ".join(BlockAdapterRegister.supported_pipelines()[1])
         raise ErtaError(
-            f"cache={cfg.cache.name}: cache-dit does not know {model_name(transformer)}. It knows: {families}"
+            f"cache={setup.cfg.cache.name}: cache-dit does not know {model_name(transformer)}. It knows: {families}"
         )
-    costs = forward_costs(pipe, call_kwargs(cfg))
+    costs = setup.costs
     order = options["taylor"]
     if order is not None:
         check_number("taylor", order, 1, whole=True)
@@ -64,15 +61,15 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
         forecast = {} if order is None else {"calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=order)}
         return lambda pipe: cache_dit_cache(pipe, costs, cache_config=config, **forecast)
 
-    return knob_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), attach_with)
+    return knob_arm(setup, Knob("threshold", 1e-4, 1e3), attach_with)
 
 
 def first_blocks(transformer: Any, asked: int | None) -> int:
     """Fn: what was asked for, else 8 as published, but 1 if that were half of the blocks or more."""
     if asked is not None:
         return check_number("first", asked, 1, whole=True)
-    stack = BLOCK_STACKS.get(model_name(transformer))
-    count = sum(len(transformer.get_submodule(name)) for name in stack.lists) if stack else math.inf
+    stack = architecture_of(transformer).blocks
+    count = math.inf if stack is None else len(stack.of(transformer))
     return PUBLISHED_FIRST if count > 2 * PUBLISHED_FIRST else 1
 
 

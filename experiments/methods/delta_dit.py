@@ -16,30 +16,28 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
-from omegaconf import DictConfig
 from torch import nn
 
-from erta.errors import ErtaError
+from erta.architectures import BlockStack, blocks_of
 from erta.pipeline import single_denoiser
 from erta.scheduler import step_index
-from erta.site import BLOCK_STACKS, latent_of, model_name, text_of
-from experiments.harness.arm import Arm, GetCalibration
-from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm, options_of
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm
 from experiments.methods.common.modules import hooked
-from experiments.models.call import call_kwargs
-from experiments.models.costs import forward_costs
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """Delta-DiT at `cache.options.interval`, or at the smallest interval that fits the budget.
 
-    Raises ErtaError for a transformer whose blocks are not known.
+    Raises InstallError for a transformer whose blocks are not known.
     """
-    steps, options, transformer = cfg.model.num_inference_steps, options_of(cfg), single_denoiser(pipe)
-    blocks, output_index = blocks_of(transformer)
+    steps, options, transformer = setup.cfg.model.num_inference_steps, setup.options, single_denoiser(setup.pipe)
+    stack = blocks_of(transformer, "cache=delta_dit")
+    blocks = stack.of(transformer)
     share, gate = check_number("blocks", options["blocks"], 0), check_number("gate", options["gate"], 0)
     left_out = min(len(blocks), max(1, round(share * len(blocks))))
-    costs = forward_costs(pipe, call_kwargs(cfg))
+    costs = setup.costs
 
     def attach_with(interval: int) -> Attach:
         ranges = schedule(steps, check_number("interval", interval, 1, whole=True), gate, len(blocks), left_out)
@@ -47,23 +45,13 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
         def hooks_of(scheduler: Any) -> list[tuple[nn.Module, ModelHook]]:
             states = StateManager(_RangeState)
             return [
-                (block, DeltaHook(index, ranges, lambda: step_index(scheduler), states, output_index))
+                (block, DeltaHook(index, ranges, lambda: step_index(scheduler), states, stack))
                 for index, block in enumerate(blocks)
             ]
 
         return lambda pipe: hooked(pipe, costs, hooks_of)
 
-    return knob_arm(cfg, pipe, Knob("interval", 1, steps, whole=True), attach_with)
-
-
-def blocks_of(transformer: nn.Module) -> tuple[list[nn.Module], int | None]:
-    """All blocks in order, and the place of the image tokens in what they return."""
-    stack = BLOCK_STACKS.get(model_name(transformer))
-    if stack is None:
-        raise ErtaError(
-            f"cache=delta_dit knows the blocks of {', '.join(BLOCK_STACKS)}, not {model_name(transformer)}'s"
-        )
-    return [block for name in stack.lists for block in transformer.get_submodule(name)], stack.output_index
+    return knob_arm(setup, Knob("interval", 1, steps, whole=True), attach_with)
 
 
 Range = tuple[int, int, bool]  # first block, end, whether it is computed
@@ -104,37 +92,29 @@ class DeltaHook(ModelHook):
         ranges: list[Range],
         current_step: Callable[[], int],
         states: StateManager,
-        output_index: int | None,
+        stack: BlockStack,
     ) -> None:
         super().__init__()
         self.index, self.ranges, self.current_step = index, ranges, current_step
-        self.states, self.output_index = states, output_index
+        self.states, self.stack = states, stack
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         first, end, full = self.ranges[self.current_step()]
         if not first <= self.index < end:
             return self.fn_ref.original_forward(*args, **kwargs)
-        state, streams = self.states.get_state(), self._streams(args, kwargs)
+        state, streams = self.states.get_state(), self.stack.streams(args, kwargs)
         if not full:
             if self.index == end - 1:
                 streams = [stream + delta for stream, delta in zip(streams, state.delta, strict=True)]
-            return streams[0] if self.output_index is None else tuple(streams)
+            return streams[0] if self.stack.output_index is None else tuple(streams)
         if self.index == first:
             state.start = streams
         output = self.fn_ref.original_forward(*args, **kwargs)
         if self.index == end - 1:
-            made = [output] if self.output_index is None else list(output)
+            made = [output] if self.stack.output_index is None else list(output)
             state.delta = [after - before for after, before in zip(made, state.start, strict=True)]
             state.start = None
         return output
-
-    def _streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The block's input in the order of its output."""
-        tokens = latent_of(args, kwargs)
-        if self.output_index is None:
-            return [tokens]
-        text = text_of(args, kwargs)
-        return [text, tokens] if self.output_index == 1 else [tokens, text]
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.states.reset()

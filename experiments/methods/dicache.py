@@ -15,41 +15,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
+from erta.architectures import blocks_of
 from erta.online import Call, OnlineRule, mean_change, online, relative_change
 from erta.pipeline import single_denoiser
-from erta.site import BLOCK_STACKS, BlocksSite, Forward, _Stand, model_name
-from experiments.harness.arm import Arm, GetCalibration
-from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm, options_of
-from experiments.models.call import call_kwargs
-from experiments.models.costs import forward_costs, outside_blocks
+from erta.site import BlocksSite, Forward, _Stand
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm
+from experiments.models.costs import outside_blocks
 
 GAMMA = (1.0, 1.5)
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """DiCache at `cache.options.delta`, or at the delta that meets the budget, its probes counted in."""
-    retention = options_of(cfg)["retention"]
-    share = probe_share(pipe, call_kwargs(cfg))
+    retention = setup.options["retention"]
+    share = probe_share(setup)
 
     def attach_with(delta: float) -> Attach:
         rule = DiCache(delta, retention)
         return lambda pipe: online(pipe, rule, rule.on, reuse_share=share)
 
-    made = knob_arm(cfg, pipe, Knob("delta", 1e-4, 1e3), attach_with)
+    made = knob_arm(setup, Knob("delta", 1e-4, 1e3), attach_with)
     made.report["probe_share"] = share
     return made
 
 
-def probe_share(pipe: Any, kwargs: dict[str, Any]) -> float:
+def probe_share(setup: Setup) -> float:
     """What part of a forward's FLOPs is left when all blocks but the first are left out."""
-    transformer = single_denoiser(pipe)
-    ProbeSite(transformer)  # raises InstallError for unknown blocks
-    first = f"{BLOCK_STACKS[model_name(transformer)].lists[0]}.0."
-    costs = forward_costs(pipe, kwargs)
-    return outside_blocks(transformer, costs) + sum(cost for name, cost in costs.items() if name.startswith(first))
+    transformer = single_denoiser(setup.pipe)
+    stack, costs = blocks_of(transformer, "cache=dicache"), setup.costs
+    first = f"{stack.lists[0]}.0."
+    return outside_blocks(stack, costs) + sum(cost for name, cost in costs.items() if name.startswith(first))
 
 
 class DiCache(OnlineRule):
@@ -116,7 +115,7 @@ class ProbeSite(BlocksSite):
         super().__init__(transformer)
         first, *others = self.watched
         before, block, *rest = self.watched[first]
-        self.after_first, self.replay, self.block = _Stand(self.before.output_index), _Replay(), block
+        self.after_first, self.replay, self.block = _Stand(self.stack), _Replay(), block
         self.fresh = {**self.watched, first: nn.ModuleList([before, block, self.after_first, *rest])}
         self.resumed = {**self.watched, first: nn.ModuleList([before, self.replay, self.after_first, *rest])}
         self.alone = {name: nn.ModuleList() for name in others}

@@ -9,21 +9,19 @@ branch that the pipeline runs first decides for all branches. Where we differ: n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from omegaconf import DictConfig
 
 from erta.online import Call, OnlineRule, mean_change
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.knob import Knob, check_number, online_arm
 
 KNOB = Knob("tau", 1e-4, 1e2)
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """EasyCache at `cache.options.tau`, or at the tau that meets the budget."""
-    return online_arm(cfg, pipe, KNOB, EasyCache)
+    return online_arm(setup, KNOB, EasyCache)
 
 
 class EasyCache(OnlineRule):

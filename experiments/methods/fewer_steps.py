@@ -7,36 +7,36 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from erta.errors import choice_index
-from experiments.harness.arm import Arm, GetCalibration, step_count
+from experiments.harness.arm import Arm
 from experiments.harness.config import CONF
-from experiments.models.call import call_kwargs
+from experiments.harness.setup import Setup
 from experiments.models.load import set_sampler
 
 SAMPLERS = CONF / "sampler"
 
 
-def no_cache(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def no_cache(setup: Setup) -> Arm:
     """The uncached run a second time: the noise floor of every metric."""
-    return Arm(None, call_kwargs(cfg))
+    return Arm(None, setup.kwargs)
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """The pipeline itself at as many steps as the budget has forwards: a baseline of ours, which few papers show.
 
     Site: none. Stored: nothing. Static. Where we differ: nowhere, it is what a user does without a cache.
     `cache.options.sampler` names another solver (of the group `sampler`) for this side alone: the uncached run that
     it is compared with keeps `sampler=`.
     """
-    kwargs = {**call_kwargs(cfg), "num_inference_steps": step_count(cfg)}
-    name = cfg.cache.options.get("sampler")
+    kwargs = {**setup.kwargs, "num_inference_steps": setup.step_count()}
+    name = setup.cfg.cache.options.get("sampler")
     if name is None:
         return Arm(None, kwargs)
     choice_index("cache.options.sampler", name, tuple(sorted(path.stem for path in SAMPLERS.glob("*.yaml"))))
-    other = OmegaConf.create({"model": cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{name}.yaml")})
-    swapped = SimpleNamespace(scheduler=pipe.scheduler)
+    other = OmegaConf.create({"model": setup.cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{name}.yaml")})
+    swapped = SimpleNamespace(scheduler=setup.pipe.scheduler)
     set_sampler(swapped, other)
 
     @contextmanager
@@ -47,4 +47,4 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
         finally:
             pipe.scheduler = own
 
-    return Arm(None, kwargs, attach=attach, report={"sampler": name})
+    return Arm(None, kwargs, attach=attach, report={"sampler": name}, changes_solver=True)

@@ -8,22 +8,19 @@ Where we differ: Wan's cross-attention is kept as well (DiT, which the paper use
 
 from __future__ import annotations
 
-from typing import Any
-
-from omegaconf import DictConfig
-
 from erta.pipeline import single_denoiser
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.knob import Knob, check_number
 from experiments.methods.common.modules import Schedule, components_of, every, module_arm
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """FORA at `cache.options.interval`, or at the smallest interval that fits the budget."""
-    steps = cfg.model.num_inference_steps
+    steps = setup.cfg.model.num_inference_steps
 
     def schedule(interval: int) -> Schedule:
         mask = every(check_number("interval", interval, 1, whole=True), steps)
-        return dict.fromkeys(components_of(single_denoiser(pipe)), mask)
+        return dict.fromkeys(components_of(single_denoiser(setup.pipe)), mask)
 
-    return module_arm(cfg, pipe, Knob("interval", 1, steps, whole=True), schedule)
+    return module_arm(setup, Knob("interval", 1, steps, whole=True), schedule)

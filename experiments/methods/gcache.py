@@ -14,11 +14,11 @@ from math import comb
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
-from experiments.harness.arm import Arm, GetCalibration, step_count
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
-from experiments.methods.common.knob import check_number, options_of
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import check_number
 from experiments.methods.common.paths import best_path
 from experiments.methods.common.recorders import record
 from experiments.methods.common.searched import TrajectoryRecorder, planned_arm, trial_runs
@@ -26,14 +26,14 @@ from experiments.methods.common.searched import TrajectoryRecorder, planned_arm,
 PROMPTS, DEGREE, LARGEST = 3, 3, 10.0
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """GCache's schedule for the budget; every number of computed steps can be reached."""
-    trials, count = check_number("trials", options_of(cfg)["trials"], 0, whole=True), step_count(cfg)
+    trials, count = check_number("trials", setup.options["trials"], 0, whole=True), setup.step_count()
 
     def find() -> dict[str, Any]:
-        recorders = record(cfg, pipe, TrajectoryRecorder, PROMPTS)
+        recorders = record(setup, TrajectoryRecorder, PROMPTS)
         change = np.mean([residual_change(recorder) for recorder in recorders], axis=0)
-        run, draw = trial_runs(cfg, pipe), np.random.default_rng(cfg.seed)
+        run, draw = trial_runs(setup), np.random.default_rng(setup.cfg.seed)
         reference = run(None)
         tried: list[dict[str, Any]] = []
         for trial in range(trials + 1):
@@ -44,8 +44,8 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             tried.append({"weights": weights.tolist(), "mask": [int(step) for step in mask], "mse": error})
         return min(tried, key=lambda one: one["mse"])
 
-    report = kept(cfg, pipe, "gcache", [trials, count, PROMPTS, cfg.seed, cfg.cache.reuse], find)
-    return planned_arm(cfg, pipe, tuple(map(bool, report["mask"])), report)
+    report = kept(setup, "gcache", [trials, count, PROMPTS, setup.cfg.seed, setup.cfg.cache.reuse], find)
+    return planned_arm(setup, tuple(map(bool, report["mask"])), report)
 
 
 def residual_change(recorder: TrajectoryRecorder) -> np.ndarray:

@@ -12,26 +12,26 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
-from experiments.harness.arm import Arm, GetCalibration, step_count
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
-from experiments.methods.common.knob import check_number, options_of
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import check_number
 from experiments.methods.common.paths import best_path
 from experiments.methods.common.searched import planned_arm, trial_runs
 from experiments.output.console import progress_bar
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """LeMiCa's schedule for the budget."""
-    max_skip, count = check_number("max_skip", options_of(cfg)["max_skip"], 1, whole=True), step_count(cfg)
+    max_skip, count = check_number("max_skip", setup.options["max_skip"], 1, whole=True), setup.step_count()
 
     def measure() -> dict[str, Any]:
-        return {"edges": stretch_costs(cfg, pipe, max_skip)}
+        return {"edges": stretch_costs(setup, max_skip)}
 
-    edges = kept(cfg, pipe, "lemica", [max_skip, cfg.cache.reuse], measure)["edges"]
-    mask = best_path(cost_matrix(edges, cfg.model.num_inference_steps), count, minimax=True)
-    return planned_arm(cfg, pipe, mask, {"max_skip": max_skip, "edges": edges})
+    edges = kept(setup, "lemica", [max_skip, setup.cfg.cache.reuse], measure)["edges"]
+    mask = best_path(cost_matrix(edges, setup.cfg.model.num_inference_steps), count, minimax=True)
+    return planned_arm(setup, mask, {"max_skip": max_skip, "edges": edges})
 
 
 def cost_matrix(edges: list[list[float]], num_steps: int) -> np.ndarray:
@@ -43,9 +43,9 @@ def cost_matrix(edges: list[list[float]], num_steps: int) -> np.ndarray:
     return cost
 
 
-def stretch_costs(cfg: DictConfig, pipe: Any, max_skip: int) -> list[list[float]]:
+def stretch_costs(setup: Setup, max_skip: int) -> list[list[float]]:
     """(i, j, mean |difference of the final latents|) with steps i + 1 … j - 1 reused, all others computed."""
-    steps, run, edges = cfg.model.num_inference_steps, trial_runs(cfg, pipe), []
+    steps, run, edges = setup.cfg.model.num_inference_steps, trial_runs(setup), []
     reference = run(None)
     stretches = [(i, j) for i in range(steps) for j in range(i + 2, min(i + max_skip + 1, steps) + 1)]
     with progress_bar() as bar:

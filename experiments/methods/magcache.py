@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
+from erta.architectures import architecture_of
 from erta.errors import ErtaError, choice_index
 from erta.online import Call, OnlineRule
-from erta.site import channel_axis, model_name
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
-from experiments.methods.common.knob import Knob, check_number, online_arm, options_of
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import Knob, check_number, online_arm
 from experiments.methods.common.published import CHOICES, published
 from experiments.methods.common.recorders import Recorder, record
 
@@ -29,14 +29,14 @@ KNOB = Knob("delta", 1e-6, 1e3)
 PROMPTS = 5
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """MagCache at `cache.options.delta`, or at the delta that meets the budget.
 
     Its ratios are measured on calibration prompts, or with `cache.options.constants=published` the authors': refused
     for another model, number of steps or site.
     """
-    ratios = ratios_of(cfg, pipe)
-    made = online_arm(cfg, pipe, KNOB, lambda constants, **options: MagCache(ratios=ratios, **options))
+    ratios = ratios_of(setup)
+    made = online_arm(setup, KNOB, lambda constants, **options: MagCache(ratios=ratios, **options))
     made.report["ratios"] = ratios
     return made
 
@@ -88,21 +88,21 @@ class RatioRecorder(Recorder):
         self.before: dict[str, torch.Tensor] = {}
 
     def computed(self, call: Call, velocity: torch.Tensor, residual: torch.Tensor) -> None:
-        norm = residual.float().norm(dim=channel_axis(residual, model_name(call.transformer)))
+        norm = residual.float().norm(dim=architecture_of(call.transformer).channel_axis_of(residual))
         before = self.before.get(call.branch)
         self.ratios.setdefault(call.branch, []).append(1.0 if before is None else (norm / before).mean().item())
         self.before[call.branch] = norm
 
 
-def ratios_of(cfg: DictConfig, pipe: Any) -> dict[str, list[float]]:
+def ratios_of(setup: Setup) -> dict[str, list[float]]:
     """gamma by cache context, measured or published."""
-    if choice_index("cache.options.constants", options_of(cfg)["constants"], CHOICES):
-        if cfg.cache.site != "blocks":
+    if choice_index("cache.options.constants", setup.options["constants"], CHOICES):
+        if setup.cfg.cache.site != "blocks":
             raise ErtaError("MagCache's published ratios are of the block stack's residual: use cache.site=blocks")
-        return published("magcache", pipe, cfg.model.num_inference_steps)["ratios"]
+        return published("magcache", setup.pipe, setup.cfg.model.num_inference_steps)["ratios"]
 
     def measure() -> dict[str, Any]:
-        seen = [recorder.ratios for recorder in record(cfg, pipe, RatioRecorder, PROMPTS)]
+        seen = [recorder.ratios for recorder in record(setup, RatioRecorder, PROMPTS)]
         return {"ratios": {branch: np.mean([one[branch] for one in seen], axis=0).tolist() for branch in seen[0]}}
 
-    return kept(cfg, pipe, "magcache", [PROMPTS], measure)["ratios"]
+    return kept(setup, "magcache", [PROMPTS], measure)["ratios"]

@@ -14,42 +14,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from erta.errors import ErtaError
 from erta.guidance import guide
 from erta.online import Call, OnlineRule, online
 from erta.policy import Mask
-from experiments.harness.arm import Arm, GetCalibration, step_count
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
-from experiments.methods.common.knob import check_number, options_of
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import check_number
 from experiments.methods.common.paths import best_path
 from experiments.methods.common.recorders import record
 from experiments.methods.common.searched import TrajectoryRecorder
-from experiments.models.call import call_kwargs, call_sigmas
 
 PROMPTS = 3
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """MeanCache on its schedule for the budget; every number of computed steps can be reached.
 
     Raises ErtaError for another site: the path is that of the latent.
     """
-    if cfg.cache.site != "output":
+    if setup.cfg.cache.site != "output":
         raise ErtaError("cache=meancache follows the path of the latent: use cache.site=output")
-    power, sigmas = check_number("power", options_of(cfg)["power"], 0), call_sigmas(pipe, call_kwargs(cfg))
-    scale = call_kwargs(cfg)["guidance_scale"]
+    power, sigmas = check_number("power", setup.options["power"], 0), setup.grid.sigmas
+    scale = setup.kwargs["guidance_scale"]
 
     def measure() -> dict[str, Any]:
-        costs = [path_costs(one, sigmas, scale) for one in record(cfg, pipe, TrajectoryRecorder, PROMPTS)]
+        costs = [path_costs(one, sigmas, scale) for one in record(setup, TrajectoryRecorder, PROMPTS)]
         return {"costs": np.mean(costs, axis=0).tolist()}
 
-    costs = np.array(kept(cfg, pipe, "meancache", [PROMPTS], measure)["costs"])
-    mask = best_path(np.where(costs < 0, np.inf, np.abs(costs) ** power), step_count(cfg))
+    costs = np.array(kept(setup, "meancache", [PROMPTS], measure)["costs"])
+    mask = best_path(np.where(costs < 0, np.inf, np.abs(costs) ** power), setup.step_count())
     rule = MeanCache(mask, sigmas, scale)
-    report = {"policy": cfg.cache.name, "mask": [int(step) for step in mask]}
-    return Arm(None, call_kwargs(cfg), attach=lambda pipe: online(pipe, rule, reuse="velocity"), report=report)
+    report = {"policy": setup.cfg.cache.name, "mask": [int(step) for step in mask]}
+    return Arm(None, setup.kwargs, attach=lambda pipe: online(pipe, rule, reuse="velocity"), report=report)
 
 
 def mean_slope(z_t: Any, z_r: Any, v_t: Any, between: float) -> Any:

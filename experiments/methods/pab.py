@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers.hooks import (
     PyramidAttentionBroadcastConfig,
 )
-from omegaconf import DictConfig
 
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.diffusers_caches import shipped_arm, timesteps_between
 from experiments.methods.common.knob import Knob, check_number
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """Pyramid Attention Broadcast (Zhao et al., 2024, arXiv 2408.12588): attention is reused, feed-forwards always run.
 
     Site: the outputs of attention modules. Stored: one such output a module and guidance branch. Static: inside `window`
@@ -23,7 +21,7 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     has its own (see `CountingHook`). The window is the published one of CogVideoX in shares of the steps, not timesteps.
     """
 
-    bounds = timesteps_between(cfg, pipe)
+    bounds = timesteps_between(setup)
 
     def config(spatial: int, cross: int | None, window: list[float]) -> PyramidAttentionBroadcastConfig:
         return PyramidAttentionBroadcastConfig(
@@ -31,7 +29,7 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             cross_attention_block_skip_range=cross,
             spatial_attention_timestep_skip_range=bounds,
             cross_attention_timestep_skip_range=bounds,
-            current_timestep_callback=lambda: pipe.current_timestep,
+            current_timestep_callback=lambda: setup.pipe.current_timestep,
         )
 
-    return shipped_arm(cfg, pipe, Knob("spatial", 1, cfg.model.num_inference_steps, whole=True), config)
+    return shipped_arm(setup, Knob("spatial", 1, setup.cfg.model.num_inference_steps, whole=True), config)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from omegaconf import DictConfig
-
+from erta.architectures import architecture_of
 from erta.errors import ErtaError
 from erta.pipeline import find_denoiser
-from erta.site import model_name
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.diffusers_caches import shipped_arm
 from experiments.methods.common.knob import Knob
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """SeaCache (2026, arXiv 2602.18993): TeaCache's rule on spectrally filtered latents, without a polynomial.
 
     Site: the block stack's residual. Stored: that residual, the one before for its extrapolation, and the last filtered
@@ -30,7 +27,7 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             "cache=seacache needs diffusers' SeaCache: pip install 'diffusers>=0.42.1' (make setup does)"
         ) from error
 
-    if model_name(find_denoiser(pipe)) != "WanTransformer3DModel":
+    if not architecture_of(find_denoiser(setup.pipe)).is_told_the_step:
         raise ErtaError("cache=seacache runs on Wan text-to-video only: diffusers' SeaCache would compute everything")
 
     def config(threshold: float, order: int, max_skip: int, first: int, last: int) -> SeaCacheConfig:
@@ -42,4 +39,4 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
             cache_end_steps=last,
         )
 
-    return shipped_arm(cfg, pipe, Knob("threshold", 1e-4, 1e3), config)
+    return shipped_arm(setup, Knob("threshold", 1e-4, 1e3), config)

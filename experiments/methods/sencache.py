@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from erta.errors import ErtaError
 from erta.online import Call, OnlineRule
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
+from experiments.harness.setup import Setup
 from experiments.methods.common.knob import Knob, check_number, online_arm
 from experiments.methods.common.recorders import Recorder, record
 
@@ -33,15 +33,15 @@ EARLY = 0.2
 Table = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """SenCache at `cache.options.epsilon`, or at the epsilon that meets the budget."""
 
     def measure() -> dict[str, Any]:
-        tables = [recorder.table for recorder in record(cfg, pipe, SensitivityRecorder, PROMPTS)]
+        tables = [recorder.table for recorder in record(setup, SensitivityRecorder, PROMPTS)]
         return {branch: np.mean([table[branch] for table in tables], axis=0).tolist() for branch in tables[0]}
 
-    table = kept(cfg, pipe, "sencache", [PROMPTS, STEP_X, STEP_T], measure)
-    made = online_arm(cfg, pipe, Knob("epsilon", 1e-5, 1e3), lambda **options: SenCache(table=table, **options))
+    table = kept(setup, "sencache", [PROMPTS, STEP_X, STEP_T], measure)
+    made = online_arm(setup, Knob("epsilon", 1e-5, 1e3), lambda **options: SenCache(table=table, **options))
     made.report["sensitivity"] = table
     return made
 

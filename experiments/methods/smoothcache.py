@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from erta.online import Call, relative_change
 from erta.pipeline import single_denoiser
 from erta.policy import threshold_mask
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
+from experiments.harness.setup import Setup
 from experiments.methods.common.knob import Knob, check_number
 from experiments.methods.common.modules import Schedule, components_of, module_arm, tensors
 from experiments.methods.common.recorders import Recorder, record
@@ -28,24 +28,24 @@ from experiments.methods.common.recorders import Recorder, record
 PROMPTS, MAX_SKIP = 5, 3
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """SmoothCache at `cache.options.alpha`, or at the alpha that meets the budget."""
-    modules = components_of(single_denoiser(pipe))
+    modules = components_of(single_denoiser(setup.pipe))
 
     def measure() -> dict[str, Any]:
         def recorder() -> ChangeRecorder:
             return ChangeRecorder(modules)
 
-        profiles = [one.profiles() for one in record(cfg, pipe, recorder, PROMPTS)]
+        profiles = [one.profiles() for one in record(setup, recorder, PROMPTS)]
         return {kind: np.mean([profile[kind] for profile in profiles], axis=0).tolist() for kind in modules}
 
-    profiles = kept(cfg, pipe, "smoothcache", [PROMPTS, MAX_SKIP], measure)
+    profiles = kept(setup, "smoothcache", [PROMPTS, MAX_SKIP], measure)
 
     def schedule(alpha: float) -> Schedule:
         check_number("alpha", alpha, 0)
         return {kind: threshold_mask(np.array(profile), alpha) for kind, profile in profiles.items()}
 
-    return module_arm(cfg, pipe, Knob("alpha", 1e-5, 1e3), schedule)
+    return module_arm(setup, Knob("alpha", 1e-5, 1e3), schedule)
 
 
 class ChangeRecorder(Recorder):

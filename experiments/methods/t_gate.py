@@ -9,19 +9,16 @@ its own cross-attention, while the authors average both and leave the unconditio
 
 from __future__ import annotations
 
-from typing import Any
-
-from omegaconf import DictConfig
-
 from erta.policy import Mask
-from experiments.harness.arm import Arm, GetCalibration
-from experiments.methods.common.knob import Knob, check_number, options_of
+from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import Knob, check_number
 from experiments.methods.common.modules import Schedule, module_arm
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """T-GATE at `cache.options.after`, or at the smallest interval after the gate that fits the budget."""
-    steps, options = cfg.model.num_inference_steps, options_of(cfg)
+    steps, options = setup.cfg.model.num_inference_steps, setup.options
     gate = round(check_number("gate", options["gate"], 0) * steps)
     warmup = check_number("warmup", options["warmup"], 1, whole=True)
     before = check_number("before", options["before"], 1, whole=True)
@@ -29,7 +26,7 @@ def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
     def schedule(after: int) -> Schedule:
         return masks(steps, gate, warmup, before, check_number("after", after, 1, whole=True))
 
-    return module_arm(cfg, pipe, Knob("after", 1, steps, whole=True), schedule)
+    return module_arm(setup, Knob("after", 1, steps, whole=True), schedule)
 
 
 def masks(num_steps: int, gate: int, warmup: int, before: int, after: int) -> Schedule:

@@ -15,32 +15,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
-from erta.errors import choice_index
+from erta.architectures import architecture_of, knowing
+from erta.errors import InstallError, choice_index
 from erta.online import Call, OnlineRule, relative_change
-from experiments.harness.arm import Arm, GetCalibration
+from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
-from experiments.methods.common.knob import Knob, check_number, online_arm, options_of
+from experiments.harness.setup import Setup
+from experiments.methods.common.knob import Knob, check_number, online_arm
 from experiments.methods.common.published import CHOICES, published
 from experiments.methods.common.recorders import Recorder, record
-from experiments.methods.common.signals import modulated_input
 
 KNOB = Knob("delta", 1e-4, 1e3)
 DEGREE = 4
 FIT_PROMPTS = 5
 
 
-def arm(cfg: DictConfig, pipe: Any, get_calibration: GetCalibration) -> Arm:
+def arm(setup: Setup) -> Arm:
     """TeaCache at `cache.options.delta`, or at the delta that meets the budget.
 
     Its polynomial is fitted on calibration prompts, or with `cache.options.constants=published` the authors' own,
     which is refused for a model or number of steps that they did not publish one for.
     """
-    coefficients = _coefficients(cfg, pipe)
-    made = online_arm(cfg, pipe, KNOB, lambda delta, constants: TeaCache(delta, coefficients))
+    coefficients = _coefficients(setup)
+    made = online_arm(setup, KNOB, lambda delta, constants: TeaCache(delta, coefficients))
     made.report["coefficients"] = coefficients
     return made
+
+
+def modulated_input(call: Call) -> torch.Tensor:
+    """The signal of a call of the transformer, computed from its arguments and without its blocks.
+
+    Raises InstallError for a transformer whose signal is not known.
+    """
+    known = architecture_of(call.transformer)
+    if known.signal is None:
+        raise InstallError(
+            f"cache=teacache has no signal for {known.name} (it knows those of {knowing('signal')}): add one to its entry in "
+            "erta/architectures.py"
+        )
+    with torch.no_grad():
+        return known.signal(call.transformer, call.kwargs or {})
 
 
 class TeaCache(OnlineRule):
@@ -102,13 +117,13 @@ def fit(changes: Sequence[tuple[float, float]]) -> list[float]:
     return [float(value) for value in np.pad(ascending, (0, degree + 1 - len(ascending)))[::-1]]
 
 
-def _coefficients(cfg: DictConfig, pipe: Any) -> list[float]:
-    chosen = options_of(cfg)["constants"]
+def _coefficients(setup: Setup) -> list[float]:
+    chosen = setup.options["constants"]
     if choice_index("cache.options.constants", chosen, CHOICES):
-        return published("teacache", pipe, cfg.model.num_inference_steps)["coefficients"]
+        return published("teacache", setup.pipe, setup.cfg.model.num_inference_steps)["coefficients"]
 
     def measure() -> dict[str, Any]:
-        recorders = record(cfg, pipe, ChangeRecorder, FIT_PROMPTS)
+        recorders = record(setup, ChangeRecorder, FIT_PROMPTS)
         return {"coefficients": fit([change for recorder in recorders for change in recorder.changes])}
 
-    return kept(cfg, pipe, "teacache", [DEGREE, FIT_PROMPTS], measure)["coefficients"]
+    return kept(setup, "teacache", [DEGREE, FIT_PROMPTS], measure)["coefficients"]

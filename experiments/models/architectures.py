@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from erta.architectures import ARCHITECTURES, Architecture, CallSizes
 from erta.errors import ErtaError
 from experiments.models.load import ASSETS
 from experiments.output import console
 from experiments.output.run_folder import read_json
 
-ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
+PUBLISHED = Path(__file__).with_name("architectures.yaml")
 
 
 def describe(cfg: DictConfig) -> dict[str, Any]:
     """Class, configuration and input sizes of a model: an embedded one's from its folder, else as published."""
     model = cfg.model
-    known: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(ARCHITECTURES))  # type: ignore[assignment]
+    known: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(PUBLISHED))  # type: ignore[assignment]
     about = known.get(model.name)
     if model.embedded:
         folder = Path(model.path).expanduser() if model.path else ASSETS / model.name
@@ -46,27 +47,20 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     if about is not None and not model.embedded and model.path is not None:
         console.note(f"the card is that of the published {model.name}; model.path is not read")
     if about is None:
-        raise ErtaError(f"no architecture of model={model.name} is known; {ARCHITECTURES.name} has {', '.join(known)}")
+        raise ErtaError(f"no architecture of model={model.name} is known; {PUBLISHED.name} has {', '.join(known)}")
     frames = model.num_frames or 1
     latent = about["latent"]
     size = ((frames - 1) // latent["time"] + 1, model.height // latent["space"], model.width // latent["space"])
     return {**about, "size": size}
 
 
+def known_class(about: dict[str, Any]) -> Architecture:
+    """What is known of the class of a model that `describe` describes."""
+    return ARCHITECTURES.get(about["class"], Architecture(about["class"]))
+
+
 def forward_inputs(about: dict[str, Any], config: Any) -> dict[str, torch.Tensor]:
     """Arguments of one forward of batch 1, as the model's pipeline gives them."""
     frames, height, width = about["size"]
-    channels, (positions, text_width) = about["latent"]["channels"], about["text"]
-    inputs = {"timestep": torch.empty(1), "encoder_hidden_states": torch.empty(1, positions, text_width)}
-    name = about["class"]
-    if name == "FluxTransformer2DModel":  # tokens of 2x2 latents
-        tokens = height // 2 * (width // 2)
-        inputs |= {"img_ids": torch.empty(tokens, 3), "txt_ids": torch.empty(positions, 3)}
-        inputs |= {"pooled_projections": torch.empty(1, config.pooled_projection_dim), "guidance": torch.empty(1)}
-        return {"hidden_states": torch.empty(1, tokens, 4 * channels), **inputs}
-    if name == "CogVideoXTransformer3DModel":
-        return {"hidden_states": torch.empty(1, frames, channels, height, width), **inputs}
-    if name == "HunyuanVideoTransformer3DModel":
-        inputs |= {"encoder_attention_mask": torch.ones(1, positions), "guidance": torch.empty(1)}
-        inputs |= {"pooled_projections": torch.empty(1, config.pooled_projection_dim)}
-    return {"hidden_states": torch.empty(1, channels, frames, height, width), **inputs}
+    sizes = CallSizes(frames, height, width, about["latent"]["channels"], tuple(about["text"]))
+    return known_class(about).call_inputs(sizes, config)

@@ -39,11 +39,6 @@ class CallGrid:
     takeover: int | None
 
 
-def call_sigmas(pipe: Any, kwargs: dict[str, Any]) -> np.ndarray:
-    """The nominal grid of a pipeline call, (num_steps + 1,). See `call_grid`."""
-    return call_grid(pipe, kwargs).sigmas
-
-
 def call_grid(pipe: Any, kwargs: dict[str, Any]) -> CallGrid:
     """The grid of a pipeline call, with its text encoding and without its denoising.
 

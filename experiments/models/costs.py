@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from erta.architectures import BlockStack, architecture_of
 from erta.errors import ErtaError
-from erta.pipeline import find_denoiser, find_denoisers, single_denoiser
-from erta.site import BLOCK_STACKS, model_name
+from erta.pipeline import single_denoiser
 
 
 def count_flops(transformer: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
@@ -20,11 +20,15 @@ def count_flops(transformer: nn.Module, inputs: dict[str, torch.Tensor]) -> tupl
     return counter.get_total_flops(), velocity
 
 
-def flops_without_blocks(transformer: nn.Module, name: str, inputs: dict[str, torch.Tensor]) -> int | None:
-    """FLOPs of what is left at a step that the `blocks` site reuses; None where that site is not known."""
-    if name not in BLOCK_STACKS:
+def flops_without_blocks(transformer: nn.Module, inputs: dict[str, torch.Tensor]) -> int | None:
+    """FLOPs of what is left at a step that the `blocks` site reuses; None where that site is not known.
+
+    The transformer has no blocks afterwards.
+    """
+    stack = architecture_of(transformer).blocks
+    if stack is None:
         return None
-    for blocks in BLOCK_STACKS[name].lists:
+    for blocks in stack.lists:
         setattr(transformer, blocks, nn.ModuleList())
     return count_flops(transformer, inputs)[0]
 
@@ -104,19 +108,6 @@ def _inclusive(name: str, transformer: nn.Module, spent: dict[str, int]) -> int:
     return sum(_inclusive(f"{name}.{child}", transformer, spent) for child, _ in children)
 
 
-def reuse_share(site: str, pipe: Any, kwargs: dict[str, Any], stage: int = 0) -> float:
-    """What part of a forward a reused step runs: at `blocks` embeddings and head, at `output` nothing.
-
-    Args:
-        stage: which of a pipeline's two transformers is asked.
-    """
-    transformer = find_denoisers(pipe).get(stage, find_denoiser(pipe))
-    if site != "blocks" or model_name(transformer) not in BLOCK_STACKS:  # the site itself says that it is not known
-        return 0.0
-    return outside_blocks(transformer, forward_costs(pipe, kwargs, transformer))
-
-
-def outside_blocks(transformer: nn.Module, costs: dict[str, float]) -> float:
-    """The share of embeddings and head."""
-    inside = tuple(f"{name}." for name in BLOCK_STACKS[model_name(transformer)].lists)
-    return sum(cost for name, cost in costs.items() if not name.startswith(inside))
+def outside_blocks(stack: BlockStack, costs: dict[str, float]) -> float:
+    """The share of embeddings and head in a forward whose layers have these `costs`."""
+    return sum(cost for name, cost in costs.items() if not stack.is_inside(name))

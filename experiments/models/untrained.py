@@ -24,7 +24,7 @@ def untrained_pipeline(cfg: DictConfig) -> Any:
     """
     about = describe(cfg)
     name = about["class"]
-    if name not in BUILDERS or about.get("transformers", 1) > 1:
+    if cfg.model.pipeline not in BUILDERS or about.get("transformers", 1) > 1:
         raise ErtaError(f"experiment=speed knows Wan with one transformer, and FLUX; model={cfg.model.name} is neither")
     if not cfg.model.embedded and not torch.cuda.is_available():
         raise ErtaError(f"experiment=speed model={cfg.model.name} needs a GPU; model=wan21_tiny runs here")
@@ -35,7 +35,7 @@ def untrained_pipeline(cfg: DictConfig) -> Any:
     for key, parameter in transformer.named_parameters():  # as from_pretrained keeps them
         if any(part in key.split(".") for part in transformer._keep_in_fp32_modules or ()):
             parameter.data = parameter.data.float()
-    pipe = BUILDERS[name](transformer, about, dtype)
+    pipe = BUILDERS[cfg.model.pipeline](transformer, about, dtype)
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
     return place(pipe, cfg.model)
@@ -79,7 +79,7 @@ def _build_flux(transformer: nn.Module, about: dict[str, Any], dtype: torch.dtyp
     return pipe
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {"WanTransformer3DModel": _build_wan, "FluxTransformer2DModel": _build_flux}
+BUILDERS: dict[str, Callable[..., Any]] = {"WanPipeline": _build_wan, "FluxPipeline": _build_flux}
 
 
 def _in_dtype(build: Callable[[], Any], dtype: torch.dtype) -> Any:

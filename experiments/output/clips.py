@@ -43,11 +43,7 @@ def through_mp4(frames: np.ndarray, path: Path) -> np.ndarray:
 
 
 FRAME_MS = 125
-
-
 MIN_SHOWN_PX = 128
-
-
 MAX_SHOWN_PX = 416
 
 

@@ -21,8 +21,6 @@ def progress_bar() -> Progress:
 
 
 PIPED_WIDTH = 150  # columns where the output is a file or a pipe
-
-
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 

@@ -8,17 +8,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from analysis.records import MainRecord
+
 MAX_CLIPS = 200  # on the page, which holds them itself
-
-
 FIGURE_TITLES = {
     "step_map": "Computed and reused steps",
     "relative_l1": "How much the residual changes from step to step",
     "psnr_per_prompt": "PSNR of every prompt against its uncached twin",
     "psnr_per_frame": "PSNR by frame, over all prompts",
 }
-
-
 IMAGE_SCORES = {
     "fid_inception": "FID (Inception)",
     "fid_tinyclip": "FID (clip_tiny, not comparable elsewhere)",
@@ -27,7 +25,7 @@ IMAGE_SCORES = {
 }
 
 
-def write(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(folder: Path, record: MainRecord, rows: list[dict[str, Any]]) -> None:
     """Write `folder`/report.html from the record, the figures and the clips that lie beside it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True), trim_blocks=True
@@ -59,19 +57,21 @@ def write(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> N
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+def summary_rows(record: MainRecord) -> list[tuple[str, str, str]]:
     """The metrics as rows of (name, uncached, cached), for the terminal and the page."""
-    metrics, timing, steps = record["metrics"], record["timing"], record["steps"]
+    metrics, timing, steps = record.metrics, record.timing, record.steps
     possible = metrics["speedup_possible"]
     rows = [
-        ("steps computed", "", f"{steps['computed']:.4g} of {steps['total']}"),
-        ("transformer forwards per sample", f"{timing['forwards_uncached']:g}", f"{timing['forwards']:.5g}"),
-        ("denoising, median s", f"{timing['denoise_uncached_s']:.3f}", f"{timing['denoise_s']:.3f}"),
-        ("whole call, median s", f"{timing['pipeline_uncached_s']:.3f}", f"{timing['pipeline_s']:.3f}"),
+        ("steps computed", "", f"{steps.computed:.4g} of {steps.total}"),
+        ("transformer forwards per sample", f"{timing.forwards_uncached:g}", f"{timing.forwards:.5g}"),
+        ("denoising, median s", f"{timing.denoise_uncached_s:.3f}", f"{timing.denoise_s:.3f}"),
+        ("whole call, median s", f"{timing.pipeline_uncached_s:.3f}", f"{timing.pipeline_s:.3f}"),
         ("speed-up of denoising", "", f"{metrics['speedup_denoise']:.2f}x"),
-        ("  of what this plan can reach", f"{possible:.2f}x", f"{metrics['speedup_denoise'] / possible:.3f}"),
+        ("  possible with these forwards", "", f"{possible:.2f}x"),
         ("speed-up of the whole call", "", f"{metrics['speedup_pipeline']:.2f}x"),
     ]
+    if "speedup_realised" in metrics:
+        rows.insert(-1, ("  of it realised: the rest is the hook", "", f"{metrics['speedup_realised']:.1%}"))
     where = " of mp4 files" if metrics.get("frames_from") == "mp4" else ""
     for key, name in (("psnr_db", "PSNR, dB"), ("psnr_frame_mean_db", "PSNR, dB, mean over frames")):
         if key in metrics:
@@ -97,20 +97,18 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
             rows.append((name, f"{metrics[f'{key}_uncached']:.4g}", f"{metrics[key]:.4g}"))
         if f"{key}_to_uncached" in metrics:
             rows.append((f"{name}, against the uncached images", "", f"{metrics[f'{key}_to_uncached']:.4g}"))
-    overhead = timing["hook_overhead_per_step_s"]
-    shown = f"{1000 * overhead:.3f} ({timing['hook_overhead_of_forward']:.2%} of a forward)"
-    rows.append(("hook overhead per step, ms", "", "" if "hook_overhead" in record["missing"] else shown))
-    rows.append(
-        ("cache, bytes", "", f"{record['memory']['cache_bytes']} {record['memory']['cache_dtype'] or '(empty)'}")
-    )
+    overhead = timing.hook_overhead_per_step_s
+    shown = f"{1000 * overhead:.3f} ({timing.hook_overhead_of_forward:.2%} of a forward)"
+    rows.append(("hook overhead per step, ms", "", "" if "hook_overhead" in record.missing else shown))
+    rows.append(("cache, bytes", "", f"{record.memory.cache_bytes} {record.memory.cache_dtype or '(empty)'}"))
     return rows
 
 
-def _psnr(record: dict[str, Any], key: str) -> str:
+def _psnr(record: MainRecord, key: str) -> str:
     """A mean PSNR. A cache that computed everything is not lossless: it did nothing."""
-    if record["steps"].get("without_reuse") == record["timing"].get("repeats", 0) > 0:
+    if record.steps.without_reuse == record.timing.repeats > 0:
         return "did not reuse anything"
-    psnr_db = record["metrics"][key]
+    psnr_db = record.metrics[key]
     return "identical" if psnr_db is None else f"{psnr_db:.2f}"
 
 

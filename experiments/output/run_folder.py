@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,23 +16,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from analysis import records
 from erta.calibration import Calibration
 from erta.errors import ErtaError
 from erta.signature import model_signature
-from experiments.output import console
 from experiments.prompts.choose import Prompt
-
-
-def markdown(headings: list[str], table: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table)]) + "\n"
-
-
-def write_markdown(path: Path, headings: list[str], table: list[list[str]], below: str = "") -> None:
-    """A table, and text below it, as a Markdown file."""
-    path.write_text(markdown(headings, table) + (f"\n{below.strip()}\n" if below else ""), encoding="utf-8")
-    console.note(f"table: {path}")
 
 
 def as_plain(cfg: DictConfig) -> dict[str, Any]:
@@ -39,18 +28,18 @@ def as_plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
-SCHEMA = "erta.record/1"
-
-
 STATE_FILE = "state.json"
-
-
-RESULTS = ("per_prompt.jsonl", "rows.jsonl", "arms.jsonl", "left_out.json", "vbench.jsonl", "record.json")
-
-
-NOT_HASHED = ("resume", "wandb")
-
-
+RESULTS = (
+    records.RECORD,
+    records.PER_PROMPT,
+    records.ROWS,
+    records.SETUPS,
+    records.LEFT_OUT,
+    "growth.jsonl",
+    "vbench.jsonl",
+    "arms.jsonl",  # of earlier versions
+)
+NOT_HASHED = ("resume", "wandb", "experiment", "cache.about")  # dotted; the experiment's name is
 PACKAGES = (
     "torch",
     "diffusers",
@@ -66,10 +55,13 @@ PACKAGES = (
 
 def config_hash(cfg: DictConfig) -> str:
     """Digest of everything in the configuration that decides the result."""
-    plain = {key: value for key, value in as_plain(cfg).items() if key not in NOT_HASHED}
-    for key in ("only_finished", "workers"):
-        del plain["compare"][key]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+    plain = as_plain(cfg)
+    deciding = {"experiment_name": plain["experiment"]["name"], **plain}
+    deciding.get(plain["experiment"]["name"], {}).pop("workers", None)
+    for key in NOT_HASHED:
+        *groups, last = key.split(".")
+        functools.reduce(dict.__getitem__, groups, deciding).pop(last)
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
@@ -95,7 +87,7 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
     try:
         fresh.mkdir(parents=True, exist_ok=True)
         anew = (state or {}).get("finished") or not cfg.resume
-        if state and anew and not cfg.compare.only_finished:
+        if state and anew:
             for name in RESULTS:
                 (fresh / name).unlink(missing_ok=True)
             shutil.rmtree(fresh / "uncached", ignore_errors=True)
@@ -141,9 +133,9 @@ def _outputs_root(fresh: Path) -> Path:
     return next((parent for parent in fresh.parents if parent.name == "outputs"), fresh)
 
 
-def finish(folder: Path, record: dict[str, Any]) -> None:
+def finish(folder: Path, record: records.Record) -> None:
     """Write `record.json` and mark the run as finished."""
-    write_json(folder / "record.json", record)
+    write_json(folder / records.RECORD, records.to_json(record))
     mark_finished(folder)
 
 
@@ -206,15 +198,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe_run(cfg: DictConfig, seeds: list[int], prompts: list[str]) -> dict[str, Any]:
-    """What every record begins with."""
+def describe_made(cfg: DictConfig) -> dict[str, Any]:
+    """What every record begins with: command, commit, versions, device, configuration."""
+    return {**environment(), "config": as_plain(cfg), "config_hash": config_hash(cfg)}
+
+
+def describe_run(cfg: DictConfig, prompts: list[Prompt]) -> dict[str, Any]:
+    """The same of a run with prompts."""
     return {
-        "schema": SCHEMA,
-        **environment(),
-        "config": as_plain(cfg),
-        "config_hash": config_hash(cfg),
-        "seeds": seeds,
-        "prompts": prompts,
+        **describe_made(cfg),
+        "prompts": [prompt.text for prompt in prompts],
+        "seeds": [prompt.seed for prompt in prompts],
     }
 
 

@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from erta.errors import ErtaError
 from experiments.output.run_folder import as_plain
 
+LOGGED = ("psnr_db", "ssim", "ms_ssim", "lpips", "forwards")
+
 
 class Tracker:
     """Sends rows and the final metrics to a W&B run, or nowhere."""
@@ -20,17 +22,16 @@ class Tracker:
     def __init__(self, run: Any) -> None:
         self._run = run
 
-    def log(self, row: dict[str, Any]) -> None:
-        """One prompt's numbers."""
+    def log(self, sample: dict[str, Any], row: str | None = None) -> None:
+        """One sample's numbers, under the key of its row if it is of a table."""
         if self._run is not None:
-            self._run.log(
-                {key: row[key] for key in ("psnr_db", "ssim", "ms_ssim", "lpips") if row.get(key) is not None}
-            )
+            known = {key: sample[key] for key in LOGGED if sample.get(key) is not None}
+            self._run.log(known if row is None else {f"{row}/{key}": value for key, value in known.items()})
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """The run's metrics as its summary."""
+    def finish(self, summary: dict[str, Any]) -> None:
+        """What the run comes to."""
         if self._run is not None:
-            self._run.summary.update({**record["metrics"], "timing": record["timing"], "memory": record["memory"]})
+            self._run.summary.update(summary)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from erta.errors import ErtaError
 from experiments.prompts.files import FilePrompt, read_prompt_file
@@ -33,15 +33,15 @@ class Prompt:
     id: str = field(kw_only=True)
 
 
-def test_prompts(cfg: DictConfig) -> list[Prompt]:
-    """The held-out prompts of a run. Raises ErtaError if there are fewer than asked for."""
-    count = cfg.bench.num_prompts
+def test_prompts(cfg: DictConfig, key: str = "bench.num_prompts") -> list[Prompt]:
+    """The first held-out prompts, as many as `key` of the configuration says. Raises ErtaError if there are fewer."""
+    count = OmegaConf.select(cfg, key)
     if cfg.bench.prompts is not None:
-        chosen = _from_file(cfg.bench.prompts, count, "bench.num_prompts")
+        chosen = _from_file(cfg.bench.prompts, count, key)
         return [Prompt(p.text, cfg.seed + k if p.seed is None else p.seed, id=p.id) for k, p in enumerate(chosen)]
     if cfg.model.prompt_source == "scenes":
         return scene_prompts(count, "test", cfg.seed, picture=cfg.model.num_frames is None)
-    texts = _enough(_vbench_texts()[::-1], count, "VBench", "bench.num_prompts")
+    texts = _enough(_vbench_texts()[::-1], count, "VBench", key)
     return [Prompt(text, cfg.seed + k, id=_place(k)) for k, text in enumerate(texts)]
 
 

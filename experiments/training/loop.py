@@ -56,7 +56,7 @@ class StageSettings:
 def with_steps(settings: StageSettings, steps: int | None) -> StageSettings:
     """The settings with another number of steps, if one is given."""
     if steps is not None and steps < 1:
-        raise ErtaError(f"experiment.steps must be at least 1, not {steps}")
+        raise ErtaError(f"train_tiny.steps must be at least 1, not {steps}")
     return settings if steps is None else replace(settings, steps=steps)
 
 
@@ -65,9 +65,9 @@ def training_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ErtaError(f"experiment.device must be cpu, cuda or cuda:N, not {name!r}") from None
+        raise ErtaError(f"train_tiny.device must be cpu, cuda or cuda:N, not {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ErtaError(f"experiment.device={name}: this machine shows no CUDA device")
+        raise ErtaError(f"train_tiny.device={name}: this machine shows no CUDA device")
     return device
 
 

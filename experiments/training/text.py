@@ -29,17 +29,9 @@ from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import muon_and_adamw
 
 TEXT_DIM = 64
-
-
 MAX_WORDS = 34  # of a caption, with the end token; checked by a test
-
-
 TEXT_BATCH = 64
-
-
 NONE = "none"
-
-
 ENCODER_CONFIG = dict(
     d_model=TEXT_DIM,
     d_kv=16,

@@ -17,8 +17,8 @@ from experiments.training.loop import StageSettings, training_device, with_steps
 from experiments.training.text import train_text_encoder
 
 PARTS = ("autoencoder", "clip", "text", "transformer")
-# Steps and batch for two cores. The shipped transformer was made on a GPU with experiment.batch_size=256 and
-# experiment.steps=20300 (of the first stage).
+# Steps and batch for two cores. The shipped transformer was made on a GPU with train_tiny.batch_size=256 and
+# train_tiny.steps=20300 (of the first stage).
 SETTINGS = {
     "autoencoder": StageSettings("autoencoder", steps=900, learning_rate=7e-3, decay_share=0.6, ema_decay=0.998),
     "clip": StageSettings("clip", steps=1000, learning_rate=2e-3, decay_share=0.5, ema_decay=0.99),
@@ -66,14 +66,14 @@ def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int
         return pipe.to(transformer.device)
 
     transformer = train_image_transformer(
-        with_steps(SETTINGS["first"], cfg.experiment.steps),
+        with_steps(SETTINGS["first"], cfg.train_tiny.steps),
         SETTINGS["distilled"],
         work / "transformer",
         vae,
         texts,
         lambda transformer, step: on_sample(assemble(transformer), step),
-        cfg.experiment.batch_size or BATCH_SIZE,
-        training_device(cfg.experiment.device),
+        cfg.train_tiny.batch_size or BATCH_SIZE,
+        training_device(cfg.train_tiny.device),
     )
     return assemble(transformer)
 

@@ -16,8 +16,8 @@ from experiments.training.video_transformer import BATCH_SIZE, train_transformer
 from experiments.training.video_vae import train_decoder, train_vae
 
 PARTS = ("autoencoder", "decoder", "text", "transformer")
-# Steps and batch for two cores. The shipped transformer was made on a GPU, in two goes: experiment.batch_size=256 with
-# experiment.steps=16300, then on from there with experiment.steps=36200.
+# Steps and batch for two cores. The shipped transformer was made on a GPU, in two goes: train_tiny.batch_size=256 with
+# train_tiny.steps=16300, then on from there with train_tiny.steps=36200.
 SETTINGS = {
     "autoencoder": StageSettings("autoencoder", steps=1700, learning_rate=7e-3, decay_share=0.6, ema_decay=0.998),
     "decoder": StageSettings("decoder", steps=1800, learning_rate=4e-3, ema_decay=0.998),
@@ -62,13 +62,13 @@ def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int
         return pipe.to(transformer.device)
 
     transformer = train_transformer(
-        with_steps(SETTINGS["transformer"], cfg.experiment.steps),
+        with_steps(SETTINGS["transformer"], cfg.train_tiny.steps),
         work / "transformer",
         encoding_vae,
         tokenizer,
         text_encoder,
         lambda transformer, step: on_sample(assemble(transformer), step),
-        cfg.experiment.batch_size or BATCH_SIZE,
-        training_device(cfg.experiment.device),
+        cfg.train_tiny.batch_size or BATCH_SIZE,
+        training_device(cfg.train_tiny.device),
     )
     return assemble(transformer)

@@ -1,29 +1,38 @@
-"""TODO DOC"""
+"""Outcomes of rows: paired differences, speed-ups of timed pairs, noises of a prompt, verdicts."""
 
 from __future__ import annotations
 
-from experiments.harness import comparison
-from experiments.harness.rows import Row
+import numpy as np
+import pytest
+
+from analysis import tables
+from analysis.comparison import Comparison
+from analysis.records import Table
+from tests.analysis.tables import COLUMNS, one, row, table
+
+ERTA, UNIFORM, FORA, NONE = row("ertacache"), row("uniform"), row("fora"), row("none", None)
 
 
-def one(psnr: float | None, **changes) -> dict:
-    values = {"forwards": 6, "denoise_s": 1.0, "uncached_s": None, "psnr_db": psnr, "ssim": 0.9}
-    return {**values, "lpips": None, "scene": True, "cache_bytes": 8, **changes}
+def section(rows) -> tables.Section:
+    (found,) = tables.sections(Comparison(rows))
+    return found
+
+
+def cells(rows, title: str) -> dict[str, str]:
+    found = section(rows)
+    (line,) = [line for line in found.lines if line[0] == title]
+    return dict(zip(found.headings, line, strict=True))
 
 
 def test_a_row_of_the_table():
     """Mutants: unpaired differences, the speed-up of other samples than the timed ones, means over what is missing."""
-    reference = comparison.Outcome(Row("ertacache", (), 3), [one(30.0), one(40.0)])
     timed = [one(33.0, denoise_s=1.0, uncached_s=2.0), one(43.0, denoise_s=9.0)]
-    outcome = comparison.Outcome(Row("uniform", (), 3), timed, calibration_s=1.5)
-    assert outcome.speedup == 2.0
-    cells = dict(zip(comparison.COLUMNS, comparison.cells(outcome, reference, 12), strict=True))
-    assert cells["PSNR dB"] == "38.00" and cells["against ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
-    assert cells["speed-up, measured"] == "2.00x" and cells["LPIPS"] == "" and cells["scene, all"] == "100.0%"
-    assert comparison.cells(reference, reference, 12)[4] == "" and cells["calibration s"] == "2"
-    point = comparison.point(outcome, reference)
-    assert point["against_ertacache"]["psnr_db"] == [3, 3, 3] and point["against_ertacache"]["scene"] == [0, 0, 0]
-    assert "lpips" not in point["against_ertacache"] and point["calibration_s"] == 1.5
+    rows = table([(ERTA, [one(30.0), one(40.0)]), (UNIFORM, timed)])
+    found = cells(rows, "Uniform")
+    assert found["PSNR dB"] == "38.00" and found["against Ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
+    assert found["speed-up, measured"] == "2.00x" and found["LPIPS"] == "" and found["scene, all"] == "100.0%"
+    assert cells(rows, "Ertacache")["against Ertacache (95 %)"] == "" and found["calibration s"] == "2"
+    assert [line[0] for line in section(rows).lines] == ["Uniform", "Ertacache"]  # best first
 
 
 def test_all_differences_are_paired():
@@ -31,34 +40,87 @@ def test_all_differences_are_paired():
 
     Mutants: the difference of the medians over all timed prompts, medians for means, the reference among the rows.
     """
-    reference = comparison.Outcome(
-        Row("ertacache", (), 3),
-        [one(30.0, uncached_s=1.0), one(40.0, uncached_s=2.0), one(50.0, uncached_s=90.0)],
-    )
-    row = comparison.Outcome(
-        Row("uniform", (), 3),
-        [one(31.0, ssim=0.8, uncached_s=2.0), one(42.0, ssim=0.7, uncached_s=4.0, scene=False), one(53.0, ssim=0.6)],
-    )
-    idle = comparison.Outcome(Row("fora", (), 3), [one(None, forwards=12)] * 3)
-    whole = comparison.Outcome(Row("none", (), None), [one(None, forwards=12)] * 3)
-    (line,) = comparison.differences([whole, reference, row, idle], 3)
-    cells = dict(zip(comparison.DIFFERENCES, line, strict=True))
-    assert cells["method"] == "uniform" and cells["PSNR dB"].startswith("+2.00 [+1.") and cells["LPIPS"] == ""
-    assert cells["SSIM"].startswith("-0.2000 [-0.") and cells["scene, all"].startswith("-33.3%")
-    assert cells["speed-up"] == "+1.50 [+1.00, +2.00]"
-    assert comparison.differences([whole, row], 3) == []
-    pair = [reference, row]
-    paired = {3: comparison.differences(pair, 3)}
-    text = comparison.as_markdown("m", comparison.tabulate(pair), paired, pair)
-    assert "Against ertacache:" in text and "+1.50 [+1.00, +2.00]" in text
+    reference = [one(30.0, uncached_s=1.0), one(40.0, uncached_s=2.0), one(50.0, uncached_s=90.0)]
+    wrong = {"all": False}
+    other = [
+        one(31.0, ssim=0.8, uncached_s=2.0), one(42.0, ssim=0.7, uncached_s=4.0, scene=wrong), one(53.0, ssim=0.6),
+    ]  # fmt: skip
+    whole, idle = [one(None, forwards=12)] * 3, [one(None, forwards=12)] * 3
+    rows = table([(NONE, whole), (ERTA, reference), (UNIFORM, other), (FORA, idle)])
+    (line,) = section(rows).differences
+    found = dict(zip(tables.PAIRED, line[1:], strict=True))
+    assert line[0] == "Uniform" and found["PSNR dB"].startswith("+2.00 [+1.") and found["LPIPS"] == ""
+    assert found["SSIM"].startswith("-0.2000 [-0.") and found["scene, all"].startswith("-33.3%")
+    assert found["speed-up"] == "+1.50 [+1.00, +2.00]"
+    assert section(table([(NONE, whole), (UNIFORM, other)])).differences == []
+    text = tables.as_markdown(rows)
+    assert "Against Ertacache:" in text and "+1.50 [+1.00, +2.00]" in text and "sampled at commit abc, CPU." in text
 
 
 def test_a_cache_that_computed_everything_says_so():
     """Mutants: such a row ranked by its perfect PSNR; a plan's grid without a cache, which computes all of fewer steps."""
-    idle = comparison.Outcome(Row("taylorseer", (), 3), [one(None, forwards=12)])
-    assert comparison.cells(idle, None, 12)[1] == "did not reuse anything"
-    assert comparison.cells(comparison.Outcome(Row("plan_grid", (), 3), [one(40.0)]), None, 12)[1] == "6.0"
-    whole = comparison.Outcome(Row("none", (), None), [one(None, forwards=12)])
-    table = comparison.tabulate([whole, comparison.Outcome(Row("fora", (), 3), [one(40.0)])], 0.75)[3]
-    assert [line[0] for line in table] == ["uncached", "none: uncached again", "fora"] and table[0][7] == "75.0%"
-    assert comparison.cells(whole, None, 12)[3] == "identical" and comparison.full_forwards([idle, whole]) == 12
+    whole = [one(None, forwards=12)]
+    rows = table([(NONE, whole), (FORA, whole), (UNIFORM, [one(40.0)])])
+    assert cells(rows, "Fora")["forwards"] == "did not reuse anything"
+    assert cells(rows, "Uniform")["forwards"] == "6" and cells(rows, "None")["PSNR dB"] == "identical"
+    assert [line[0] for line in section(rows).lines] == ["uncached", "None", "Uniform", "Fora"]
+    assert cells(rows, "uncached")["scene, all"] == "100.0%" and Comparison(rows).full_forwards == 12
+
+
+def test_what_is_not_there_is_said():
+    """Mutants: an unfinished row shown with the mean of what there is; its reason lost."""
+    rows = table(
+        [(ERTA, [one(30.0), one(40.0)]), (UNIFORM, [one(1.0)]), (FORA, [])], left_out={"fora (3)": "no modules"}
+    )
+    assert section(rows).not_run == [("Uniform", "not finished: 1 of 2 samples"), ("Fora", "no modules")]
+    assert [line[0] for line in section(rows).lines] == ["Ertacache"]
+
+
+def test_noises_of_a_prompt_are_averaged_before_pairing():
+    """Two prompts with two noises: gains of 1 and 3 by prompt, whatever the noises do. Mutant: four prompts."""
+    ours = [one(10.0), one(20.0), one(14.0), one(28.0)]  # both prompts with the first noise, then with the second
+    theirs = [one(11.0), one(19.0), one(11.0), one(23.0)]
+    found = Comparison(table([(ERTA, theirs), (UNIFORM, ours)], noises=2))
+    reference, other = found.outcomes
+    np.testing.assert_allclose(other.by_prompt("psnr_db") - reference.by_prompt("psnr_db"), [1, 3])
+    gain = other.gain("psnr_db", reference)
+    assert (gain.mean, gain.low, gain.high) == (2, 1, 3)
+
+
+def test_rows_are_compared_within_their_group():
+    """Mutants: the reference of another site or budget, groups in another order."""
+    rows = [
+        (row("ertacache", k, site), [one(psnr)])
+        for site, k, psnr in [("output", 3, 30.0), ("output", 2, 20.0), ("blocks", 3, 50.0)]
+    ]
+    rows += [(row("uniform", k, site), [one(psnr + 1)]) for site, k, psnr in [("output", 3, 30.0), ("blocks", 3, 50.0)]]
+    found = tables.sections(Comparison(table(rows)))
+    assert [one.title for one in found] == ["output, 3 of 6 steps", "output, 2 of 6 steps", "blocks, 3 of 6 steps"]
+    assert [[line[1] for line in one.differences] for one in found] == [
+        ["+1.00 [+1.00, +1.00]"],
+        [],
+        ["+1.00 [+1.00, +1.00]"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [([1.0, 1.2, 0.8], "reproduced (+1.00"), ([-1.0, -1.2, -0.8], "contradicted (-1.00"), ([1.0, -1.0, 0.1], "not")],
+)
+def test_verdicts(gains, said):
+    """Mutants: better and worse swapped, the verdicts swapped, an interval that holds zero taken for a result."""
+    claims = [
+        ("the policy helps", "policy", "uniform"),
+        ("time helps", "time", "uniform"),
+        ("nothing", "gone", "uniform"),
+    ]
+    worse = [30.0, 20.0, 25.0]
+    rows = [
+        (row("uniform", 3, "output"), [one(value) for value in worse]),
+        (row("policy", 3, "output"), [one(value + gain) for value, gain in zip(worse, gains, strict=True)]),
+        (row("time", 3, "output"), [one(value) for value in worse]),
+    ]
+    lines = Comparison(table(rows, table=Table(reference="policy", columns=COLUMNS, claims=claims))).verdicts()
+    assert lines[0].startswith(f"the policy helps, site output, 3 of 6 steps: {said}"), lines
+    assert lines[1] == "time helps, site output, 3 of 6 steps: not decidable here (+0.00 dB [+0.00, +0.00])"
+    assert len(lines) == 2

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Paired intervals."""
 
 from __future__ import annotations
 

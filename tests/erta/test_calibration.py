@@ -10,16 +10,18 @@ import pytest
 import torch
 
 import erta
+from erta.architectures import Architecture
 from erta.calibration import Calibration
 from erta.coefficients import Coefficients
 from erta.interpolation import _Tables
 from erta.rectifier import fit_linear
 from erta.scheduler import nominal_sigmas
-from erta.site import like_output
+from erta.site import SeenForward, like_output
 from erta.statistics import TrajectoryObserver
 from tests.pipelines import CALL, PROMPTS, STEPS, build_pipe
 
 WINDOW = 6
+ANY = Architecture("any")
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +196,12 @@ def test_a_threshold_that_reuses_nothing_is_said(calibrations):
 
 def test_extra_input_channels_belong_to_the_shape_but_not_to_the_residual():
     """Image-to-video models append channels to the latent: the first ones answer to the output."""
-    observer = TrajectoryObserver(2, None, "Wan")
+    observer = TrajectoryObserver(2, None, ANY)
     torch.manual_seed(0)
     for step in range(3):
         x, v = torch.randn(1, 20, 2, 4, 4), torch.randn(1, 16, 2, 4, 4)
-        observer.observe(
-            step, "cond", x, v, v - like_output(x, v, "Wan"), lambda r, x=x, v=v: like_output(x, v, "Wan") + r
-        )
+        residual = v - like_output(x, v, ANY)
+        observer.observe(SeenForward(step, "cond", x, v, residual, lambda r, x=x, v=v: like_output(x, v, ANY) + r))
     assert observer.latent_shape == (20, 2, 4, 4)
     assert observer.finish(3).moments.count.shape == (1, 3, 2, 16)
 
@@ -208,13 +209,13 @@ def test_extra_input_channels_belong_to_the_shape_but_not_to_the_residual():
 def test_both_branches_in_one_batch_give_the_statistics_of_two_passes():
     """CogVideoX and LTX run [uncond, cond] as one batch. Mutants: halves swapped, one branch for both."""
     torch.manual_seed(0)
-    apart, together = (TrajectoryObserver(3, 4.0, "LTX") for _ in range(2))
+    apart, together = (TrajectoryObserver(3, 4.0, ANY) for _ in range(2))
     for step in range(5):
         x, v = torch.randn(1, 16, 2, 4, 4), {name: torch.randn(1, 16, 2, 4, 4) for name in ("uncond", "cond")}
         for name in v:
-            apart.observe(step, name, x, v[name], v[name] - x, lambda r, x=x: x + r)
+            apart.observe(SeenForward(step, name, x, v[name], v[name] - x, lambda r, x=x: x + r))
         both, x2 = torch.cat(list(v.values())), torch.cat([x, x])
-        together.observe(step, "cond_uncond", x2, both, both - x2, lambda r, x=x2: x + r)
+        together.observe(SeenForward(step, "cond_uncond", x2, both, both - x2, lambda r, x=x2: x + r))
     assert together.branches == apart.branches == ["uncond", "cond"]
     ours, wanted = together.finish(5).to_arrays(), apart.finish(5).to_arrays()
     for name, array in wanted.items():
@@ -223,12 +224,12 @@ def test_both_branches_in_one_batch_give_the_statistics_of_two_passes():
 
 def test_calibration_holds_its_window_and_no_trajectory():
     """Latents alive after many steps, by weak references: `window` residuals and the last guided output a branch."""
-    observer, alive = TrajectoryObserver(3, None, "Wan"), []
+    observer, alive = TrajectoryObserver(3, None, ANY), []
     for step in range(10):
         x, v = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 2, 4, 4)
         r = v - x
         alive += [weakref.ref(tensor) for tensor in (x, v, r)]
-        observer.observe(step, "cond", x, v, r, lambda old, x=x: x + old)
+        observer.observe(SeenForward(step, "cond", x, v, r, lambda old, x=x: x + old))
         del x, v, r
     gc.collect()
     assert sum(ref() is not None for ref in alive) <= 3 + 2 + 2  # and the step that is still open
@@ -268,14 +269,14 @@ def test_literal_sigmoid_is_the_papers_formula(calibrations):
     k = 4 * s_ve / s_vv
     b = 4 * (mean_e - 0.5) - k * mean_v
     v = torch.randn(1, 16, 2, 4, 4)
-    found = Coefficients(plan, "Wan").rectify(v, step, "cond")
+    found = Coefficients(plan, ANY).rectify(v, step, "cond")
     torch.testing.assert_close(found, v - torch.sigmoid(k * v + b), rtol=1e-4, atol=1e-4)
-    linear = Coefficients(calibrations["unipc"].plan(steps=4, adjust_time=False), "Wan").rectify(v, step, "cond")
+    linear = Coefficients(calibrations["unipc"].plan(steps=4, adjust_time=False), ANY).rectify(v, step, "cond")
     assert (found - linear).abs().max() > 0.01
 
 
 def test_rectification_of_both_branches_in_one_batch(calibrations):
-    coefficients = Coefficients(calibrations["unipc"].plan(steps=4), "Wan")
+    coefficients = Coefficients(calibrations["unipc"].plan(steps=4), ANY)
     step, v = coefficients.plan.mask.index(False), torch.randn(4, 16, 2, 4, 4)
     both = coefficients.rectify(v, step, "cond_uncond")
     torch.testing.assert_close(both[:2], coefficients.rectify(v[:2], step, "uncond"))
@@ -352,9 +353,9 @@ def test_bad_calls(pipe):
 
 def test_unnamed_guidance_batches_are_refused():
     """SD3 or Sana run both branches in one batch without saying so: they must not pass for one branch."""
-    observer, v = TrajectoryObserver(2, 4.0, "Sana"), torch.randn(2, 16, 4, 4)
+    observer, v = TrajectoryObserver(2, 4.0, ANY), torch.randn(2, 16, 4, 4)
     with pytest.raises(erta.ErtaError, match="guidance off"):
-        observer.observe(0, "single", v, v, v, lambda old: old)
+        observer.observe(SeenForward(0, "single", v, v, v, lambda old: old))
 
 
 @pytest.mark.parametrize("bad", [0, 1])

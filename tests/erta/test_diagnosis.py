@@ -67,10 +67,15 @@ def test_blocks_site_is_split_alike():
 
 
 def test_propagation_gain(pipe):
-    """An error after the last step is the error at the end; earlier ones pass through the model."""
-    gains = erta.propagation_gain(pipe, PROMPTS[0], [0, 4, STEPS - 1], **CALL)
-    assert gains[-1] == pytest.approx(1, rel=1e-3) and np.isfinite(gains).all()
-    assert abs(gains[0] - 1) > 1e-3
+    """An error after the last step is the error at the end; earlier ones pass through the model.
+
+    Mutants: the same direction twice; another direction where only one is asked for.
+    """
+    gains = erta.propagation_gain(pipe, PROMPTS[0], [0, 4, STEPS - 1], directions=2, **CALL)
+    assert gains.shape == (3, 2) and gains[-1] == pytest.approx(1, rel=1e-3) and np.isfinite(gains).all()
+    assert (abs(gains[0] - 1) > 1e-3).all() and gains[0, 0] != gains[0, 1]
+    alone = erta.propagation_gain(pipe, PROMPTS[0], [4], **CALL)
+    assert alone == pytest.approx(gains[1:2, :1])
     with pytest.raises(erta.ErtaError, match=f"no step {STEPS}"):
         erta.propagation_gain(pipe, PROMPTS[0], [STEPS], **CALL)
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Rules that decide while they run: the hook, the trace, the way on and off."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
-from omegaconf import OmegaConf
 
 import erta
 from erta.grid import adjusted_sigmas, longer_last_step
@@ -20,6 +19,7 @@ from erta.online import online
 from erta.pipeline import SESSION, single_denoiser
 from erta.policy import sources, steps_for_speedup, uniform_mask
 from erta.site import SITES
+from experiments.harness.setup import Setup
 from experiments.methods.common.counting import diffusers_cache
 from experiments.methods.common.searched import plan_of
 from experiments.methods.easycache import EasyCache
@@ -30,14 +30,8 @@ from tests.commands import config
 from tests.pipelines import CALL, PROMPTS, STEPS, build_pipe, build_two, run
 
 TAKEOVER = 4
-
-
 SCALE_2 = 2.5
-
-
 BOTH = {**CALL, "guidance_scale_2": SCALE_2}
-
-
 NAMES = ("transformer", "transformer_2")
 
 
@@ -404,7 +398,7 @@ def test_caches_that_decide_while_they_run_are_refused():
     ):
         pass
     with pytest.raises(erta.InstallError, match="has two transformers"):
-        plan_of(OmegaConf.create({}), pipe, (True,) * 8, {})
+        plan_of(Setup(config(), pipe), (True,) * 8, {})
     assert_bare(pipe)
 
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""experiment=calibrate, and the calibrations that other experiments find or make."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_calibrate_command(command, tmp_path):
     code, printed = command("experiment=calibrate")
     assert code == 0 and "what can be planned" in printed and "generations" in printed
     (path,) = tmp_path.glob("outputs/*/*/calibration.safetensors")
-    planned = json.loads(path.with_suffix(".json").read_text())["planned"]
+    planned = json.loads(path.with_name("record.json").read_text())["planned"]
     half = next(row for row in planned if row["computed"] == 3)
     assert [value is None for value in half["rectifier_r2_by_step"]].count(True) == 3
     assert half["reuse_error_std"] > 0 and half["break_even_generations"] > 0
@@ -66,6 +66,6 @@ def test_shards_of_a_calibration_merge_to_the_whole(command, tmp_path):
         assert code == 1 and "calibration.shard must be k/n" in printed
     for elsewhere in ([], ["cache=none"], ["experiment=model_card"]):
         code, printed = command("calibration.shard=1/2", *elsewhere)
-        assert code == 1 and "is for experiment=calibrate" in printed
+        assert code == 1 and "calibration." in printed and "leave it out" in printed
     code, printed = command(*four, "calibration.shard=1/2", f"calibration.parts=[{shards[0]}]")
     assert code == 1 and "at once" in printed

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from analysis import records, tables
 from erta.errors import BudgetError, ErtaError
 from experiments import compare
-from experiments.harness import comparison
+from experiments.harness import catalogue
 from experiments.output.run_folder import read_lines
 
 
 def test_comparison_command(command, tmp_path, monkeypatch):
-    """Mutants: a failure that ends the run, or that exits with 0; a row that hides its reason; tables of what is
-    finished that sample more, forget why a row was left out, or delete the rows of a finished run.
+    """Mutants: a failure that ends the run, or that exits with 0; a row that hides its reason; tables of unfinished rows
+    that sample, or forget why a row was left out.
     """
     caches = tmp_path / "caches"
     caches.mkdir()
     for name in ("none", "ertacache", "uniform", "fora", "t_gate"):
-        (caches / f"{name}.yaml").touch()
+        shutil.copy(catalogue.FOLDER / f"{name}.yaml", caches)
 
     def broken(*_):
-        raise RuntimeError("a peer broke\nsecond line")
+        raise RuntimeError("a method broke\nsecond line")
 
     def unreachable(*_):
         raise BudgetError("cache=t_gate reaches 4 to 6 steps")
 
-    monkeypatch.setattr(compare, "CACHES", caches)
+    monkeypatch.setattr(catalogue, "FOLDER", caches)
     monkeypatch.setattr("experiments.methods.fora.arm", broken)
     monkeypatch.setattr("experiments.methods.t_gate.arm", unreachable)
     monkeypatch.setattr(compare, "QUICK_PROMPTS", 2)
@@ -37,68 +38,81 @@ def test_comparison_command(command, tmp_path, monkeypatch):
     arguments += ("compare.workers=1",)  # what is patched here is not patched in other processes
     code, printed = command(*arguments)
     assert code == 1 and "failed inside the pipeline: fora (3)" in printed, printed
-    record = json.loads(Path("outputs/c/record.json").read_text())
-    assert record["not_run"] == {
-        "fora (3)": "RuntimeError: a peer broke", "t_gate (3)": "cache=t_gate reaches 4 to 6 steps",
+    kept = records.read_rows("outputs/c")
+    assert kept.left_out == {
+        "fora (3)": "RuntimeError: a method broke", "t_gate (3)": "cache=t_gate reaches 4 to 6 steps",
     }  # fmt: skip
-    rows = read_lines(Path("outputs/c/rows.jsonl"))
-    assert [(r["row"], r["forwards"]) for r in rows] == [
+    rows = kept.samples
+    assert [(r.row, r.forwards) for r in rows] == [
         ("none", 12), ("none", 12), ("ertacache (3)", 6), ("ertacache (3)", 6), ("uniform (3)", 6), ("uniform (3)", 6),
     ]  # fmt: skip
-    assert all(r["uncached_s"] > 0 for r in rows) and rows[0]["psnr_db"] is None and rows[2]["psnr_db"] > 0
-    tables = Path("outputs/c/comparison.md").read_text()
-    assert "| uncached | 12.0 | 1.00x | reference |" in tables
-    assert "identical" in tables and "- fora: RuntimeError: a peer broke" in tables and "## 3 computed steps" in tables
-    assert "not run" in printed and "| fora |" not in tables
-    for axis in ("speedup", "forwards"):
-        assert Path(f"outputs/c/figures/psnr_by_{axis}.png").stat().st_size > 5000
+    assert all(r.uncached_s > 0 for r in rows) and rows[0].psnr_db is None and rows[2].psnr_db > 0
+    text = Path("outputs/c/table.md").read_text()
+    assert "| uncached | 12 | 1.00x | reference |" in text and "| uncached, again | 12 |" in text
+    assert "- FORA: RuntimeError: a method broke" in text and "## 3 of 6 steps" in text
+    assert "not run" in printed and "| FORA |" not in text
+    for name in ("methods", "pareto"):
+        assert Path(f"outputs/c/figures/{name}.png").stat().st_size > 5000
     for path in ("rows.jsonl", "state.json"):  # as if interrupted at the last row
         lines = Path("outputs/c", path).read_text().replace('"finished": true', '"finished": false').splitlines(True)
         Path("outputs/c", path).write_text("".join(lines[:-1] if path == "rows.jsonl" else lines))
-    code, printed = command(*arguments, "compare.only_finished=true")
-    assert code == 0 and "uniform (3) is left out: not finished: 1 of 2 prompts" in printed, printed
-    assert "fora (3) is left out: RuntimeError: a peer broke" in printed
-    assert len(read_lines(Path("outputs/c/rows.jsonl"))) == 5
-    assert "- uniform: not finished" in Path("outputs/c/comparison.md").read_text()
+    assert tables.main(["outputs/c"]) == 0 and len(read_lines(Path("outputs/c/rows.jsonl"))) == 5
+    unfinished = Path("outputs/c/table.md").read_text()
+    assert "- uniform reuse: not finished: 1 of 2 samples" in unfinished and "- FORA: RuntimeError" in unfinished
     code, printed = command(*arguments)
     assert code == 1 and len(read_lines(Path("outputs/c/rows.jsonl"))) == 6
-    code, printed = command(*arguments, "compare.only_finished=true")
-    assert code == 0 and len(read_lines(Path("outputs/c/rows.jsonl"))) == 6 and "not finished" not in printed
-    code, printed = command("experiment=compare", "cache.steps=3")
-    assert code == 1 and "decide about the cache" in printed
+    assert "not finished" not in Path("outputs/c/table.md").read_text()
 
 
 def configured(steps: int = 50, **options):
-    return OmegaConf.create(
-        {"model": {"num_inference_steps": steps}, "compare": {"quick": False, "methods": [], **options}}
-    )
+    keys = {"quick": False, "methods": [], "reference": "ertacache", **options}
+    return OmegaConf.create({"model": {"num_inference_steps": steps}, "compare": keys})
+
+
+FACTS = {name: catalogue.facts(name) for name in catalogue.names()}
 
 
 @pytest.mark.parametrize(("steps", "counts"), [(50, (25, 17, 12)), (30, (15, 10, 8))])
 def test_every_method_stands_at_every_budget(steps, counts):
+    """The grids are those that are no other's; the methods with a warm-up stand a second time without."""
     rows = compare.table_rows(configured(steps))
-    assert rows[0].label == "none" and rows[1].label == comparison.REFERENCE
+    assert rows[0].label == "none" and rows[0].computed is None and rows[1].label == "ertacache"
     assert {row.computed for row in rows[1:]} == set(counts)
     grids = [row for row in rows if row.label.startswith("plan_grid of ")]
-    assert {row.overrides for row in grids} >= {("cache=plan_grid", "cache.options.of=lemica")}
+    assert {row.searches for row in grids} == {"uniform", "lemica", "gcache", "budcache", "meancache"}
+    assert {row.options for row in grids} >= {("cache.options.of=lemica",)}
     bare = [row for row in rows if row.label.endswith(", no warm-up")]
-    assert len(bare) == 3 * len(compare.NO_WARMUP)
-    assert ("cache=dicache", "cache.options.retention=0") in {row.overrides for row in bare}
-    assert len(rows) == 1 + 3 * (len(list(compare.CACHES.glob("*.yaml"))) - 1) + len(grids) + len(bare)
-    assert len({row.key for row in rows}) == len(rows) and len(grids) == 3 * len(compare.GRIDS)
+    assert {row.method for row in bare} == {
+        "dbcache", "dbcache_taylor", "dicache", "easycache", "magcache", "sencache",
+    }  # fmt: skip
+    assert ("cache.options.retention=0",) in {row.options for row in bare}
+    assert ("cache.options.first=null",) in {row.options for row in bare}
+    assert len(rows) == 1 + 3 * (len(FACTS) - 1) + len(grids) + len(bare)
+    assert len({row.key for row in rows}) == len(rows)
+    titles = {row.label: row.title for row in rows}
+    assert (
+        titles["plan_grid"] == "plan grid of ERTACache's policy"
+        and titles["plan_grid of lemica"] == "plan grid of LeMiCa"
+    )
 
 
 def test_methods_can_be_chosen():
+    """Mutants: slow searches in a quick comparison, rows without a warm-up there, an unknown method passed over."""
     quick = compare.table_rows(configured(quick=True))
-    assert all("calibration.knob_prompts=1" in row.overrides for row in quick[1:])
-    assert {row.computed for row in quick[1:]} == {25} and not {row.label for row in quick} & set(compare.SEARCHED)
-    assert not any("no warm-up" in row.label for row in quick)
+    assert all("calibration.knob_prompts=1" in row.options for row in quick[1:])
+    slow = {name for name, about in FACTS.items() if about.slow_search}
+    assert slow == {"budcache", "lemica"} and not {row.label for row in quick} & slow
+    assert {row.computed for row in quick[1:]} == {25} and not any("no warm-up" in row.label for row in quick)
     some = compare.table_rows(configured(methods=["dicache"]))
     assert [row.label for row in some[1:3]] == ["dicache", "dicache, no warm-up"]
     few = compare.table_rows(configured(methods=["uniform", "ertacache"]))
     assert [row.label for row in few[:3]] == ["none", "ertacache", "uniform"] and len(few) == 1 + 3 * 2
-    with pytest.raises(ErtaError, match="there is no teecache"):
+    first = compare.table_rows(configured(methods=["uniform", "ertacache"], reference="uniform"))
+    assert [row.label for row in first[:3]] == ["none", "uniform", "ertacache"]
+    with pytest.raises(ErtaError, match=r"compare\.methods: there is no teecache"):
         compare.table_rows(configured(methods=["teecache"]))
+    with pytest.raises(ErtaError, match=r"compare\.reference: there is no none"):
+        compare.table_rows(configured(reference="none"))
 
 
 @pytest.mark.slow

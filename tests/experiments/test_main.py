@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""The main job through the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from analysis.runs import load_prompts, load_runs
-from experiments.harness import pair
+from experiments.harness import arm
 from tests.commands import folders
 from tests.pipelines import build_flux
 
@@ -37,7 +37,7 @@ def test_main_job(command, tmp_path, cache):
     steps = {"none": (6, 6), "fewer_steps": (3, 3), "plan_grid": (3, 3)}.get(cache, (6, 3))
     assert (record["steps"]["total"], record["steps"]["computed"]) == steps
     assert record["timing"]["forwards"] == 2 * steps[1] and record["timing"]["forwards_uncached"] == 12
-    assert record["schema"] == "erta.record/1" and len(record["prompts"]) == 3
+    assert record["schema"] == "erta.record/2" and record["kind"] == "main" and len(record["prompts"]) == 3
     if cache == "none":
         assert record["metrics"]["psnr_db"] is None and record["metrics"]["identical"] is True
     else:
@@ -54,7 +54,7 @@ def test_main_job(command, tmp_path, cache):
 
 
 def test_interrupted_run_goes_on(command, tmp_path, monkeypatch):
-    generate, calls, done = pair.generate, [], []
+    generate, calls, done = arm.generate, [], []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -62,7 +62,7 @@ def test_interrupted_run_goes_on(command, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(pair, "generate", interrupted)
+    monkeypatch.setattr(arm, "generate", interrupted)
     code, printed = command("cache=uniform", "bench=fidelity")
     assert code == 130 and "goes on from there" in printed and "Traceback" not in printed
     (folder,) = folders(tmp_path)

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""experiment=model_card: counted without weights."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from tests.pipelines import CALL, PROMPTS
 def test_cards_of_the_real_models(model, billions, latent, blocks_mb):
     """Sizes from the architecture alone. Mutant: one guidance branch, or float32, in the cache bytes."""
     card = model_card(config(f"model={model}"))
-    assert card["parameters"] / 1e9 == pytest.approx(billions, rel=0.01) and card["latent_shape"] == latent
-    assert card["cache_bytes"]["output"] == card["forwards_per_step"] * np.prod(latent) * 2
-    assert blocks_mb is None or card["cache_bytes"]["blocks"] / 1e6 == pytest.approx(blocks_mb)
+    assert card.parameters / 1e9 == pytest.approx(billions, rel=0.01) and card.latent_shape == latent
+    assert card.cache_bytes["output"] == card.forwards_per_step * np.prod(latent) * 2
+    assert blocks_mb is None or card.cache_bytes["blocks"] / 1e6 == pytest.approx(blocks_mb)
     tokens = np.prod(latent) / 64  # of 2x2 latents with 16 channels; a matrix takes two FLOPs an entry and token
-    assert card["flops_per_forward"] > tokens * card["parameters"] / card["transformers"]
-    assert 1 < card["calibration_generations"]["output"] < 1.01
+    assert card.flops_per_forward > tokens * card.parameters / card.transformers
+    assert 1 < card.calibration_generations["output"] < 1.01
 
 
 def test_card_of_two_transformers():
     """A step runs one of them and the cache holds residuals of one. Mutants: both in a forward, one in the parameters."""
     both = model_card(config("model=wan22_a14b"))
     one = model_card(config("model=wan21_14b", "model.height=480", "model.width=832"))
-    assert both["parameters"] == 2 * one["parameters"] and one["transformers"] == 1
+    assert both.parameters == 2 * one.parameters and one.transformers == 1
     for key in ("flops_per_step", "cache_bytes"):
-        assert both[key] == one[key], key
+        assert getattr(both, key) == getattr(one, key), key
     assert dict(shown(both))["parameters"].startswith("28.577 billion in 2 of 14.288")
     assert dict(shown(one))["parameters"] == "14.288 billion"
 
@@ -51,9 +51,9 @@ def test_flops_by_hand():
     linear = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * text * 2 * width**2
     attention = 4 * tokens * (tokens + text) * width
     card = model_card(config("model=wan21"))
-    assert card["flops_per_forward"] == pytest.approx(blocks * (linear + attention), rel=0.01)
-    assert card["calibration_generations"]["blocks"] == pytest.approx(1 + 16 * card["reused_step_share"]["blocks"])
-    assert model_card(config("model=wan21", "model.guidance_scale=1"))["forwards_per_step"] == 1
+    assert card.flops_per_forward == pytest.approx(blocks * (linear + attention), rel=0.01)
+    assert card.calibration_generations["blocks"] == pytest.approx(1 + 16 * card.reused_step_share["blocks"])
+    assert model_card(config("model=wan21", "model.guidance_scale=1")).forwards_per_step == 1
 
 
 def test_card_counts_what_a_run_keeps(pipe, tmp_path):
@@ -65,8 +65,8 @@ def test_card_counts_what_a_run_keeps(pipe, tmp_path):
         plan = erta.calibrate(pipe, PROMPTS[:1], site=site, window=4, **CALL).plan(steps=4)
         with erta.cached(pipe, plan) as trace:
             pipe(prompt=PROMPTS[0], output_type="latent", **CALL)
-        assert card["cache_bytes"][site] == trace.cache_bytes
-    assert 0.01 < card["reused_step_share"]["blocks"] < 0.9
+        assert card.cache_bytes[site] == trace.cache_bytes
+    assert 0.01 < card.reused_step_share["blocks"] < 0.9
 
 
 def test_a_card_of_an_unknown_architecture(tmp_path):

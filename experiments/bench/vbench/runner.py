@@ -16,11 +16,7 @@ from typing import Any
 from erta.errors import ErtaError
 
 WORKER = Path(__file__).with_name("worker.py")
-
-
 BASE_TIMEOUT_S, TIMEOUT_PER_VIDEO_S = 1800, 120
-
-
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # what is missing was named before, not fetched
 
 

@@ -18,19 +18,15 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
+from erta.architectures import latent_of
 from erta.errors import InstallError
 from erta.hooks import HOOK_NAME, OBSERVER_NAME, _BranchHook
 from erta.online import OnlineTrace, tensors_in
-from erta.pipeline import SESSION, checked_class, single_denoiser
+from erta.pipeline import SESSION, Session, single_denoiser
 from erta.scheduler import counting, step_index
-from erta.site import latent_of
 
 COUNTER = "erta_counter"
-
-
 WHOLE = 1 - 1e-6  # of a forward
-
-
 State = Callable[[], Any]  # what a cache keeps: tensors, nested
 
 
@@ -180,19 +176,18 @@ def counted(
         before_call: called before every call of the pipeline.
         state: what is kept between steps beyond the states of diffusers' hooks; its tensors count as cache.
     """
-    transformer, pipe_class, own_scheduler = single_denoiser(pipe), type(pipe), pipe.scheduler
+    transformer = single_denoiser(pipe)
     _check_free(pipe, transformer)
-    scheduler, trace = counting(own_scheduler), CountedTrace()
-    hook = CountingHook(trace, costs, scheduler, state)
+    session = CountedSession(pipe, counting(pipe.scheduler), CountedTrace(), transformer, before_call)
+    hook = CountingHook(session.trace, costs, session.scheduler, state)
     with _tidied(transformer), hook.watching(transformer):
         try:
-            put_on(scheduler)
+            put_on(session.scheduler)
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, COUNTER)
-            session = _CountedSession(pipe_class, transformer, trace, before_call)
-            pipe.scheduler, pipe.__class__ = scheduler, checked_class(session)
-            yield trace
+            session.put_on(pipe)
+            yield session.trace
         finally:
-            pipe.scheduler, pipe.__class__ = own_scheduler, pipe_class
+            session.take_off(pipe)
             HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(COUNTER, recurse=False)
             take_off()
 
@@ -223,18 +218,19 @@ def _tidied(transformer: nn.Module) -> Iterator[None]:
                 del module.__dict__["forward"]
 
 
-class _CountedSession:
-    """What happens around every call."""
+class CountedSession(Session):
+    """The session of a cache of another library, with its states cleared before every call."""
+
+    trace: CountedTrace
+    refusal = "a cache of another library (diffusers' own, or cache-dit's) is on this pipeline: leave its `with` first"
 
     def __init__(
-        self, pipe_class: type, transformer: nn.Module, trace: CountedTrace, before_call: Callable[[], Any]
+        self, pipe: Any, scheduler: Any, trace: CountedTrace, transformer: nn.Module, clear: Callable[[], Any]
     ) -> None:
-        self.pipe_class, self.transformer, self.trace, self.before_call = pipe_class, transformer, trace, before_call
+        super().__init__(pipe, scheduler, trace)
+        self.transformer, self.clear = transformer, clear
 
-    def call(self, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    def before_call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `Session`."""
         HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks()
-        self.before_call()
-        self.trace.begin()
-        result = self.pipe_class.__call__(pipe, *args, **kwargs)
-        self.trace.finish()
-        return result
+        self.clear()

@@ -7,51 +7,39 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig
-
 from erta.errors import ErtaError
-from erta.site import model_name
 from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.counting import diffusers_cache
-from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm, options_of
-from experiments.models.call import call_kwargs, call_sigmas
-from experiments.models.costs import forward_costs
+from experiments.methods.common.knob import Attach, Knob, check_number, knob_arm
 
 TRUNCATED = 0.5  # of a timestep: some solvers keep whole ones, cut off
 
 
-def shipped_arm(cfg: DictConfig, pipe: Any, knob: Knob, make_config: Callable[..., Any]) -> Arm:
+def shipped_arm(setup: Setup, knob: Knob, make_config: Callable[..., Any]) -> Arm:
     """A cache of diffusers; `make_config` is called with the YAML file's options, the knob among them."""
-    options, costs = options_of(cfg), forward_costs(pipe, call_kwargs(cfg))
+    options, costs = setup.options, setup.costs
 
     def attach_with(value: float) -> Attach:
         values = {**options, knob.name: check_number(knob.name, value, 0)}
         return lambda pipe: diffusers_cache(pipe, make_config(**values), costs)
 
-    return knob_arm(cfg, pipe, knob, attach_with)
+    return knob_arm(setup, knob, attach_with)
 
 
-def timesteps_between(cfg: DictConfig, pipe: Any) -> tuple[float, float]:
+def timesteps_between(setup: Setup) -> tuple[float, float]:
     """Timesteps, exclusive, between which the steps of `cache.options.window` lie on this pipeline's own grid.
 
     The window is two shares of the steps; step 0 has nothing to reuse. The papers give timesteps of evenly spaced grids; on
     a shifted one the same timesteps would hold other steps, on Wan hardly any. Raises ErtaError for a window that is none.
     """
-    window = options_of(cfg)["window"]
+    window = setup.options["window"]
     numbers = isinstance(window, list) and len(window) == 2 and all(isinstance(share, (int, float)) for share in window)
     if not numbers or not 0 <= window[0] < window[1] <= 1:
         raise ErtaError(f"cache.options.window must be two shares of the steps, as [0.15,0.9], not {window}")
-    steps, sigmas = cfg.model.num_inference_steps, call_sigmas(pipe, call_kwargs(cfg))
+    steps, sigmas = setup.cfg.model.num_inference_steps, setup.grid.sigmas
     first, end = max(1, math.ceil(window[0] * steps)), math.ceil(window[1] * steps)  # steps first … end - 1
     between = [float(a + b) / 2 for a, b in itertools.pairwise(sigmas[:-1])]
     edges = [float("inf"), *between, -1.0]  # edges[k] lies before step k
-    scale = pipe.scheduler.config.num_train_timesteps
+    scale = setup.pipe.scheduler.config.num_train_timesteps
     return scale * edges[end] - TRUNCATED, scale * edges[first] - TRUNCATED
-
-
-def known_modules(cfg: DictConfig, transformer: Any, patterns: dict[str, Any]) -> Any:
-    """The patterns of this transformer's modules. Raises ErtaError for one that is not known."""
-    name = model_name(transformer)
-    if name not in patterns:
-        raise ErtaError(f"cache={cfg.cache.name} does not know the modules of {name} (it knows {', '.join(patterns)})")
-    return patterns[name]

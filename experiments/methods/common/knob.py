@@ -12,18 +12,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from erta.errors import BudgetError, ErtaError
 from erta.online import OnlineRule, online
 from erta.pipeline import latent_call
 from erta.trace import CallTrace
-from experiments.harness.arm import Arm, step_count
-from experiments.harness.calibrations import CALIBRATION_SEED, prompts_for
+from experiments.harness.arm import Arm
+from experiments.harness.calibrations import CALIBRATION_SEED
 from experiments.harness.config import BUDGETS
 from experiments.harness.kept import kept
-from experiments.models.call import call_kwargs
-from experiments.models.costs import reuse_share
+from experiments.harness.setup import Setup
 from experiments.output import console
 from experiments.output.console import progress_bar
 
@@ -63,40 +60,36 @@ def check_number(name: str, value: Any, least: float, whole: bool = False) -> An
     return value
 
 
-def options_of(cfg: DictConfig) -> dict[str, Any]:
-    """The method's own options as plain data."""
-    return OmegaConf.to_container(cfg.cache.options, resolve=True)  # type: ignore[return-value]
-
-
-def online_arm(cfg: DictConfig, pipe: Any, knob: Knob, make_rule: Callable[..., OnlineRule]) -> Arm:
+def online_arm(setup: Setup, knob: Knob, make_rule: Callable[..., OnlineRule]) -> Arm:
     """A rule of ours at `cache.site`: `make_rule` is called with the YAML file's options, the knob among them."""
-    options, share = options_of(cfg), reuse_share(cfg.cache.site, pipe, call_kwargs(cfg))
+    options, share = setup.options, setup.reuse_share()
 
     def attach_with(value: float) -> Attach:
         rule = make_rule(**{**options, knob.name: value})
-        return lambda pipe: online(pipe, rule, cfg.cache.site, cfg.cache.reuse, share)
+        return lambda pipe: online(pipe, rule, setup.cfg.cache.site, setup.cfg.cache.reuse, share)
 
-    return knob_arm(cfg, pipe, knob, attach_with)
+    return knob_arm(setup, knob, attach_with)
 
 
-def knob_arm(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any], Attach]) -> Arm:
+def knob_arm(setup: Setup, knob: Knob, attach_with: Callable[[Any], Attach]) -> Arm:
     """The arm at the knob's value in the configuration, or at the one that meets the budget.
 
     Raises BudgetError for a knob and a budget at once, and for a budget that no value meets.
     """
-    given = options_of(cfg)[knob.name]
+    given = setup.options[knob.name]
     if given is not None:
-        asked = [key for key in BUDGETS if cfg.cache[key] is not None]
+        asked = [key for key in BUDGETS if setup.cfg.cache[key] is not None]
         if asked:
             raise BudgetError(f"cache.options.{knob.name} and cache.{asked[0]} at once: give one of them")
-        return Arm(None, call_kwargs(cfg), attach=attach_with(given), report={"knob": knob.name, "value": given})
-    report = _known_or_found(cfg, pipe, knob, attach_with)
-    return Arm(None, call_kwargs(cfg), attach=attach_with(report["value"]), report=report)
+        return Arm(None, setup.kwargs, attach=attach_with(given), report={"knob": knob.name, "value": given})
+    report = _known_or_found(setup, knob, attach_with)
+    return Arm(None, setup.kwargs, attach=attach_with(report["value"]), report=report)
 
 
-def _known_or_found(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callable[[Any], Attach]) -> dict[str, Any]:
+def _known_or_found(setup: Setup, knob: Knob, attach_with: Callable[[Any], Attach]) -> dict[str, Any]:
     """The search's result, kept for the next run of the same method on the same model, grid and budget."""
-    target, prompts = step_count(cfg), prompts_for(cfg, pipe)[: cfg.calibration.knob_prompts]
+    cfg, target = setup.cfg, setup.step_count()
+    prompts = setup.calibration_prompts[: cfg.calibration.knob_prompts]
 
     def find() -> dict[str, Any]:
         with progress_bar() as bar:
@@ -104,12 +97,13 @@ def _known_or_found(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callabl
 
             def steps_at(value: float) -> float:
                 bar.advance(task)
-                return mean_computed_steps(cfg, pipe, attach_with(value), prompts)
+                return mean_computed_steps(setup, attach_with(value), prompts)
 
             return search(steps_at, knob, target, cfg.cache.name, cfg.model.num_inference_steps)
 
-    setup = [cfg.cache._target_, options_of(cfg), cfg.cache.reuse, prompts, target]
-    report = kept(cfg, pipe, f"{cfg.cache.name}-knob", setup, find)
+    asked = [setup.options, cfg.cache.reuse, prompts, target]
+    before = [[place, *asked] for place in _places_before(cfg.cache._target_)]
+    report = kept(setup, f"{cfg.cache.name}-knob", [cfg.cache.name, *asked], find, before)
     console.note(
         f"{cfg.cache.name}: {knob.name}={report['value']:g} makes {report['computed']:.2f} computed steps on "
         f"{len(prompts)} calibration prompts ({target} asked for, {len(report['tried'])} values tried)"
@@ -117,12 +111,18 @@ def _known_or_found(cfg: DictConfig, pipe: Any, knob: Knob, attach_with: Callabl
     return {**report, "prompts": prompts}
 
 
-def mean_computed_steps(cfg: DictConfig, pipe: Any, attach: Attach, prompts: list[str]) -> float:
+def _places_before(target: str) -> list[str]:
+    """Where the method of a `_target_` stood in earlier versions, by which they kept what they found."""
+    module, _, function = target.removeprefix("experiments.methods.").rpartition(".")
+    return [f"experiments.peers.{module}.{function}", f"experiments.peers.shipped.{module}"]
+
+
+def mean_computed_steps(setup: Setup, attach: Attach, prompts: list[str]) -> float:
     """Forwards per guidance branch of runs under a cache, mean over prompts."""
-    counts = []
+    pipe, counts = setup.pipe, []
     with attach(pipe) as trace:
         for index, prompt in enumerate(prompts):
-            pipe(**latent_call(prompt, CALIBRATION_SEED + index, call_kwargs(cfg)))
+            pipe(**latent_call(prompt, CALIBRATION_SEED + index, setup.kwargs))
             counts.append(_computed_steps(trace))
     return sum(counts) / len(counts)
 

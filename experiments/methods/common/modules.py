@@ -7,42 +7,26 @@ is counted in forward equivalents, from the layers that really ran (`counting`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
-from omegaconf import DictConfig
 from torch import nn
 
+from erta.architectures import ARCHITECTURES, Architecture, architecture_of, knowing, latent_of, model_name
 from erta.errors import ErtaError
 from erta.pipeline import single_denoiser
 from erta.policy import Mask
 from erta.scheduler import step_index
-from erta.site import latent_of, model_name
 from experiments.harness.arm import Arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.counting import CountedTrace, counted
 from experiments.methods.common.knob import Attach, Knob, knob_arm
-from experiments.models.call import call_kwargs
-from experiments.models.costs import forward_costs
 
 MODULE_HOOK = "erta_module"
-COMPONENTS = {
-    "WanTransformer3DModel": {
-        "attention": r"blocks\.\d+\.attn1",
-        "cross": r"blocks\.\d+\.attn2",
-        "mlp": r"blocks\.\d+\.ffn",
-    },
-    "FluxTransformer2DModel": {
-        "attention": r"transformer_blocks\.\d+\.attn",
-        "mlp": r"transformer_blocks\.\d+\.(ff|ff_context)",
-        "parallel": r"single_transformer_blocks\.\d+\.proj_out",  # one projection of attention and feed-forward
-    },
-}
-# read by a module of that type alone: where it is reused they are not run, and nothing of them is kept
-UNREAD = {"FluxTransformer2DModel": {"parallel": r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"}}
 Schedule = dict[str, Mask]  # by component; one that is not named is always computed
 
 
@@ -92,19 +76,26 @@ class UnreadHook(ModelHook):
         return x.new_zeros(()).expand(*x.shape[:-1], self.width)
 
 
-def components_of(
-    transformer: nn.Module, patterns: dict[str, dict[str, str]] = COMPONENTS
-) -> dict[str, list[nn.Module]]:
+def components_of(transformer: nn.Module) -> dict[str, list[nn.Module]]:
     """The modules of each component type. Raises ErtaError for a transformer that is not known."""
-    known = patterns.get(model_name(transformer), {})
-    if model_name(transformer) not in COMPONENTS:
+    return _matching(transformer, known_components(transformer).components)
+
+
+def known_components(transformer: nn.Module) -> Architecture:
+    """What is known of a transformer. Raises ErtaError if its modules are not."""
+    known = architecture_of(transformer)
+    if not known.components:
         raise ErtaError(
-            f"the modules of {model_name(transformer)} are not known (those of {', '.join(COMPONENTS)} are): add them "
-            "to experiments/peers/modules.py"
+            f"the modules of {known.name} are not known (those of {knowing('components')} are): add an entry to "
+            "erta/architectures.py"
         )
+    return known
+
+
+def _matching(transformer: nn.Module, patterns: Mapping[str, str]) -> dict[str, list[nn.Module]]:
     return {
         kind: [module for name, module in transformer.named_modules() if re.fullmatch(pattern, name)]
-        for kind, pattern in known.items()
+        for kind, pattern in patterns.items()
     }
 
 
@@ -138,10 +129,10 @@ def _renew(pipe: Any) -> None:
 def module_cache(pipe: Any, schedule: Schedule, costs: dict[str, float]) -> Any:
     """Run `pipe` inside the `with` with each component type computed where the schedule says so."""
     transformer = single_denoiser(pipe)
-    modules, unread = components_of(transformer), components_of(transformer, UNREAD)
+    modules, unread = components_of(transformer), _matching(transformer, architecture_of(transformer).unread)
     unknown = sorted(set(schedule) - set(modules))
     if unknown:
-        having = [model for model, kinds in COMPONENTS.items() if set(unknown) <= set(kinds)]
+        having = [entry.name for entry in ARCHITECTURES.values() if set(unknown) <= set(entry.components)]
         raise ErtaError(
             f"{model_name(transformer)} has no modules of type {', '.join(unknown)}, only {', '.join(modules)}: this method "
             f"is for {', '.join(having)}"
@@ -158,15 +149,15 @@ def module_cache(pipe: Any, schedule: Schedule, costs: dict[str, float]) -> Any:
     return hooked(pipe, costs, hooks_of)
 
 
-def module_arm(cfg: DictConfig, pipe: Any, knob: Knob, schedule_at: Callable[[Any], Schedule]) -> Arm:
+def module_arm(setup: Setup, knob: Knob, schedule_at: Callable[[Any], Schedule]) -> Arm:
     """An arm whose schedule of component types follows from a knob."""
-    costs = forward_costs(pipe, call_kwargs(cfg))
+    costs = setup.costs
 
     def attach_with(value: Any) -> Attach:
         schedule = schedule_at(value)
         return lambda pipe: module_cache(pipe, schedule, costs)
 
-    return knob_arm(cfg, pipe, knob, attach_with)
+    return knob_arm(setup, knob, attach_with)
 
 
 def every(interval: int, num_steps: int) -> Mask:

@@ -1,17 +1,16 @@
-"""What a method measures on calibration prompts before it runs, and keeps for the next run."""
+"""Uncached runs on calibration prompts, with a recorder that looks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from omegaconf import DictConfig
 
 from erta.online import Call, OnlineRule, online
 from erta.pipeline import latent_call
-from experiments.harness.calibrations import CALIBRATION_SEED, prompts_for
-from experiments.models.call import call_kwargs
+from experiments.harness.calibrations import CALIBRATION_SEED
+from experiments.harness.setup import Setup
 from experiments.output.console import progress_bar
 
 
@@ -35,15 +34,15 @@ class Recorder(OnlineRule):
 Seen = TypeVar("Seen", bound=Recorder)
 
 
-def record(cfg: DictConfig, pipe: Any, recorder: Callable[[], Seen], num_prompts: int) -> list[Seen]:
+def record(setup: Setup, recorder: Callable[[], Seen], num_prompts: int) -> list[Seen]:
     """Uncached runs on the first calibration prompts at `cache.site`, one recorder each."""
-    prompts, recorders = prompts_for(cfg, pipe)[:num_prompts], []
+    pipe, prompts, recorders = setup.pipe, setup.calibration_prompts[:num_prompts], []
     with progress_bar() as bar:
-        for index, prompt in enumerate(bar.track(prompts, description=f"{cfg.cache.name}: uncached runs")):
+        for index, prompt in enumerate(bar.track(prompts, description=f"{setup.cfg.cache.name}: uncached runs")):
             recorders.append(recorder())
-            with online(pipe, recorders[-1], cfg.cache.site):
+            with online(pipe, recorders[-1], setup.cfg.cache.site):
                 try:
-                    pipe(**latent_call(prompt, CALIBRATION_SEED + index, call_kwargs(cfg)))
+                    pipe(**latent_call(prompt, CALIBRATION_SEED + index, setup.kwargs))
                 finally:
                     recorders[-1].close()
     return recorders

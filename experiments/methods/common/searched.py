@@ -8,51 +8,48 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 import erta
 from erta.online import Call
 from erta.pipeline import latent_call, single_denoiser
 from erta.policy import Mask
 from experiments.harness.arm import Arm
-from experiments.harness.calibrations import CALIBRATION_SEED, prompts_for
+from experiments.harness.calibrations import CALIBRATION_SEED
+from experiments.harness.setup import Setup
 from experiments.methods.common.recorders import Recorder
-from experiments.models.call import call_grid, call_kwargs
 
 
-def plan_of(cfg: DictConfig, pipe: Any, mask: Mask, report: dict[str, Any]) -> erta.Plan:
+def plan_of(setup: Setup, mask: Mask, report: dict[str, Any]) -> erta.Plan:
     """A plan with this mask on the pipeline's own grid, at `cache.site`, without rectification.
 
     Raises InstallError on two transformers: no search knows that a step must be computed where the second takes over.
     """
-    single_denoiser(pipe)
-    grid = call_grid(pipe, call_kwargs(cfg))
+    single_denoiser(setup.pipe)
+    grid = setup.grid
     return erta.Plan(
         mask=mask,
         sigmas=grid.sigmas,
         nominal_sigmas=grid.sigmas,
-        site=cfg.cache.site,
-        reuse=cfg.cache.reuse,
-        corrector_at_reused=cfg.cache.corrector_at_reused,
-        report={"policy": cfg.cache.name, **report},
+        site=setup.cfg.cache.site,
+        reuse=setup.cfg.cache.reuse,
+        corrector_at_reused=setup.cfg.cache.corrector_at_reused,
+        report={"policy": setup.cfg.cache.name, **report},
     )
 
 
-def planned_arm(cfg: DictConfig, pipe: Any, mask: Mask, report: dict[str, Any]) -> Arm:
+def planned_arm(setup: Setup, mask: Mask, report: dict[str, Any]) -> Arm:
     """The arm of a searched mask."""
-    return Arm(plan_of(cfg, pipe, mask, report), call_kwargs(cfg), report=report)
+    return Arm(plan_of(setup, mask, report), setup.kwargs, report=report)
 
 
-def trial_runs(cfg: DictConfig, pipe: Any) -> Callable[[Mask | None], torch.Tensor]:
-    """What runs the first calibration prompt under a mask (None: uncached) and gives its final latents, in float32.
-
-    The grid and the prompt are looked up once for all runs of a search.
-    """
-    prompt, whole = prompts_for(cfg, pipe)[0], plan_of(cfg, pipe, (True,) * cfg.model.num_inference_steps, {})
+def trial_runs(setup: Setup) -> Callable[[Mask | None], torch.Tensor]:
+    """What runs the first calibration prompt under a mask (None: uncached) and gives its final latents, in float32."""
+    pipe, prompt = setup.pipe, setup.calibration_prompts[0]
+    whole = plan_of(setup, (True,) * setup.cfg.model.num_inference_steps, {})
 
     def run(mask: Mask | None) -> torch.Tensor:
         with nullcontext() if mask is None else erta.cached(pipe, replace(whole, mask=mask)):
-            made = pipe(**latent_call(prompt, CALIBRATION_SEED, call_kwargs(cfg)))
+            made = pipe(**latent_call(prompt, CALIBRATION_SEED, setup.kwargs))
         return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images).float()
 
     return run

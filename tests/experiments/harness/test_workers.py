@@ -58,11 +58,14 @@ def threads():
 
 def test_threads_are_shared(threads):
     """Mutants: every process with all threads; more processes than pieces; threads that stay cut afterwards."""
-    with pytest.raises(ErtaError, match=r"compare.workers=3: torch has 2 CPU threads"), shared_threads(3, 9, True):
+    with (
+        pytest.raises(ErtaError, match=r"compare.workers=3: torch has 2 CPU threads"),
+        shared_threads(3, 9, True, "compare.workers"),
+    ):
         pass
     found = {}
     for case in [(1, 9, True), (2, 9, False), (None, 9, True), (None, 9, False), (2, 1, True), (None, 0, True)]:
-        with shared_threads(*case) as count:
+        with shared_threads(*case, "compare.workers") as count:
             found[case] = count, torch.get_num_threads()
         assert torch.get_num_threads() == 2
     assert list(found.values()) == [(1, 2), (2, 1), (2, 1), (1, 2), (1, 2), (1, 2)]
@@ -118,7 +121,7 @@ def test_comparison_in_two_processes(command, threads):
         assert code == 0, printed
         rows = read_lines(Path(folder, "rows.jsonl"))
         found[count] = {(row["row"], row["index"]): row["psnr_db"] for row in rows}
-        assert ("2 processes side by side" in Path(folder, "comparison.md").read_text()) == (count == 2)
+        assert ("2 processes side by side" in Path(folder, "table.md").read_text()) == (count == 2)
     assert set(found[1]) == {(name, k) for name in ("none", "ertacache (3)", "uniform (3)") for k in (0, 1)}
     assert found[1].keys() == found[2].keys()
     for key, value in found[1].items():

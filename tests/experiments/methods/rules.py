@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""What a rule decides along made-up inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""BudCache: annealing over masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Delta-DiT, by hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers.hooks.hooks import StateManager
 
+from erta.architectures import blocks_of, latent_of
 from erta.scheduler import step_index
-from erta.site import latent_of
 from experiments.methods.common.modules import hooked
-from experiments.methods.delta_dit import DeltaHook, _RangeState, blocks_of, schedule
+from experiments.methods.delta_dit import DeltaHook, _RangeState, schedule
 from experiments.models.costs import forward_costs
 from tests.pipelines import FLUX_CALL, WAN_CALL, build_flux, build_pipe, generate
 
@@ -25,7 +25,8 @@ def test_delta_dit_keeps_what_the_range_adds(build, call, blocks):
     """
     pipe, steps = build(), call["num_inference_steps"]
     before, costs = generate(pipe, call), forward_costs(pipe, call)
-    stack, place = blocks_of(pipe.transformer)
+    known = blocks_of(pipe.transformer, "the test")
+    stack, place = known.of(pipe.transformer), known.output_index
     assert len(stack) == blocks
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
@@ -42,7 +43,7 @@ def test_delta_dit_keeps_what_the_range_adds(build, call, blocks):
 
         def hooks_of(scheduler):
             step = functools.partial(step_index, scheduler)
-            return [(block, DeltaHook(k, ranges, step, states, place)) for k, block in enumerate(stack)]
+            return [(block, DeltaHook(k, ranges, step, states, known)) for k, block in enumerate(stack)]
 
         with hooked(pipe, costs, hooks_of) as trace:
             handles = [b.register_forward_hook(note(k), with_kwargs=True) for k, b in enumerate(stack)]

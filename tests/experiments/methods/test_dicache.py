@@ -9,6 +9,7 @@ import torch
 
 from erta.online import Call, online
 from experiments.methods.dicache import DiCache, probe_share
+from experiments.models.costs import forward_costs
 from tests.pipelines import FLUX_CALL, WAN_CALL, build_flux, build_pipe, generate
 
 
@@ -65,7 +66,7 @@ def test_dicache_probes_the_first_block_once(build, call):
     counts = [0] * len(blocks)
     for index, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, index=index: counts.__setitem__(index, counts[index] + 1))
-    share = probe_share(pipe, call)
+    share = probe_share(SimpleNamespace(pipe=pipe, costs=forward_costs(pipe, call)))
     counts[:] = [0] * len(blocks)
     rule = DiCache(0.0, 0.0)
     with online(pipe, rule, rule.on, reuse_share=share) as trace:

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""EasyCache, by hand."""
 
 from __future__ import annotations
 

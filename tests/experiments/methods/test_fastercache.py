@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""FasterCache's attention half."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers.hooks import (
     FasterCacheConfig,
 )
 
-from experiments.methods import fastercache
+from erta.architectures import architecture_of
 from experiments.methods.common.counting import diffusers_cache
 from experiments.models.costs import forward_costs
 from tests.pipelines import FLUX_CALL, WAN_CALL, build_flux, build_pipe, generate
@@ -26,7 +26,7 @@ def test_fastercache_extrapolates_self_attention(build, call):
     pipe = build()
     before, costs = generate(pipe, call), forward_costs(pipe, call)
     transformer = pipe.transformer
-    patterns = fastercache.FASTER_CACHED[type(transformer).__name__]
+    patterns = (architecture_of(transformer).self_attention,)
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 999),

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Fewer steps, with another solver too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""FirstBlockCache runs the first block only."""
 
 from __future__ import annotations
 

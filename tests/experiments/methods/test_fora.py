@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""FORA, by hand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from tests.pipelines import FLUX_CALL, WAN_CALL, build_flux, build_pipe, generat
 FLUX_BRANCHES = (
     r"transformer_blocks\.\d+\.(attn|ff|ff_context)\.|single_transformer_blocks\.\d+\.(attn|proj_mlp|proj_out)"
 )
-
-
 FULL = [True, False, False, True, False, False]
 
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""GCache's costs, by hand."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""TODO DOC"""
+"""LeMiCa's stretches and its minimax path."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,9 +35,9 @@ def test_lemica_runs_every_stretch_once(monkeypatch):
         runs.append(mask)
         return torch.full((2, 2), 0.0 if mask is None else float(sum(2**k for k, on in enumerate(mask) if not on)))
 
-    monkeypatch.setattr(lemica, "trial_runs", lambda cfg, pipe: run)
-    cfg = OmegaConf.create({"model": {"num_inference_steps": 4}})
-    edges = lemica.stretch_costs(cfg, None, max_skip=2)
+    monkeypatch.setattr(lemica, "trial_runs", lambda setup: run)
+    setup = SimpleNamespace(cfg=OmegaConf.create({"model": {"num_inference_steps": 4}}))
+    edges = lemica.stretch_costs(setup, max_skip=2)
     assert (
         edges == [[0, 2, 2], [0, 3, 2 + 4], [1, 3, 4], [1, 4, 4 + 8], [2, 4, 8]] and runs[0] is None and len(runs) == 6
     )

@@ -1,19 +1,18 @@
-"""TODO DOC"""
+"""MagCache, by hand and against diffusers' own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.hooks import (
-    MagCacheConfig,
-)
+from diffusers.hooks import MagCacheConfig
 
 import erta
 from erta.online import Call, online
 from experiments.methods import magcache
 from experiments.methods.common.counting import diffusers_cache
 from experiments.methods.magcache import MagCache
-from experiments.models.costs import forward_costs, reuse_share
+from experiments.models.costs import forward_costs
+from tests.experiments.methods.layers import reuse_share
 from tests.experiments.methods.rules import decisions
 from tests.pipelines import (
     CALL,
@@ -28,7 +27,7 @@ def test_magcache_agrees_with_diffusers():
     Mutant: embeddings and head of reused steps not charged.
     """
     pipe = build_pipe()
-    costs, share = forward_costs(pipe, CALL), reuse_share("blocks", pipe, CALL)
+    costs, share = forward_costs(pipe, CALL), reuse_share(pipe, CALL)
     rule = MagCache(0.35, 2, 0.25, {"cond": RATIOS, "uncond": RATIOS})
     with online(pipe, rule, "blocks", reuse_share=share) as ours:
         expected = run(pipe)

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""MeanCache, by hand."""
 
 from __future__ import annotations
 

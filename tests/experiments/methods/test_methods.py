@@ -1,4 +1,4 @@
-"""The methods that we compare with: each rule by hand, in the harness, and against another implementation."""
+"""Every method through the command line, and described; and how to add one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hydra.utils import get_method
 
 import experiments.methods
 from erta.online import online
-from experiments.harness.arm import CACHES
+from experiments.harness import catalogue
 from experiments.methods.easycache import EasyCache
 from experiments.output.run_folder import read_lines
 from tests.commands import folders
@@ -71,7 +70,7 @@ def test_searched_methods_in_the_harness(command, tmp_path, cache):
     assert plan["report"]["policy"] == cache and record["metrics"]["psnr_db"] > 0
 
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(experiments.methods.__file__).with_name("README.md")
 
 
 def test_how_to_add_a_method_as_the_readme_says(command, tmp_path, monkeypatch):
@@ -81,7 +80,7 @@ def test_how_to_add_a_method_as_the_readme_says(command, tmp_path, monkeypatch):
     (tmp_path / "new" / "cache").mkdir(parents=True)
     (tmp_path / "new" / "every_nth.py").write_text(code)
     (tmp_path / "new" / "cache" / "every_nth.yaml").write_text(config)
-    monkeypatch.setattr(experiments.peers, "__path__", [*experiments.peers.__path__, str(tmp_path / "new")])
+    monkeypatch.setattr(experiments.methods, "__path__", [*experiments.methods.__path__, str(tmp_path / "new")])
     status, printed = command(
         "cache=every_nth", "bench=fidelity", "cache.steps=3", f"hydra.searchpath=[file://{tmp_path / 'new'}]"
     )
@@ -91,12 +90,10 @@ def test_how_to_add_a_method_as_the_readme_says(command, tmp_path, monkeypatch):
     assert record["steps"]["computed"] == 3 and record["steps"]["mask"] == [1, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(CACHES.glob("*.yaml")) - {CACHES / "none.yaml"}), ids=lambda path: path.stem
-)
-def test_every_method_is_described(path):
+@pytest.mark.parametrize("name", [name for name in catalogue.names() if catalogue.facts(name).has_budget])
+def test_every_method_is_described(name):
     """Site, what it stores, static or online, the paper, where ours deviates. Mutant: any of the five left out."""
-    made = get_method(yaml.safe_load(path.read_text())["_target_"])
+    made = get_method(catalogue.configuration(name)._target_)
     text = " ".join(f"{made.__doc__} {sys.modules[made.__module__].__doc__}".split())
     missing = [what for what, pattern in DESCRIBED.items() if not re.search(pattern, text)]
     assert not missing, f"{made.__module__}.{made.__name__}: {missing}"

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Pyramid Attention Broadcast keeps the branches apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""The grid of another method, without a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""SeaCache decides by step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from diffusers.hooks import (
 )
 
 import erta
+from experiments.harness.setup import Setup
 from experiments.methods import seacache
 from experiments.methods.common.counting import diffusers_cache
 from experiments.models.costs import forward_costs
+from tests.commands import config
 from tests.pipelines import CALL, build_flux, build_pipe, run
 
 
@@ -23,4 +25,4 @@ def test_seacache_decides_by_step():
     for branch in ("cond", "uncond"):
         assert [computed for _, computed in trace.executed[branch]] == [k in (0, 3, 6, 7) for k in range(8)]
     with pytest.raises(erta.ErtaError, match="would compute everything"):
-        seacache.arm(None, build_flux(), None)
+        seacache.arm(Setup(config("model=flux_tiny"), build_flux()))

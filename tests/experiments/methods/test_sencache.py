@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""SenCache, by hand."""
 
 from __future__ import annotations
 

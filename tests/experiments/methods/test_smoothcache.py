@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""SmoothCache, by hand."""
 
 from __future__ import annotations
 

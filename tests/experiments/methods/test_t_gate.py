@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""T-GATE's schedule, by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""TaylorSeer is counted, and taken off."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from diffusers.hooks import (
 )
 
 import erta
+from erta.architectures import ARCHITECTURES
 from erta.online import online
 from experiments.methods.common.counting import diffusers_cache
-from experiments.methods.taylorseer import TAYLOR_CACHED, TAYLOR_SKIPPED
 from experiments.models.costs import forward_costs
 from tests.erta.test_online import Scripted
 from tests.experiments.methods.layers import of_layers, wan_cost
@@ -27,12 +27,14 @@ def test_taylorseer_is_counted_and_taken_off():
     pipe = build_pipe()
     before, costs, own = run(pipe), forward_costs(pipe, CALL), pipe.scheduler
     config = TaylorSeerCacheConfig(
-        cache_interval=3, disable_cache_before_step=3, cache_identifiers=TAYLOR_CACHED["WanTransformer3DModel"]
+        cache_interval=3,
+        disable_cache_before_step=3,
+        cache_identifiers=list(ARCHITECTURES["WanTransformer3DModel"].components.values()),
     )
     with diffusers_cache(pipe, config, costs) as trace:
         cached = run(pipe)
         assert torch.equal(run(pipe), cached)
-        with pytest.raises(erta.InstallError, match="diffusers' own cache is enabled"):
+        with pytest.raises(erta.InstallError, match="a cache of another library"):
             erta.install(pipe, erta.Plan(mask=(True,) * 8, sigmas=own.sigmas.numpy()))
     rest = 1 - wan_cost(costs, "attn1", "attn2", "ffn")
     for branch in ("cond", "uncond"):
@@ -59,8 +61,8 @@ def test_taylorseer_on_flux():
     config = TaylorSeerCacheConfig(
         cache_interval=2,
         disable_cache_before_step=3,
-        cache_identifiers=TAYLOR_CACHED[name],
-        skip_predict_identifiers=TAYLOR_SKIPPED[name],
+        cache_identifiers=list(ARCHITECTURES[name].components.values()),
+        skip_predict_identifiers=list(ARCHITECTURES[name].unread.values()),
     )
     with diffusers_cache(pipe, config, costs) as trace:
         generate(pipe, FLUX_CALL)

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""TeaCache, by hand."""
 
 from __future__ import annotations
 

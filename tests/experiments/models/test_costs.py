@@ -1,16 +1,16 @@
-"""TODO DOC"""
+"""What a forward costs, and what a step reused at the blocks runs of it."""
 
 from __future__ import annotations
 
 import pytest
-from diffusers.hooks import (
-    MagCacheConfig,
-)
+from diffusers.hooks import MagCacheConfig
 
 from experiments.harness.arm import make_arm
+from experiments.harness.setup import Setup
 from experiments.methods.common.counting import diffusers_cache
-from experiments.models.costs import forward_costs, reuse_share
+from experiments.models.costs import forward_costs
 from tests.commands import config
+from tests.experiments.methods.layers import reuse_share
 from tests.pipelines import CALL, FLUX_CALL, WAN_CALL, build_flux, build_pipe, build_two, generate
 
 
@@ -32,22 +32,22 @@ def test_forward_costs_by_hand():
 def test_a_reused_step_at_blocks_runs_embeddings_and_head(build, call):
     """Counted once more by what a cache of diffusers runs at such a step. Mutants: nothing charged; block 0 as well."""
     pipe = build()
-    share, costs = reuse_share("blocks", pipe, call), forward_costs(pipe, call)
+    share, costs = reuse_share(pipe, call), forward_costs(pipe, call)
     config = MagCacheConfig(
         threshold=1e9, max_skip_steps=99, retention_ratio=0.2, num_inference_steps=6, mag_ratios=[1.0] * 6
     )
     with diffusers_cache(pipe, config, costs) as trace:
         generate(pipe, call)
     (least,) = {round(min(shares), 9) for shares in trace.shares.values()}
-    assert share == pytest.approx(least) and 0 < share < 1 and reuse_share("output", pipe, call) == 0
+    assert share == pytest.approx(least) and 0 < share < 1
 
 
 def test_either_of_two_transformers_can_be_asked():
     """Both of Wan 2.2's have the share of the one alone. Mutant: the second asked for, the first counted."""
-    pipe, one = build_two(), reuse_share("blocks", build_pipe(), CALL)
-    assert [reuse_share("blocks", pipe, CALL, stage) for stage in (0, 1)] == pytest.approx([one, one])
+    pipe, one = build_two(), reuse_share(build_pipe(), CALL)
+    assert [reuse_share(pipe, CALL, stage) for stage in (0, 1)] == pytest.approx([one, one])
     pipe.transformer.blocks = pipe.transformer.blocks[:1]
-    assert reuse_share("blocks", pipe, CALL, 0) > one == pytest.approx(reuse_share("blocks", pipe, CALL, 1))
+    assert reuse_share(pipe, CALL, 0) > one == pytest.approx(reuse_share(pipe, CALL, 1))
 
 
 def test_a_plan_at_blocks_is_charged():
@@ -56,8 +56,10 @@ def test_a_plan_at_blocks_is_charged():
     shape = [f"model.{key}={value}" for key, value in WAN_CALL.items()]
     for site in ("output", "blocks"):
         cfg = config("cache=uniform", "cache.steps=3", f"cache.site={site}", *shape)
-        arm = make_arm(cfg, pipe, lambda: None)
+        setup = Setup(cfg, pipe)
+        arm = make_arm(setup)
+        assert setup.reuse_share() == (0 if site == "output" else reuse_share(pipe, WAN_CALL))
         with arm.put_on(pipe) as trace:
             generate(pipe, WAN_CALL)
         forwards[site] = trace.forwards["cond"]
-    assert forwards == {"output": 3, "blocks": pytest.approx(3 + 3 * reuse_share("blocks", pipe, WAN_CALL))}
+    assert forwards == {"output": 3, "blocks": pytest.approx(3 + 3 * reuse_share(pipe, WAN_CALL))}

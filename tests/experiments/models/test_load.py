@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from erta.errors import ErtaError
-from experiments.models.call import call_kwargs, call_sigmas
+from experiments.models.call import call_grid, call_kwargs
 from experiments.models.load import load_pipeline, set_sampler
 from tests.commands import config
 
@@ -73,12 +73,12 @@ def test_other_solvers_take_the_shift_from_flux():
         cfg = config("model=flux_tiny", f"sampler={sampler}")
         pipe = load_pipeline(cfg)
         kwargs = call_kwargs(cfg)
-        grids[sampler] = call_sigmas(pipe, kwargs)
+        grids[sampler] = call_grid(pipe, kwargs).sigmas
         generator = torch.Generator().manual_seed(0)
         prompt = "a large red circle on a dark background"
         made[sampler] = pipe(prompt=prompt, generator=generator, output_type="latent", **kwargs).images
     set_sampler(pipe, config("model=flux_tiny", "sampler=flow_match_euler"))  # on what another solver left
-    np.testing.assert_array_equal(call_sigmas(pipe, kwargs), grids["default"])
+    np.testing.assert_array_equal(call_grid(pipe, kwargs).sigmas, grids["default"])
     for sampler, grid in grids.items():
         np.testing.assert_allclose(grid, grids["default"], atol=0.02, err_msg=sampler)
     assert torch.equal(made["flow_match_euler"], made["default"])

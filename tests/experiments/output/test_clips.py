@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Clips on disk: exact, or an error and no file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Which prompts a run uses."""
 
 from __future__ import annotations
 

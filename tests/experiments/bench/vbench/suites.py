@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""A small suite, and the package's own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from experiments.bench.vbench import runner, suite
 
 LONG = "a long prompt, " + "très " * 60 + "long"  # 380 bytes: no file can be named after it
-
-
 ENTRIES = [
     {"prompt_en": "a red circle", "dimension": ["temporal_flickering"]},
     {"prompt_en": "a blue star", "dimension": ["color"], "auxiliary_info": {"color": {"color": "blue"}}},

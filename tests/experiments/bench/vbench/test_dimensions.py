@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""VBench's dimensions: what each needs, and why one cannot be evaluated."""
 
 from __future__ import annotations
 

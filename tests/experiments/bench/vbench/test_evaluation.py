@@ -17,8 +17,6 @@ from tests.experiments.bench.vbench.suites import ENTRIES, LONG
 from tests.experiments.bench.vbench.test_scores import MADE_UP
 
 SUITE = ("bench=vbench_standard", "model.embedded=false", "cache=uniform", "bench.num_prompts=null")
-
-
 FLICKER = (*SUITE, "bench.dimensions=temporal_flickering", "bench.videos_per_prompt=1")
 
 
@@ -186,7 +184,7 @@ BAD = {
     "zero prompts": (["bench.num_prompts=0"], "num_prompts must be at least 1", 1),
     "its own prompts": (["bench.prompts=p.txt"], "has its own prompts", 1),
     "images": (["model.num_frames=null"], "makes images", 1),
-    "a table": (["experiment=budgets"], "is for experiment=main", 1),
+    "a table": (["experiment=budgets"], "the rows of this table decide about the cache", 1),
     "no interpreter": (["bench.python=nowhere/python"], "bench.python=nowhere/python is not an interpreter", 1),
     "not Python": (["bench.python=echo"], "bench.python=echo cannot run the worker", 1),
     "without vbench": (["bench.python={bare}"], "has no vbench package; `make vbench-env`", 1),

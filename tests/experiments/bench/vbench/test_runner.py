@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""The worker process, and the package's code on stand-in weights."""
 
 from __future__ import annotations
 

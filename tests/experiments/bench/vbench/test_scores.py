@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""VBench's scores, by hand."""
 
 from __future__ import annotations
 

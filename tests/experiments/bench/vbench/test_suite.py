@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""VBench's own prompts and the names of their videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Equal budgets by a knob."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""Published constants are for their model and steps."""
 
 from __future__ import annotations
 

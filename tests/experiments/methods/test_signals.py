@@ -1,4 +1,4 @@
-"""TODO DOC"""
+"""TeaCache's signal of each class that has one, against what the model itself computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, HunyuanVideoTransformer3DModel
 
 from erta.online import Call, online
-from experiments.methods.common.signals import modulated_input
+from experiments.methods.teacache import modulated_input
 from tests.erta.test_online import Scripted
 from tests.pipelines import FLUX_CALL, WAN_CALL, build_cogvideox, build_flux, build_pipe, generate
 

@@ -1,0 +1,198 @@
+"""The rows of a table as outcomes: their means, their paired differences, and what they say of a claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from analysis.intervals import Interval, paired_interval
+from analysis.records import Row, Rows, Sample, Setup
+
+WHOLE = 1e-3  # of a forward
+Metric = Callable[[Sample], float | None]
+
+
+def scene_all(sample: Sample) -> float | None:
+    """1 if the sample shows all that was asked for."""
+    return None if sample.scene is None else float(sample.scene["all"])
+
+
+def speedup_of(sample: Sample) -> float | None:
+    """Uncached over cached seconds of denoising; None where no pair was timed in turns."""
+    return None if sample.uncached_s is None else sample.uncached_s / sample.denoise_s
+
+
+METRICS: dict[str, Metric] = {
+    "psnr_db": lambda sample: sample.psnr_db,
+    "ssim": lambda sample: sample.ssim,
+    "lpips": lambda sample: sample.lpips,
+    "scene": scene_all,
+    "speedup": speedup_of,
+}
+
+
+@dataclass
+class Outcome:
+    """A row's samples in the order of the prompts, or why there are none."""
+
+    row: Row
+    noises: int = 1
+    samples: list[Sample] = field(default_factory=list)
+    setup: Setup | None = None
+    reason: str | None = None
+
+    def by_prompt(self, metric: str) -> np.ndarray:
+        """A metric by prompt, mean over its noises, (prompts,); NaN where one is not known."""
+        values = [METRICS[metric](sample) for sample in self.samples]
+        return np.array(values, float).reshape(self.noises, -1).mean(0)
+
+    def known(self, metric: str) -> list[float]:
+        """A metric of all samples that know it."""
+        return [value for sample in self.samples if (value := METRICS[metric](sample)) is not None]
+
+    def mean(self, metric: str) -> float | None:
+        """Mean of what the samples know."""
+        known = self.known(metric)
+        return float(np.mean(known)) if known else None
+
+    @property
+    def forwards(self) -> float:
+        """Mean over samples."""
+        return float(np.mean([sample.forwards for sample in self.samples]))
+
+    @property
+    def speedup(self) -> float | None:
+        """Median over the pairs that were timed in turns."""
+        known = self.known("speedup")
+        return float(np.median(known)) if known else None
+
+    def interval(self, metric: str) -> Interval | None:
+        """Mean over prompts with its 95 % interval; of PSNR over the prompts whose samples are not identical."""
+        values = self.by_prompt(metric)
+        values = values[~np.isnan(values)]
+        return paired_interval(values) if len(values) else None
+
+    def gain(self, metric: str, over: Outcome) -> Interval | None:
+        """Paired difference to another row, 95 % over prompts; None where a sample does not know the metric.
+
+        That of the speed-up is over the prompts on which both rows were timed.
+        """
+        ours, theirs = self.by_prompt(metric), over.by_prompt(metric)
+        if metric == "speedup":
+            timed = ~np.isnan(ours) & ~np.isnan(theirs)
+            ours, theirs = ours[timed], theirs[timed]
+        differences = ours - theirs
+        return None if not len(differences) or np.isnan(differences).any() else paired_interval(differences)
+
+    def reused_nothing(self, full: float | None) -> bool:
+        """Whether as many forwards were made as without a cache, `full`."""
+        if self.row.computed is None or full is None or not self.samples:
+            return False
+        return min(sample.forwards for sample in self.samples) > full - WHOLE
+
+
+class Comparison:
+    """All outcomes of a table, in the order of its rows."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.record = rows.record
+        total = len(rows.record.prompts)
+        found: dict[str, dict[int, Sample]] = {}
+        for sample in rows.samples:
+            found.setdefault(sample.row, {})[sample.index] = sample
+        self.outcomes = []
+        for row in rows.record.rows:
+            mine = found.get(row.key, {})
+            if len(mine) < total:
+                why = rows.left_out.get(row.key, f"not finished: {len(mine)} of {total} samples")
+                self.outcomes.append(Outcome(row, rows.record.noises, reason=why))
+            else:
+                samples = [mine[index] for index in range(total)]
+                self.outcomes.append(Outcome(row, rows.record.noises, samples, rows.setups.get(row.key)))
+
+    @property
+    def full_forwards(self) -> float | None:
+        """Forwards of a run without a cache, as the row without a budget made them."""
+        return next((one.forwards for one in self.outcomes if one.row.computed is None and one.samples), None)
+
+    @property
+    def groups(self) -> list[tuple[str | None, int]]:
+        """Sites and budgets of the rows, in the order of the sites, the largest budget first."""
+        found = dict.fromkeys((o.row.site, o.row.computed) for o in self.outcomes if o.row.computed is not None)
+        sites = list(dict.fromkeys(site for site, _ in found))
+        return sorted(found, key=lambda group: (sites.index(group[0]), -(group[1] or 0)))  # type: ignore[arg-type, return-value]
+
+    def without_budget(self) -> list[Outcome]:
+        """Rows that stand in every group: the noise floor."""
+        return [one for one in self.outcomes if one.row.computed is None]
+
+    def of(self, group: tuple[str | None, int]) -> list[Outcome]:
+        """The rows of a group; best PSNR first if the table wants that."""
+        here = [one for one in self.outcomes if (one.row.site, one.row.computed) == group]
+        if self.record.table.best_first:
+            here.sort(key=lambda one: -(one.mean("psnr_db") or -1))
+        return here
+
+    def reference(self, group: tuple[str | None, int]) -> Outcome | None:
+        """The row of a group that the others are compared with, if it was sampled."""
+        label = self.record.table.reference
+        return next((one for one in self.of(group) if one.row.label == label and one.samples), None)
+
+    @property
+    def reference_title(self) -> str:
+        """What the reference is called."""
+        label = self.record.table.reference
+        return next((one.row.title for one in self.outcomes if one.row.label == label), label)
+
+    def uncached_scene(self) -> float | None:
+        """Share of the uncached samples that show what was asked for; None if it is not known of all."""
+        known = [scene["all"] for scene in self.record.uncached_scene if scene]
+        return float(np.mean(known)) if known and len(known) == len(self.record.prompts) else None
+
+    def scene_change(self, outcome: Outcome) -> Interval | None:
+        """Paired difference of the scene's agreement to the uncached samples, 95 % over prompts."""
+        if self.uncached_scene() is None:
+            return None
+        uncached = np.array([scene["all"] for scene in self.record.uncached_scene if scene], float)
+        differences = outcome.by_prompt("scene") - uncached.reshape(outcome.noises, -1).mean(0)
+        return None if np.isnan(differences).any() else paired_interval(differences)
+
+    def verdicts(self) -> list[str]:
+        """One sentence for each claim of the table and each group of rows."""
+        lines = []
+        for claim, better, worse in self.record.table.claims:
+            for group in self.groups:
+                pair = {one.row.label: one for one in self.of(group) if one.samples}
+                if better in pair and worse in pair:
+                    gain = pair[better].gain("psnr_db", pair[worse])
+                    site = "" if group[0] is None else f", site {group[0]}"
+                    lines.append(f"{claim}{site}, {group[1]} of {self.record.num_steps} steps: {verdict(gain)}")
+        return lines
+
+
+def verdict(gain: Interval | None) -> str:
+    """What a paired gain in decibels says of the claim that it is positive."""
+    if gain is None:
+        return "not decidable here (samples are identical)"
+    said = "reproduced" if gain.low > 0 else "contradicted" if gain.high < 0 else "not decidable here"
+    return f"{said} ({gain.mean:+.2f} dB [{gain.low:+.2f}, {gain.high:+.2f}])"
+
+
+def as_point(outcome: Outcome, comparison: Comparison) -> dict[str, Any] | None:
+    """What the figures show of a row, as arguments of `analysis.plots.Point`; None for what has no PSNR or no budget."""
+    row, interval = outcome.row, outcome.interval("psnr_db") if outcome.samples else None
+    if interval is None or row.computed is None or outcome.reused_nothing(comparison.full_forwards):
+        return None
+    return {
+        "title": row.title,
+        "group": row.group,
+        "budget": row.computed,
+        "psnr_db": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "speedup": outcome.speedup,
+        "is_reference": row.label == comparison.record.table.reference,
+    }

@@ -1,0 +1,258 @@
+"""Tables and figures of finished rows: `python -m analysis.tables FOLDER…`. Nothing is sampled, and no torch is needed.
+
+A folder is a run folder of a table (finished or not), or a file of `analysis/data`. Beside it, `table.md` and the figures are
+made. With `--keep NAME` the rows are kept as `analysis/data/NAME.json.gz` and the table as `analysis/tables/NAME.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from analysis import plots, records
+from analysis.comparison import Comparison, Outcome, as_point
+from analysis.intervals import Interval
+
+HERE = Path(__file__).parent
+PAPER = HERE / "paper_tables.yaml"
+TABLE = "table.md"
+DIFFERENCES = {"psnr_db": "+.2f", "ssim": "+.4f", "lpips": "+.4f", "scene": "+.1%", "speedup": "+.2f"}
+PAIRED = ("PSNR dB", "SSIM", "LPIPS", "scene, all", "speed-up")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, the cell of a row, and that of the uncached run."""
+
+    heading: str
+    cell: Callable[[Outcome, Outcome | None, Comparison], str]
+    uncached: Callable[[Comparison], str] = lambda comparison: ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def interval_text(interval: Interval | None, form: str) -> str:
+    """An interval as `mean [low, high]`; nothing if there is none."""
+    return "" if interval is None else f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _forwards(outcome: Outcome, *_: Any) -> str:
+    counts = sorted({round(sample.forwards, 1) for sample in outcome.samples})
+    return "/".join(f"{count:g}" for count in counts) if len(counts) <= 2 else f"{outcome.forwards:.1f}"
+
+
+def _psnr(outcome: Outcome, *_: Any) -> str:
+    return _number(outcome.mean("psnr_db"), ".2f") or "identical"
+
+
+def _psnr_std(outcome: Outcome, *_: Any) -> str:
+    known = outcome.known("psnr_db")
+    return f"{np.mean(known):.2f} ± {np.std(known):.2f}" if known else "identical"
+
+
+def _gain(outcome: Outcome, reference: Outcome | None, comparison: Comparison) -> str:
+    if reference is None or outcome is reference:
+        return ""
+    return interval_text(outcome.gain("psnr_db", reference), "+.2f")
+
+
+def _scene(outcome: Outcome, *_: Any) -> str:
+    return _number(outcome.mean("scene"), ".1%")
+
+
+def _speedup(outcome: Outcome, *_: Any) -> str:
+    return "" if outcome.speedup is None else f"{outcome.speedup:.2f}x"
+
+
+COLUMNS = {
+    "forwards": Column("forwards", _forwards, lambda c: _number(c.full_forwards, "g")),
+    "speedup": Column("speed-up, measured", _speedup, lambda c: "1.00x"),
+    "psnr_db": Column("PSNR dB", _psnr, lambda c: "reference"),
+    "psnr_db_std": Column("PSNR dB, ± std", _psnr_std, lambda c: "reference"),
+    "gain": Column("against {reference} (95 %)", _gain),
+    "ssim": Column("SSIM", lambda o, *_: f"{o.mean('ssim'):.4f}"),
+    "lpips": Column("LPIPS", lambda o, *_: _number(o.mean("lpips"), ".4f")),
+    "scene": Column("scene, all", _scene, lambda c: _number(c.uncached_scene(), ".1%")),
+    "scene_change": Column("against uncached (95 %)", lambda o, r, c: interval_text(c.scene_change(o), "+.1%")),
+    "last_sigma": Column("last sigma step", lambda o, *_: _number(o.setup.last_sigma if o.setup else None, ".3f")),
+    "cache_bytes": Column("cache bytes", lambda o, *_: f"{max(s.cache_bytes for s in o.samples):,}", lambda c: "0"),
+    "calibration_s": Column(
+        "calibration s", lambda o, *_: _number(o.setup.calibration_s if o.setup else None, ".0f"), lambda c: "0"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """The rows of one site and budget: lines of cells, their paired differences, and what was not sampled and why."""
+
+    title: str
+    headings: list[str]
+    lines: list[list[str]]
+    differences: list[list[str]]
+    not_run: list[tuple[str, str]]
+
+
+def sections(comparison: Comparison) -> list[Section]:
+    """A section for each site and budget, below the uncached run and the rows without a budget (the noise floor)."""
+    table, made = comparison.record.table, []
+    columns = [COLUMNS[name] for name in table.columns]
+    headings = ["method", *(column.heading.format(reference=comparison.reference_title) for column in columns)]
+    full = comparison.full_forwards
+    for group in comparison.groups:
+        here, reference = comparison.of(group), comparison.reference(group)
+        shown = [one for one in (*comparison.without_budget(), *here) if one.samples]
+        lines = [["uncached", *(column.uncached(comparison) for column in columns)]] if full is not None else []
+        for one in shown:
+            if one.reused_nothing(full):
+                lines.append([one.row.title, "did not reuse anything", *[""] * (len(columns) - 1)])
+            else:
+                lines.append([one.row.title, *(column.cell(one, reference, comparison) for column in columns)])
+        site = "" if group[0] is None else f"{group[0]}, "
+        missing = [one for one in (*comparison.without_budget(), *here) if one.reason]
+        made.append(
+            Section(
+                title=f"{site}{group[1]} of {comparison.record.num_steps} steps",
+                headings=headings,
+                lines=lines,
+                differences=differences(here, reference, full),
+                not_run=[(one.row.title, one.reason or "") for one in missing],
+            )
+        )
+    return made
+
+
+def differences(here: list[Outcome], reference: Outcome | None, full: float | None) -> list[list[str]]:
+    """All paired differences of a group to its reference, in the order of the table."""
+    if reference is None:
+        return []
+    others = [o for o in here if o.samples and o is not reference and not o.reused_nothing(full)]
+    return [
+        [o.row.title, *(interval_text(o.gain(metric, reference), form) for metric, form in DIFFERENCES.items())]
+        for o in others
+    ]
+
+
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    text = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*text, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def as_markdown(rows: records.Rows) -> str:
+    """All of a table: a section for each site and budget, verdicts, the paper's numbers, and where it was sampled."""
+    comparison, record = Comparison(rows), rows.record
+    reference = comparison.reference_title
+    setups = list(rows.setups.values())
+    where = "; ".join(sorted({one.ran_on for one in setups})) or record.device
+    commits = ", ".join(sorted({one.commit for one in setups if one.commit})) or str(record.git_commit)
+    noises = f", {record.noises} noises each" if record.noises > 1 else ""
+    about = f"{record.config['model']['name']}, {len(record.prompts) // record.noises} held-out prompts{noises}"
+    text = [
+        f"# {about}",
+        f"`{record.command}`; sampled at commit {commits}, {where}.",
+        "Forwards are counted, in equivalents of whole ones. Speed-ups are medians over pairs timed in turns, one sample "
+        f"after the other. Differences are paired by prompt and noise, row minus {reference}, with their 95 % intervals; "
+        "that of the speed-up is the mean over the timed pairs.",
+    ]
+    for section in sections(comparison):
+        text += [f"## {section.title}", markdown(section.headings, section.lines)]
+        if section.differences:
+            text += [f"Against {reference}:", markdown(["method", *PAIRED], section.differences)]
+        if section.not_run:
+            text += ["Not run:", "\n".join(f"- {title}: {reason}" for title, reason in section.not_run)]
+    if said := comparison.verdicts():
+        text += ["## Verdicts", "\n".join(f"- {line}" for line in said)]
+    if record.table.paper is not None:
+        text += [_paper(record.table.paper)]
+    return "\n\n".join(text) + "\n"
+
+
+def _paper(name: str) -> str:
+    printed = yaml.safe_load(PAPER.read_text(encoding="utf-8"))[name]
+    lines = [[str(value) for value in row.values()] for row in printed["rows"]]
+    return "\n\n".join(
+        [
+            f"What the paper prints for {printed['model']} ({printed['source']}), another model, so no column of ours:",
+            markdown(list(printed["rows"][0]), lines),
+        ]
+    )
+
+
+def show(
+    rows: records.Rows, table: Callable[[str, list[str], list[list[str]]], None], note: Callable[[str], None]
+) -> None:
+    """A table on the terminal: `table` is given a title, headings and lines, `note` a line of text."""
+    comparison = Comparison(rows)
+    for section in sections(comparison):
+        missing = [[title, "not run", *[""] * (len(section.headings) - 2)] for title, _ in section.not_run]
+        prompts = len(rows.record.prompts) // rows.record.noises
+        name = rows.record.config["model"]["name"]
+        table(f"{name}, {prompts} held-out prompts, {section.title}", section.headings, [*section.lines, *missing])
+    for line in comparison.verdicts():
+        note(line)
+
+
+def write(folder: Path, rows: records.Rows) -> list[Path]:
+    """`table.md` in `folder`, and the figures of a comparison of methods; the files that were written."""
+    made = [folder / TABLE]
+    made[0].write_text(as_markdown(rows), encoding="utf-8")
+    if rows.record.table.has_figures:
+        comparison = Comparison(rows)
+        found = [point for one in comparison.outcomes if (point := as_point(one, comparison)) is not None]
+        points = [plots.Point(**point) for point in found]
+        if points:
+            (folder / "figures").mkdir(exist_ok=True)
+            made += [folder / "figures" / name for name in ("methods.png", "pareto.png")]
+            plots.dot_plot(points, rows.record.num_steps, made[1])
+            plots.pareto(points, made[2])
+    return made
+
+
+def keep(name: str, rows: records.Rows) -> list[Path]:
+    """The rows in `analysis/data`, the table in `analysis/tables` and the figures in `analysis/figures`, under `name`."""
+    data, table = HERE / "data" / f"{name}.json.gz", HERE / "tables" / f"{name}.md"
+    records.write_bundle(rows, data)
+    written = write(HERE / "tables", rows)
+    written[0].replace(table)
+    figures = [path.replace(HERE / "figures" / f"{name}_{path.name}") for path in written[1:]]
+    if figures:
+        (HERE / "tables" / "figures").rmdir()
+    return [data, table, *figures]
+
+
+def main(arguments: list[str]) -> int:
+    """The command line: exit code 1 if a folder holds no rows, after the others were done."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="a run folder, or a file of analysis/data"
+    )
+    parser.add_argument("--keep", metavar="NAME", help="keep rows, table and figures of one folder in analysis/")
+    given = parser.parse_args(arguments)
+    if given.keep and len(given.folders) != 1:
+        parser.error("--keep takes one folder")
+    failed = False
+    for path in given.folders:
+        try:
+            rows = records.read_rows(path)
+        except records.RecordError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            continue
+        made = keep(given.keep, rows) if given.keep else write(path if path.is_dir() else path.parent, rows)
+        for file in made:
+            print(file)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
