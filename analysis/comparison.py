@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.intervals import Interval, paired_interval
-from analysis.records import Row, Rows, Sample, Setup
+from analysis.records import Row, Rows, RowSetup, Sample
 
 WHOLE = 1e-3  # of a forward
 Metric = Callable[[Sample], float | None]
@@ -41,7 +41,7 @@ class Outcome:
     row: Row
     noises: int = 1
     samples: list[Sample] = field(default_factory=list)
-    setup: Setup | None = None
+    setup: RowSetup | None = None
     reason: str | None = None
 
     def by_prompt(self, metric: str) -> np.ndarray:

@@ -191,7 +191,7 @@ class Sample:
 
 
 @dataclass(kw_only=True)
-class Setup:
+class RowSetup:
     """How a row was set up: what its search and calibration took, the grid's last sigma, where and at which commit."""
 
     row: str
@@ -284,7 +284,7 @@ class DecompositionRecord(_OfPrompts):
 
 Record = MainRecord | RowsRecord | CalibrationRecord | SpeedRecord | ModelCardRecord | DecompositionRecord
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
-_SAMPLE, _SETUP = TypeAdapter(Sample), TypeAdapter(Setup)
+_SAMPLE, _SETUP = TypeAdapter(Sample), TypeAdapter(RowSetup)
 
 
 @dataclass(kw_only=True)
@@ -293,7 +293,7 @@ class Rows:
 
     record: RowsRecord
     samples: list[Sample]
-    setups: dict[str, Setup]
+    setups: dict[str, RowSetup]
     left_out: dict[str, str]
 
 

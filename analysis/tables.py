@@ -1,7 +1,8 @@
 """Tables and figures of finished rows: `python -m analysis.tables FOLDER…`. Nothing is sampled, and no torch is needed.
 
-A folder is a run folder of a table (finished or not), or a file of `analysis/data`. Beside it, `table.md` and the figures are
-made. With `--keep NAME` the rows are kept as `analysis/data/NAME.json.gz` and the table as `analysis/tables/NAME.md`.
+In a run folder of a table, finished or not, `table.md` and the figures are made; of a file of `analysis/data` the table is
+printed. With `--keep NAME` the rows are kept as `analysis/data/NAME.json.gz`, the table as `analysis/tables/NAME.md` and the
+figures beside.
 """
 
 from __future__ import annotations
@@ -221,6 +222,8 @@ def write(folder: Path, rows: records.Rows) -> list[Path]:
 def keep(name: str, rows: records.Rows) -> list[Path]:
     """The rows in `analysis/data`, the table in `analysis/tables` and the figures in `analysis/figures`, under `name`."""
     data, table = HERE / "data" / f"{name}.json.gz", HERE / "tables" / f"{name}.md"
+    for folder in ("data", "tables", "figures"):
+        (HERE / folder).mkdir(exist_ok=True)
     records.write_bundle(rows, data)
     written = write(HERE / "tables", rows)
     written[0].replace(table)
@@ -248,9 +251,11 @@ def main(arguments: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             failed = True
             continue
-        made = keep(given.keep, rows) if given.keep else write(path if path.is_dir() else path.parent, rows)
-        for file in made:
-            print(file)
+        if given.keep or path.is_dir():
+            for file in keep(given.keep, rows) if given.keep else write(path, rows):
+                print(file)
+        else:
+            print(as_markdown(rows))
     return int(failed)
 
 

@@ -20,7 +20,6 @@ from experiments.harness.rows import Row
 
 SPEEDUPS = (2, 3, 4)
 QUICK_PROMPTS, QUICK_SPEEDUPS, QUICK_KNOB_PROMPTS, QUICK_TIMED = 8, (2,), 1, 4
-GRIDS = "plan_grid"  # the method that takes another one's grid
 COLUMNS = ["forwards", "speedup", "psnr_db", "gain", "ssim", "lpips", "scene", "cache_bytes", "calibration_s"]
 
 
@@ -53,30 +52,24 @@ def table_rows(cfg: DictConfig) -> list[Row]:
 def budget_rows(names: list[str], facts: dict[str, Any], count: int, quick: bool) -> list[Row]:
     """The rows of one budget: methods, their grids without a cache, and those with a warm-up a second time without."""
     searching = (f"calibration.knob_prompts={QUICK_KNOB_PROMPTS}",) if quick else ()
+    grids = {name: facts[name].steps_of for name in names if facts[name].steps_of}
     rows = []
     for name in names:
-        title, of = facts[name].title, None
-        if name == GRIDS:
-            of = catalogue.configuration(name).options.of
-            title = grid_title(facts, of)
+        of = catalogue.configuration(name).options[grids[name]] if name in grids else None
+        title = facts[name].title if of is None else f"{facts[name].title} of {facts[of].title}"
         rows.append(Row(name, name, searching, count, title=title, searches=of))
     if quick:
         return rows
-    if GRIDS in names:
-        own = catalogue.configuration(GRIDS).options.of
+    for grid, option in grids.items():
+        own = catalogue.configuration(grid).options[option]
         for name in names:
             if facts[name].whole_steps and not facts[name].same_steps_as and name != own:
-                options = (f"cache.options.of={name}",)
-                label, title = f"{GRIDS} of {name}", grid_title(facts, name)
-                rows.append(Row(label, GRIDS, options, count, title=title, searches=name))
-    # On a shifted grid the first steps hardly differ, and computing them as published takes up to half of a budget.
+                label, title = f"{grid} of {name}", f"{facts[grid].title} of {facts[name].title}"
+                options = (f"cache.options.{option}={name}",)
+                rows.append(Row(label, grid, options, count, title=title, searches=name))
+    # The first steps that some methods compute as published take up to 10 of 17: how are those methods without that?
     for name in names:
         if less := facts[name].no_warmup:
             without = tuple(f"cache.options.{key}={'null' if v is None else v}" for key, v in less.items())
             rows.append(Row(f"{name}, no warm-up", name, without, count, title=f"{facts[name].title}, no warm-up"))
     return rows
-
-
-def grid_title(facts: dict[str, Any], of: str) -> str:
-    """What the grid of a method is called."""
-    return f"{facts[GRIDS].title} of {facts[of].title}"

@@ -16,6 +16,7 @@ import erta
 from analysis.records import SpeedRecord
 from erta.errors import ErtaError
 from erta.pipeline import latent_call
+from experiments.harness import catalogue
 from experiments.harness.arm import make_arm
 from experiments.harness.generate import now, possible_speedup
 from experiments.harness.setup import Setup
@@ -39,8 +40,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
 def measure(cfg: DictConfig) -> SpeedRecord:
     """Medians over the pairs, in seconds and bytes. Raises ErtaError for a method that needs more than a calibration."""
     if not cfg.cache.about.from_calibration:
+        planned = [name for name in catalogue.names() if catalogue.facts(name).from_calibration]
         raise ErtaError(
-            f"experiment=speed times what is planned from a calibration (ertacache, policy, uniform, …), not cache={cfg.cache.name}"
+            f"experiment=speed times what is planned from a calibration ({', '.join(planned)}), not cache={cfg.cache.name}"
         )
     setup = Setup(cfg, untrained_pipeline(cfg))
     pipe, kwargs = setup.pipe, setup.kwargs

@@ -75,6 +75,7 @@ class MethodFacts:
         False  # it chooses beforehand which steps are computed whole, so cache=plan_grid can take its grid
     )
     same_steps_as: str | None = None  # another method that chooses the same steps
+    steps_of: str | None = None  # the option by which it is told whose steps it takes
     from_calibration: bool = False  # its plan needs a calibration at most, no runs of its own
     slow_search: bool = False  # it searches by hundreds of generations: not in a quick comparison
     no_warmup: dict[str, Any] = field(
@@ -223,7 +224,9 @@ def all_keys() -> list[str]:
             for key in (prefix + item.name, *below(item.default_factory, f"{prefix}{item.name}."))
         ]
 
-    named = {**SCHEMA, **{name: keys for name, keys in OWN_KEYS.items() if name != "table"}}
+    files = [path.read_text() for path in sorted((CONF / "experiment").glob("*.yaml"))]
+    own = {found[1]: found[2] for text in files if (found := re.search(r"/keys@(\w+): (\w+)", text))}
+    named = {**SCHEMA, **{name: OWN_KEYS[keys] for name, keys in own.items()}}
     return ["seed", "resume", *named, *(key for name, node in named.items() for key in below(node, f"{name}."))]
 
 

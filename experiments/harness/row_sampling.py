@@ -196,7 +196,7 @@ def sampler(work: Work, setup: Setup | None = None) -> Callable[[Piece], Iterato
             arm = None
             try:
                 arm = make_arm(setup.with_cache(compose_row(row)))
-                about = records.Setup(
+                about = records.RowSetup(
                     row=row.key,
                     calibration_s=arm.calibration_s,
                     last_sigma=float(arm.sigmas(setup)[-2]),

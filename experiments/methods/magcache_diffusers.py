@@ -18,7 +18,7 @@ def arm(setup: Setup) -> Arm:
     """MagCache (Ma et al., 2025, arXiv 2506.09045) of diffusers: one list of ratios serves all guidance branches.
 
     Site: the block stack's residual. Stored: one such residual in each guidance branch. Static: the ratios decide, as in
-    `peers.magcache`. Where we differ: the list is the mean over branches and 5 calibration prompts.
+    `methods.magcache`. Where we differ: the list is the mean over branches and 5 calibration prompts.
     """
     ratios = np.mean(list(ratios_of(setup).values()), axis=0).tolist()
 

@@ -22,7 +22,7 @@ def arm(setup: Setup) -> Arm:
 
     Raises ErtaError for a method that chooses no whole steps beforehand.
     """
-    name = setup.options["of"]
+    name = setup.options[setup.cfg.cache.about.steps_of]
     try:
         cache = catalogue.configuration(name)
     except ErtaError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from analysis.records import Row, Rows, RowsRecord, Sample, Setup, Table
+from analysis.records import Row, Rows, RowSetup, RowsRecord, Sample, Table
 
 COLUMNS = ["forwards", "speedup", "psnr_db", "gain", "ssim", "lpips", "scene", "cache_bytes", "calibration_s"]
 
@@ -39,5 +39,7 @@ def table(samples: dict[Row, list[dict[str, Any]]] | list[tuple[Row, list[dict[s
         }
     )  # fmt: skip
     made = [Sample(row=r.key, index=k, **sample) for r, taken in pairs for k, sample in enumerate(taken)]
-    setups = {r.key: Setup(row=r.key, calibration_s=1.5, last_sigma=0.1, ran_on="CPU", commit="abc") for r, _ in pairs}
+    setups = {
+        r.key: RowSetup(row=r.key, calibration_s=1.5, last_sigma=0.1, ran_on="CPU", commit="abc") for r, _ in pairs
+    }
     return Rows(record=record, samples=made, setups=setups, left_out=left_out)

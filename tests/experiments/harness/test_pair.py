@@ -1,0 +1,40 @@
+"""What pairs of samples took: the share of the possible speed-up that was realised."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.harness.pair import Clock
+
+
+def clock(cached_forward_s: float, uncached_rest_s: float) -> Clock:
+    """4 steps, 2 of them computed; an uncached forward takes 1 s; the hook 0.2 s in all, the cached side's solver 0.4 s."""
+    setup = SimpleNamespace(cfg=OmegaConf.create({"model": {"num_inference_steps": 4}}))
+    uncached = {"denoise_s": 4.0 + uncached_rest_s, "pipeline_s": 6.0, "forward_s": 4.0, "forwards": 4}
+    cached = {"denoise_s": 2 * cached_forward_s + 0.6, "pipeline_s": 4.0, "forward_s": 2 * cached_forward_s}
+    cached |= {"forwards": 2, "overhead_s": 0.2, "overhead_calls": 4}
+    return Clock(setup, SimpleNamespace(num_steps=4, calibration_s=0.0), [{"uncached": uncached, "cached": cached}])
+
+
+@pytest.mark.parametrize(
+    ("forward_s", "rest_s", "share"), [(1.0, 0.4, 2.4 / 2.6), (0.8, 0.4, 2.0 / 2.2), (1.0, 4.0, 2.4 / 2.6)]
+)
+def test_what_was_realised_cannot_pass_one(forward_s, rest_s, share):
+    """The same whether the machine was faster for the cached side or the uncached solver slower.
+
+    Mutants: uncached forwards in place of the cached ones (1.09 at 0.8 s); the uncached solver's time whatever the cached
+    one's (2.31 at 4 s); the hook left out (1).
+    """
+    found = clock(forward_s, rest_s).speedups()
+    assert found["speedup_realised"] == pytest.approx(share) and found["speedup_possible"] == pytest.approx(
+        (4 + rest_s) / (2 + rest_s)
+    )
+    assert found["speedup_denoise"] == pytest.approx((4 + rest_s) / (2 * forward_s + 0.6))
+
+
+def test_slower_steps_count():
+    """The cached side's solver takes 0.4 s where the uncached one takes 0.1 s: 2.1 of 2.6 s were needed."""
+    assert clock(1.0, 0.1).speedups()["speedup_realised"] == pytest.approx(2.1 / 2.6)
