@@ -21,11 +21,15 @@ def arm(setup: Setup) -> Arm:
     reuses it. Static: the steps are planned from a calibration; evenly spread ones without adjustment and rectification
     need none. Where we differ: see `erta.PlanOptions`; sources disagree on several formulas.
     """
-    cache = setup.cfg.cache
+    cache, solver = setup.cfg.cache, type(setup.pipe.scheduler).__name__
+    if not cache.corrector_at_reused and not hasattr(setup.pipe.scheduler, "disable_corrector"):
+        raise ErtaError(
+            f"{solver} has no corrector to switch off at reused steps: leave cache.corrector_at_reused=true"
+        )
     if cache.policy == "uniform" and not cache.adjust_time and not cache.rectify:
         return Arm(uniform_plan(setup), setup.kwargs)
     if cache.adjust_time and not hasattr(setup.pipe.scheduler, "sigmas"):
-        raise ErtaError(f"{type(setup.pipe.scheduler).__name__} has no sigmas to move: add cache.adjust_time=false")
+        raise ErtaError(f"{solver} has no sigmas to move: add cache.adjust_time=false")
     options = erta.PlanOptions(**{option.name: cache[option.name] for option in fields(erta.PlanOptions)})
     calibration = get_calibration(setup)
     asked: dict[str, Any] = budget(setup.cfg)

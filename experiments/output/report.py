@@ -71,7 +71,9 @@ def summary_rows(record: MainRecord) -> list[tuple[str, str, str]]:
         ("speed-up of the whole call", "", f"{metrics['speedup_pipeline']:.2f}x"),
     ]
     if "speedup_realised" in metrics:
-        rows.insert(-1, ("  of it realised: the rest is hook and slower steps", "", f"{metrics['speedup_realised']:.1%}"))
+        rows.insert(
+            -1, ("  of it realised: the rest is hook and slower steps", "", f"{metrics['speedup_realised']:.1%}")
+        )
     where = " of mp4 files" if metrics.get("frames_from") == "mp4" else ""
     for key, name in (("psnr_db", "PSNR, dB"), ("psnr_frame_mean_db", "PSNR, dB, mean over frames")):
         if key in metrics:

@@ -23,9 +23,8 @@ def row(label: str, computed: int | None = 3, site: str | None = None, **changes
                computed=computed, site=site)  # fmt: skip
 
 
-def table(samples: dict[Row, list[dict[str, Any]]] | list[tuple[Row, list[dict[str, Any]]]], **changes: Any) -> Rows:
+def table(pairs: list[tuple[Row, list[dict[str, Any]]]], **changes: Any) -> Rows:
     """A table of these rows; `changes` are of the record or, named `left_out`, of what was not sampled."""
-    pairs = list(samples.items()) if isinstance(samples, dict) else samples
     left_out = changes.pop("left_out", {})
     prompts = max((len(made) for _, made in pairs), default=0)
     record = RowsRecord(
