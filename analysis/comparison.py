@@ -45,9 +45,15 @@ class Outcome:
     reason: str | None = None
 
     def by_prompt(self, metric: str) -> np.ndarray:
-        """A metric by prompt, mean over its noises, (prompts,); NaN where one is not known."""
-        values = [METRICS[metric](sample) for sample in self.samples]
-        return np.array(values, float).reshape(self.noises, -1).mean(0)
+        """A metric by prompt, mean over its noises, (prompts,); NaN where one is not known.
+
+        Of the noises that were timed in turns in the case of the speed-up.
+        """
+        values = np.array([METRICS[metric](sample) for sample in self.samples], float).reshape(self.noises, -1)
+        if metric != "speedup":
+            return values.mean(0)
+        timed = ~np.isnan(values)
+        return np.where(timed, values, 0).sum(0) / np.where(timed.any(0), timed.sum(0), np.nan)
 
     def known(self, metric: str) -> list[float]:
         """A metric of all samples that know it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -32,8 +33,13 @@ def draw(record: DecompositionRecord, folder: Path) -> Path:
 
 def main(folders: list[str]) -> int:
     """The command line: exit code 1 if a folder holds no decomposition, after the others were done."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.decomposition", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="a run folder of experiment=decomposition"
+    )
     failed = False
-    for folder in map(Path, folders):
+    for path in parser.parse_args(folders).folders:
+        folder = path if path.is_dir() else path.parent
         try:
             record = read(folder)
             if not isinstance(record, DecompositionRecord):

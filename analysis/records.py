@@ -57,7 +57,7 @@ class Steps:
     """`computed` is a fraction where a cache leaves parts of a forward out; `without_reuse` counts samples."""
 
     total: int
-    computed: float
+    computed: int | float
     mask: list[int]
     uncached: int
     without_reuse: int = 0
@@ -76,8 +76,8 @@ class Timing:
     calibration_s: float
     hook_overhead_per_step_s: float
     hook_overhead_of_forward: float
-    forwards: float
-    forwards_uncached: float
+    forwards: int | float
+    forwards_uncached: int | float
     repeats: int
 
 
@@ -303,6 +303,8 @@ def parse(data: Any, where: Path) -> Record:
 
     try:
         return _RECORD.validate_python(earlier.record(data, where))
+    except (KeyError, TypeError, AttributeError) as error:  # of an earlier version, and not whole
+        raise RecordError(f"{where} is not a whole record: it lacks {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -333,16 +335,20 @@ def read_rows(path: str | Path) -> Rows:
         }
     else:
         data = _json(path)
+        if not isinstance(data, dict) or set(data) != {"record", "samples", "setups", "left_out"}:
+            raise RecordError(f"{path} holds no rows: give the run folder, or a file of analysis/data")
     record = parse(data["record"], path)
     if not isinstance(record, RowsRecord):
         raise RecordError(f"{path} holds no rows: it is a record of the kind {record.kind!r}")
-    lines = earlier.lines(data)
     try:
+        lines = earlier.lines(data)
         samples = [_SAMPLE.validate_python(line) for line in lines["samples"]]
-        setups = [_SETUP.validate_python(line) for line in lines["setups"]]
+        setups = {(one := _SETUP.validate_python(line)).row: one for line in lines["setups"]}
+        return Rows(record=record, samples=samples, setups=setups, left_out=data["left_out"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{path}: a row is not whole: it lacks {error}") from error
     except ValidationError as error:
         raise RecordError(f"{path}: a row is not whole: {error.errors()[0]['msg'].lower()}") from error
-    return Rows(record=record, samples=samples, setups={one.row: one for one in setups}, left_out=data["left_out"])
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -373,8 +379,11 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    """Whole lines; what a crash left of the last one is passed over."""
+    """Whole lines; what a crash left of the last one is passed over. Raises RecordError for another that is none."""
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
             if line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise RecordError(f"{path}, line {number}, is damaged: delete it; the run makes it anew") from error

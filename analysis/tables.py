@@ -109,10 +109,11 @@ def sections(comparison: Comparison) -> list[Section]:
     columns = [COLUMNS[name] for name in table.columns]
     headings = ["method", *(column.heading.format(reference=comparison.reference_title) for column in columns)]
     full = comparison.full_forwards
+    known = full is not None or comparison.uncached_scene() is not None  # something of the uncached samples
     for group in comparison.groups:
         here, reference = comparison.of(group), comparison.reference(group)
         shown = [one for one in (*comparison.without_budget(), *here) if one.samples]
-        lines = [["uncached", *(column.uncached(comparison) for column in columns)]] if full is not None else []
+        lines = [["uncached", *(column.uncached(comparison) for column in columns)]] if known else []
         for one in shown:
             if one.reused_nothing(full):
                 lines.append([one.row.title, "did not reuse anything", *[""] * (len(columns) - 1)])

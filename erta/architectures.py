@@ -1,7 +1,7 @@
 """All that the project knows of a transformer class, one entry each: add an entry here, and every room knows the class.
 
-What is not named in an entry is unknown, and what needs it says so before anything is computed: `site=output` works on every
-class whose output is the velocity alone.
+What is not named in an entry is unknown, and what needs it says so before anything is computed. `site=output` works without
+one on every class whose output is the velocity alone.
 """
 
 from __future__ import annotations
@@ -127,13 +127,16 @@ def knowing(part: str) -> str:
     return ", ".join(name for name, entry in ARCHITECTURES.items() if getattr(entry, part))
 
 
-def blocks_of(transformer: nn.Module, who: str) -> BlockStack:
-    """The transformer's stack of blocks. Raises InstallError, naming `who` needs it, where it is not known."""
+def blocks_of(transformer: nn.Module, who: str, instead: str = "") -> BlockStack:
+    """The transformer's stack of blocks.
+
+    Raises InstallError where it is not known, which says `who` needs it and what to do `instead`.
+    """
     stack = architecture_of(transformer).blocks
     if stack is None:
         raise InstallError(
-            f"{who} does not know the blocks of {model_name(transformer)} (it knows {knowing('blocks')}): use "
-            "site=output, which works on every transformer, or add an entry to erta/architectures.py"
+            f"{who} does not know the blocks of {model_name(transformer)} (it knows {knowing('blocks')}): {instead}"
+            "add an entry to erta/architectures.py"
         )
     return stack
 

@@ -107,8 +107,8 @@ def single_denoiser(pipe: Any) -> nn.Module:
     found = find_denoisers(pipe)
     if len(found) > 1:
         raise InstallError(
-            f"{type(pipe).__name__} has two transformers, and this cache knows pipelines with one: use a planned "
-            "cache (cache=ertacache, policy, uniform), or leave transformer_2 out"
+            f"{type(pipe).__name__} has two transformers, and this cache knows pipelines with one: use a plan "
+            "(erta.cached), or leave transformer_2 out"
         )
     return next(iter(found.values()))
 

@@ -86,7 +86,7 @@ class BlocksSite:
     name = "blocks"
 
     def __init__(self, transformer: nn.Module) -> None:
-        self.stack = stack = blocks_of(transformer, "site=blocks")
+        self.stack = stack = blocks_of(transformer, "site=blocks", "use site=output, or ")
         self.transformer = transformer
         self.before, self.after, self.instead = (_Stand(stack) for _ in range(3))
         blocks = [list(transformer.get_submodule(name)) for name in stack.lists]

@@ -112,9 +112,9 @@ def _unknown_key(message: str) -> str | None:
         return None
     if found[1] in config.all_keys():  # of an experiment that is not the one that is run
         return f"{found[1]} is read by experiment={found[1].split('.')[0]} only: leave it out, or add that"
-    last = found[1].split(".")[-1]
-    alike = [key for key in config.all_keys() if key.split(".")[-1] == last]
-    nearest = alike or difflib.get_close_matches(found[1], config.all_keys(), n=1)
+    chosen = next((word.partition("=")[2] for word in sys.argv if word.startswith("experiment=")), "main")
+    own = f"{chosen}.{found[1].split('.')[-1]}"
+    nearest = [own] if own in config.all_keys() else difflib.get_close_matches(found[1], config.all_keys(), n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "python run.py --cfg job shows those that exist"
     return f"unknown key {found[1]}: {hint}"
 

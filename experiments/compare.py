@@ -17,6 +17,7 @@ from erta.errors import ErtaError
 from experiments.harness import catalogue
 from experiments.harness.row_sampling import TIMED, run_table
 from experiments.harness.rows import Row
+from experiments.output import console
 
 SPEEDUPS = (2, 3, 4)
 QUICK_PROMPTS, QUICK_SPEEDUPS, QUICK_KNOB_PROMPTS, QUICK_TIMED = 8, (2,), 1, 4
@@ -28,6 +29,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     quick = cfg.compare.quick
     table = Table(reference=cfg.compare.reference, columns=COLUMNS, best_first=True, has_figures=True)
     rows = table_rows(cfg)
+    if cfg.compare.reference not in {row.label for row in rows}:
+        console.note(
+            f"compare.reference={cfg.compare.reference} is not among compare.methods: nothing is paired with it"
+        )
     run_table(cfg, folder, rows, table, QUICK_PROMPTS if quick else None, QUICK_TIMED if quick else TIMED)
 
 

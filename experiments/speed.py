@@ -71,7 +71,7 @@ def measure(cfg: DictConfig) -> SpeedRecord:
             cached.append(
                 {
                     "denoise_s": seconds,
-                    "forward_s": trace.forward_s / forwards,
+                    "forward_s": trace.forward_s / trace.transformer.count,
                     "hook_s": trace.overhead_s / calls,
                     "forwards": forwards,
                     "calls": calls,

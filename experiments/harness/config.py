@@ -24,12 +24,8 @@ OFFLOADS = ("none", "model", "sequential")
 FRAMES_FROM = ("decoded", "mp4")
 MP4_BLOCK = 16  # pixels
 WANDB_MODES = ("offline", "online", "disabled")
-METHOD_GROUPS = (
-    "planned",
-    "online",
-    "inside",
-    "none",
-)  # steps planned before; decided on the way; inside the model; no cache
+# steps planned before the run; decided while it runs; parts inside the model; no cache
+METHOD_GROUPS = ("planned", "online", "inside", "none")
 
 
 @dataclass
@@ -71,16 +67,13 @@ class MethodFacts:
     title: str = MISSING  # in tables and figures
     group: str = MISSING  # one of METHOD_GROUPS
     has_budget: bool = True  # it can be asked for a number of computed steps
-    whole_steps: bool = (
-        False  # it chooses beforehand which steps are computed whole, so cache=plan_grid can take its grid
-    )
+    whole_steps: bool = False  # it chooses beforehand which steps are computed whole: its grid can be taken
     same_steps_as: str | None = None  # another method that chooses the same steps
     steps_of: str | None = None  # the option by which it is told whose steps it takes
     from_calibration: bool = False  # its plan needs a calibration at most, no runs of its own
     slow_search: bool = False  # it searches by hundreds of generations: not in a quick comparison
-    no_warmup: dict[str, Any] = field(
-        default_factory=dict
-    )  # options without the first steps that it computes as published
+    # options without the first steps that it computes as published
+    no_warmup: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -163,9 +156,7 @@ class Table:
 
 @dataclass
 class Compare(Table):
-    quick: bool = (
-        False  # 8 prompts, 2x only, parameters found on one prompt, no slow searches, no rows without a warm-up
-    )
+    quick: bool = False  # 8 prompts, 2x only, knobs found on one prompt, no slow searches
     methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
     reference: str = "ertacache"  # the method that the others are compared with
 
@@ -206,7 +197,10 @@ OWN_KEYS = {"table": Table, "compare": Compare, "decomposition": Decomposition, 
 def register() -> None:
     """Make the schema, for the root, for every group and for the experiments' own keys, and the help known to Hydra."""
     store = ConfigStore.instance()
-    store.store(name="config_schema", node={**SCHEMA, "seed": IntegerNode(0), "resume": BooleanNode(True)})
+    store.store(
+        name="config_schema",
+        node={**SCHEMA, "seed": IntegerNode(0, is_optional=False), "resume": BooleanNode(True, is_optional=False)},
+    )
     for name, keys in OWN_KEYS.items():
         store.store(group="keys", name=name, node=keys)
     store.store(group="hydra/help", name="erta", node=help_node(CONF))
@@ -237,6 +231,9 @@ def own_keys(cfg: DictConfig) -> DictConfig:
 
 def check_is_read(cfg: DictConfig, overrides: list[str]) -> None:
     """Raise ErtaError for a setting on the command line that the experiment does not read."""
+    for group in SCHEMA:
+        if not OmegaConf.is_dict(cfg[group]):
+            raise ErtaError(f"{group}={cfg[group]}: {group} is a group of keys; python run.py --cfg job shows them")
     experiment = cfg.experiment
     always = ("experiment", "seed", "resume", "wandb", experiment.name)
     for override in overrides:

@@ -126,7 +126,7 @@ def summarise(
         **describe_run(cfg, prompts),
         steps=Steps(
             total=len(mask),
-            computed=arm.num_computed if arm.attach is None else clock.forwards / clock.branches,
+            computed=arm.num_computed if arm.attach is None else whole(clock.forwards / clock.branches),
             mask=mask,
             uncached=cfg.model.num_inference_steps,
             without_reuse=sum(row["cached"]["without_reuse"] for row in rows),
@@ -226,10 +226,15 @@ class Clock:
             calibration_s=self.arm.calibration_s,
             hook_overhead_per_step_s=self.overhead_s * self.branches,
             hook_overhead_of_forward=self.overhead_s / self.forward_s,
-            forwards=self.forwards,
+            forwards=whole(self.forwards),
             forwards_uncached=self.rows[0]["uncached"]["forwards"],
             repeats=len(self.rows),
         )
+
+
+def whole(value: float) -> int | float:
+    """A count, which is a fraction where a cache leaves parts of a forward out."""
+    return int(value) if value == int(value) else value
 
 
 def _scene_accuracy(rows: list[dict[str, Any]], name: str) -> dict[str, float]:

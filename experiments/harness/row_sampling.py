@@ -8,7 +8,7 @@ with the same uncached samples, paired by prompt and noise; forwards are counted
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig
 
 from analysis import records, tables
+from analysis.comparison import Comparison
 from erta.errors import ErtaError
 from experiments.bench.fidelity import Lpips, psnr_db, ssim
 from experiments.bench.scene import scene_agreement
@@ -75,7 +76,8 @@ def run_table(
         num_prompts: only the first so many of `bench.num_prompts`.
         timed: samples of each row that are timed in turns with uncached ones.
 
-    Raises ErtaError at the end if a row failed inside the pipeline; a row that refuses is no failure.
+    Raises ErtaError if the folder's samples belong to other prompts, weights or calibrations, and at the end if a row failed
+    inside the pipeline; a row that refuses is no failure.
     """
     if cfg.bench.frames_from != "decoded":
         console.note(f"PSNR and SSIM compare frames read from {cfg.bench.frames_from} files, in all rows")
@@ -90,11 +92,14 @@ def run_table(
         table=table,
         uncached_scene=[None] * len(prompts),
     )
+    setup = Setup(cfg)
+    check_inputs(folder, describe_inputs(setup.pipe, prompts, get_calibration(setup)))
     with tracking.start(cfg, folder) as tracker:
-        failed = _sample(Work(cfg, folder, prompts, timed), rows, record, tracker)
+        failed = _sample(setup, Work(cfg, folder, prompts, timed), rows, record, tracker)
         found = records.read_rows(folder)
         written = tables.write(folder, found)
-        tracker.finish({"rows": len(found.setups), "left_out": len(found.left_out)})
+        reasons = [one.reason for one in Comparison(found).outcomes if one.reason]
+        tracker.finish({"rows": len(rows) - len(reasons), "left_out": len(reasons)})
     tables.show(found, console.table, console.note)
     console.note("\n".join(f"written: {path}" for path in written))
     mark_finished(folder)
@@ -102,10 +107,12 @@ def run_table(
         raise ErtaError(f"failed inside the pipeline: {', '.join(failed)}. The other rows are in {folder}")
 
 
-def _sample(work: Work, rows: list[Row], record: records.RowsRecord, tracker: tracking.Tracker) -> list[str]:
+def _sample(
+    setup: Setup, work: Work, rows: list[Row], record: records.RowsRecord, tracker: tracking.Tracker
+) -> list[str]:
     """Every row on every prompt and noise; the keys of rows that failed. What the folder holds is not made again."""
     samples = Samples(work.folder, rows, len(work.prompts))
-    with closing(_events(work, rows, samples, record)) as events, progress_bar() as bar:
+    with closing(_events(setup, work, rows, samples, record)) as events, progress_bar() as bar:
         total = len(rows) * len(work.prompts)
         task = bar.add_task("rows", total=total, completed=len(samples.done), visible=False)
         for event in events:
@@ -154,19 +161,17 @@ class Samples:
             console.note(f"{event.row} {event.kind}: {event.about['reason']}")
 
 
-def _events(work: Work, rows: list[Row], samples: Samples, record: records.RowsRecord) -> Generator[Event, None, None]:
-    """What happens to the missing rows, after the uncached samples that they are compared with were made.
-
-    Raises ErtaError if the folder's samples belong to other prompts, weights or calibrations.
-    """
-    cfg, folder = work.cfg, work.folder
-    setup, pieces = Setup(cfg), samples.pieces()
-    check_inputs(folder, describe_inputs(setup.pipe, work.prompts, get_calibration(setup)))
+def _events(
+    setup: Setup, work: Work, rows: list[Row], samples: Samples, record: records.RowsRecord
+) -> Generator[Event, None, None]:
+    """What happens to the missing rows, after the uncached samples that they are compared with were made."""
+    cfg, folder, pieces = work.cfg, work.folder, samples.pieces()
     for row in {row.site: row for row in rows if row.site is not None}.values():  # once, and not in every process
-        get_calibration(setup.with_cache(compose_row(row)))
+        with suppress(ErtaError):  # the rows of that site say it
+            get_calibration(setup.with_cache(compose_row(row)))
     by_default = cfg.model.embedded and not torch.cuda.is_available()  # a large model is in memory once
-    asked = own_keys(cfg).workers
-    with shared_threads(asked, len(pieces), by_default, f"{cfg.experiment.name}.workers") as count:
+    asked, key = own_keys(cfg).workers, f"{cfg.experiment.name}.workers"
+    with shared_threads(asked, len(pieces), by_default, key) as count:
         references = uncached_samples(setup, work.prompts, folder)
         scenes = [scene_agreement(p, frames) for p, frames in zip(work.prompts, references, strict=True)]
         write_json(folder / records.RECORD, records.to_json(replace(record, uncached_scene=scenes)))
@@ -179,7 +184,7 @@ def _events(work: Work, rows: list[Row], samples: Samples, record: records.RowsR
                 yield from sample(piece)
         else:
             del setup
-            yield from side_by_side(count, pieces, sampler, work)
+            yield from side_by_side(count, key, pieces, sampler, work)
 
 
 def sampler(work: Work, setup: Setup | None = None) -> Callable[[Piece], Iterator[Event]]:

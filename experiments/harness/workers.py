@@ -64,8 +64,10 @@ def shared_threads(asked: int | None, pieces: int, by_default: bool, key: str) -
         torch.set_num_threads(threads)
 
 
-def side_by_side(count: int, pieces: list[Any], prepare: Prepare, *given: Any) -> Iterator[Event]:
+def side_by_side(count: int, key: str, pieces: list[Any], prepare: Prepare, *given: Any) -> Iterator[Event]:
     """The events of all pieces, as they come, from `count` processes that each call `prepare(*given)` once.
+
+    `key` is what asked for so many, for errors.
 
     Raises ErtaError or OSError, as the first process to fail did, and ErtaError for one that is gone, when the others
     are done. Close it where events are no longer wanted: the processes are stopped then, as they are by Ctrl-C.
@@ -75,7 +77,7 @@ def side_by_side(count: int, pieces: list[Any], prepare: Prepare, *given: Any) -
     for piece in [*pieces, *[None] * count]:
         todo.put(piece)
     todo.cancel_join_thread()  # what nobody takes any more does not hold up the end
-    own = (HydraConfig.instance().cfg, torch.get_num_threads(), todo, events, prepare, given)
+    own = (HydraConfig.instance().cfg, torch.get_num_threads(), key, todo, events, prepare, given)
     processes = [context.Process(target=_work, args=(index, *own), daemon=True) for index in range(count)]
     working, gone = set(range(count)), set[int]()
     try:
@@ -86,7 +88,7 @@ def side_by_side(count: int, pieces: list[Any], prepare: Prepare, *given: Any) -
             except queue.Empty:
                 before, gone = gone, {index for index in working if not processes[index].is_alive()}
                 if both := gone & before:  # at two looks: its last word may have been on its way at the first
-                    raise ErtaError(_lost(processes[min(both)].exitcode)) from None
+                    raise ErtaError(_lost(processes[min(both)].exitcode, key)) from None
                 continue
             if isinstance(event, Exception):
                 raise event
@@ -118,13 +120,13 @@ def _stop(processes: list[Any], leaving: bool) -> None:
             process.join()
 
 
-def _lost(code: int | None) -> str:
-    memory = ", perhaps for want of memory: try workers=1" if code == -signal.SIGKILL else ""
+def _lost(code: int | None, key: str) -> str:
+    memory = f", perhaps for want of memory: try {key}=1" if code == -signal.SIGKILL else ""
     return f"a process ended with code {code}{memory}. What was finished is kept: the same command goes on from there."
 
 
 def _work(
-    index: int, hydra_cfg: Any, threads: int, todo: Any, events: Any, prepare: Prepare, given: tuple[Any, ...]
+    index: int, hydra_cfg: Any, threads: int, key: str, todo: Any, events: Any, prepare: Prepare, given: tuple[Any, ...]
 ) -> None:
     def stop(*_: Any) -> None:  # on SIGTERM: leave in order, without waiting for somebody to take the last events
         events.cancel_join_thread()
@@ -148,7 +150,7 @@ def _work(
         events.put(error if isinstance(error, OSError) else ErtaError(str(error)))
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        events.put(ErtaError(f"{text} (workers=1 with --traceback shows where)"))
+        events.put(ErtaError(f"{text} ({key}=1 --traceback shows where)"))
 
 
 def _end_with_parent() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers.hooks import (
-    FirstBlockCacheConfig,
-)
+from diffusers.hooks import FirstBlockCacheConfig
 
 from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from diffusers.hooks import (
-    MagCacheConfig,
-)
+from diffusers.hooks import MagCacheConfig
 
 from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup

@@ -47,7 +47,8 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     if about is not None and not model.embedded and model.path is not None:
         console.note(f"the card is that of the published {model.name}; model.path is not read")
     if about is None:
-        raise ErtaError(f"no architecture of model={model.name} is known; {PUBLISHED.name} has {', '.join(known)}")
+        published = [model for entry in ARCHITECTURES.values() for model in entry.published]
+        raise ErtaError(f"no architecture of model={model.name} is known; {PUBLISHED.name} has {', '.join(published)}")
     frames = model.num_frames or 1
     latent = about["latent"]
     size = ((frames - 1) // latent["time"] + 1, model.height // latent["space"], model.width // latent["space"])

@@ -12,6 +12,8 @@ from erta.architectures import BlockStack, architecture_of
 from erta.errors import ErtaError
 from erta.pipeline import single_denoiser
 
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 
 def count_flops(transformer: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
     """FLOPs of a forward as PyTorch counts them (matrix products and convolutions), and its output."""
@@ -31,9 +33,6 @@ def flops_without_blocks(transformer: nn.Module, inputs: dict[str, torch.Tensor]
     for blocks in stack.lists:
         setattr(transformer, blocks, nn.ModuleList())
     return count_flops(transformer, inputs)[0]
-
-
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class _FirstForwardIsDone(Exception):

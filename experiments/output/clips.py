@@ -13,6 +13,10 @@ from PIL import Image
 
 from erta.errors import ErtaError
 
+FRAME_MS = 125
+MIN_SHOWN_PX = 128
+MAX_SHOWN_PX = 416
+FULL_DISK_BYTES = 1 << 16  # less free space than this is none
 MP4_FPS = 16
 
 
@@ -42,11 +46,6 @@ def through_mp4(frames: np.ndarray, path: Path) -> np.ndarray:
     return read.astype(np.float32) / 255
 
 
-FRAME_MS = 125
-MIN_SHOWN_PX = 128
-MAX_SHOWN_PX = 416
-
-
 def write_animation(frames: np.ndarray, path: Path) -> None:
     """Frames in [0, 1] as an animated WebP: small clips enlarged and lossless, large ones reduced and lossy."""
     pixels = to_uint8(frames)
@@ -56,9 +55,6 @@ def write_animation(frames: np.ndarray, path: Path) -> None:
     for image in images:
         image.thumbnail((MAX_SHOWN_PX, MAX_SHOWN_PX))
     images[0].save(path, save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0, lossless=small, quality=80)
-
-
-FULL_DISK_BYTES = 1 << 16  # less free space than this is none
 
 
 def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:

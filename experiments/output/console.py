@@ -11,17 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.output import console
+PIPED_WIDTH = 150  # columns where the output is a file or a pipe
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def progress_bar() -> Progress:
     """The bar of everything that takes longer than five seconds."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console.out)
-
-
-PIPED_WIDTH = 150  # columns where the output is a file or a pipe
-out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out)
 
 
 def quiet_libraries() -> None:

@@ -22,12 +22,6 @@ from erta.errors import ErtaError
 from erta.signature import model_signature
 from experiments.prompts.choose import Prompt
 
-
-def as_plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain data, interpolations resolved."""
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
-
-
 STATE_FILE = "state.json"
 RESULTS = (
     records.RECORD,
@@ -53,11 +47,17 @@ PACKAGES = (
 )
 
 
+def as_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
 def config_hash(cfg: DictConfig) -> str:
     """Digest of everything in the configuration that decides the result."""
     plain = as_plain(cfg)
     deciding = {"experiment_name": plain["experiment"]["name"], **plain}
-    deciding.get(plain["experiment"]["name"], {}).pop("workers", None)
+    for key in ("workers", "reference"):
+        deciding.get(plain["experiment"]["name"], {}).pop(key, None)
     for key in NOT_HASHED:
         *groups, last = key.split(".")
         functools.reduce(dict.__getitem__, groups, deciding).pop(last)

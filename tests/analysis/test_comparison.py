@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import tables
-from analysis.comparison import Comparison
+from analysis.comparison import Comparison, as_point
 from analysis.records import Table
 from tests.analysis.tables import COLUMNS, one, row, table
 
@@ -32,7 +32,7 @@ def test_a_row_of_the_table():
     assert found["PSNR dB"] == "38.00" and found["against Ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
     assert found["speed-up, measured"] == "2.00x" and found["LPIPS"] == "" and found["scene, all"] == "100.0%"
     assert cells(rows, "Ertacache")["against Ertacache (95 %)"] == "" and found["calibration s"] == "2"
-    assert [line[0] for line in section(rows).lines] == ["Uniform", "Ertacache"]  # best first
+    assert [line[0] for line in section(rows).lines] == ["uncached", "Uniform", "Ertacache"]  # best first
 
 
 def test_all_differences_are_paired():
@@ -73,7 +73,7 @@ def test_what_is_not_there_is_said():
         [(ERTA, [one(30.0), one(40.0)]), (UNIFORM, [one(1.0)]), (FORA, [])], left_out={"fora (3)": "no modules"}
     )
     assert section(rows).not_run == [("Uniform", "not finished: 1 of 2 samples"), ("Fora", "no modules")]
-    assert [line[0] for line in section(rows).lines] == ["Ertacache"]
+    assert [line[0] for line in section(rows).lines] == ["uncached", "Ertacache"]
 
 
 def test_noises_of_a_prompt_are_averaged_before_pairing():
@@ -85,6 +85,34 @@ def test_noises_of_a_prompt_are_averaged_before_pairing():
     np.testing.assert_allclose(other.by_prompt("psnr_db") - reference.by_prompt("psnr_db"), [1, 3])
     gain = other.gain("psnr_db", reference)
     assert (gain.mean, gain.low, gain.high) == (2, 1, 3)
+
+
+def test_speedups_of_the_noise_that_was_timed():
+    """Only the first prompt's first noise was timed: 4 against 2. Mutants: nothing paired; noises not timed count as 0."""
+    ours = [one(10.0, uncached_s=4.0), one(20.0), one(14.0), one(28.0)]
+    theirs = [one(11.0, uncached_s=2.0), one(19.0), one(11.0), one(23.0)]
+    reference, other = Comparison(table([(ERTA, theirs), (UNIFORM, ours)], noises=2)).outcomes
+    assert other.gain("speedup", reference).mean == 2 and other.speedup == 4
+
+
+def test_points_of_the_figures():
+    """Mutants: a row that computed everything, or was not sampled, drawn; the reference not told apart."""
+    whole = [one(None, forwards=12)] * 2
+    rows = [(NONE, whole), (ERTA, [one(30.0, uncached_s=2.0), one(32.0)]), (FORA, whole), (UNIFORM, [])]
+    found = Comparison(table(rows))
+    points = [as_point(outcome, found) for outcome in found.outcomes]
+    assert [point is None for point in points] == [True, False, True, True]
+    assert points[1] == {
+        "title": "Ertacache", "group": "planned", "budget": 3, "psnr_db": 31.0, "low": 30.0, "high": 32.0,
+        "speedup": 2.0, "is_reference": True,
+    }  # fmt: skip
+
+
+def test_the_uncached_samples_stand_on_top_where_something_is_known_of_them():
+    """A table without a row for the noise floor still says what the uncached samples show. Mutant: the line is gone."""
+    rows = table([(ERTA, [one(30.0)])])
+    assert section(rows).lines[0][0] == "uncached" and cells(rows, "uncached")["scene, all"] == "100.0%"
+    assert section(table([(ERTA, [one(30.0)])], uncached_scene=[None])).lines[0][0] == "Ertacache"
 
 
 def test_rows_are_compared_within_their_group():

@@ -30,11 +30,7 @@ def test_records_of_the_first_version_are_read(folder):
 def test_what_the_first_version_kept_comes_through():
     """Mutants: forwards of both sides swapped, the growth of errors or the plan's report lost."""
     main = records.read(EARLIER / "main")
-    assert (main.steps.total, main.steps.computed, main.steps.mask) == (
-        6,
-        3,
-        [1, 0, 1, 0, 1, 0],
-    ) or main.steps.computed == 3
+    assert (main.steps.total, main.steps.computed) == (6, 3) and main.steps.mask == [1, 0, 1, 0, 1, 0]
     assert main.timing.forwards == 6 and main.metrics["psnr_db"] > 0 and main.plan_report["policy"] == "threshold"
     speed = records.read(EARLIER / "speed")
     assert (speed.forwards_uncached, speed.forwards, speed.pairs) == (6, 3, 1)

@@ -80,3 +80,28 @@ def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path):
     found = records.read_rows(Path(tmp_path))
     assert [sample.psnr_db for sample in found.samples] == [30.0]
     assert "not finished: 1 of 2 samples" in tables.as_markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("rows.jsonl", "{]\n", "line 1, is damaged"),
+        ("left_out.json", "[]", "a row is not whole"),
+        ("record.json", '{"table": {}}', "is not a whole record: it lacks"),
+        ("record.json", '{"planned": []}', "is not a whole record"),
+        ("record.json", "{", "cannot be read"),
+    ],
+)
+def test_damaged_folders_are_named_in_a_line(tmp_path, capsys, name, text, said):
+    """Mutant: a raw Python error."""
+    (tmp_path / "record.json").write_text(json.dumps(records.to_json(table([(row("ertacache"), [one(30.0)])]).record)))
+    (tmp_path / name).write_text(text)
+    assert tables.main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_a_file_of_a_run_folder_is_not_taken_for_its_rows(tmp_path, capsys):
+    (tmp_path / "record.json").write_text("{}")
+    assert tables.main([str(tmp_path / "record.json")]) == 1
+    assert "holds no rows: give the run folder" in capsys.readouterr().err

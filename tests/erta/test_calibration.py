@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,3 +385,10 @@ def test_guidance_off_has_one_branch(pipe):
     with erta.cached(pipe, calibration.plan(steps=4)) as trace:
         pipe(prompt=PROMPTS[0], output_type="latent", **{**CALL, "guidance_scale": 1.0})
     assert trace.forwards == {"cond": 4}
+
+
+def test_a_plan_of_the_first_version_is_read():
+    """A file as the first version wrote it. Mutant: a field that it did not know asked for."""
+    plan = erta.Plan.load(Path(__file__).with_name("plan_of_the_first_version.json"))
+    assert (plan.num_steps, plan.num_computed, plan.site, plan.takeover) == (6, 3, "output", None)
+    assert plan.rectification.gain.shape == (6, 2, 16) and plan.report["policy"] == "threshold"

@@ -22,7 +22,7 @@ from erta.architectures import latent_of
 from erta.errors import InstallError
 from erta.hooks import HOOK_NAME, OBSERVER_NAME, _BranchHook
 from erta.online import OnlineTrace, tensors_in
-from erta.pipeline import SESSION, Session, single_denoiser
+from erta.pipeline import Session, check_bare, single_denoiser
 from erta.scheduler import counting, step_index
 
 COUNTER = "erta_counter"
@@ -195,13 +195,11 @@ def counted(
 def _check_free(pipe: Any, transformer: nn.Module) -> None:
     registry = getattr(transformer, "_diffusers_hook", None)
     taken = registry is not None and any(registry.get_hook(name) for name in (HOOK_NAME, OBSERVER_NAME))
-    if SESSION in pipe.__dict__ or taken:
+    check_bare(pipe)
+    if taken:
         raise InstallError("erta is installed on this pipeline: call erta.uninstall(pipe) before a cache of diffusers")
     if not hasattr(transformer, "enable_cache"):
-        raise InstallError(
-            f"{type(transformer).__name__} has no caches of diffusers (enable_cache); of the models here Wan's, FLUX's, "
-            "CogVideoX's and HunyuanVideo's have"
-        )
+        raise InstallError(f"{type(transformer).__name__} has no caches of diffusers (no enable_cache)")
     if transformer.is_cache_enabled:
         raise InstallError("another cache is enabled on this transformer: call transformer.disable_cache() first")
 

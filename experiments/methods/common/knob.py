@@ -114,7 +114,8 @@ def _known_or_found(setup: Setup, knob: Knob, attach_with: Callable[[Any], Attac
 def _places_before(target: str) -> list[str]:
     """Where the method of a `_target_` stood in earlier versions, by which they kept what they found."""
     module, _, function = target.removeprefix("experiments.methods.").rpartition(".")
-    return [f"experiments.peers.{module}.{function}", f"experiments.peers.shipped.{module}"]
+    shipped = module.removesuffix("_diffusers")
+    return [f"experiments.peers.{module}.{function}", f"experiments.peers.shipped.{shipped}"]
 
 
 def mean_computed_steps(setup: Setup, attach: Attach, prompts: list[str]) -> float:

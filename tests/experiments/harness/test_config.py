@@ -28,6 +28,7 @@ ACCEPTED = {
         "resume=false",
     ],
     "budgets": ["budgets.workers=1", "bench.frames_from=mp4"],
+    "table3_ablation": ["table3_ablation.seeds=1", "sampler=unipc"],
     "calibrate": ["calibration.shard=1/2", "cache.site=blocks"],
     "model_card": ["model=flux_dev", "calibration.window=4"],
     "speed": ["speed.pairs=1", "cache.speedup=2"],
@@ -41,6 +42,7 @@ REFUSED = {
     ("compare", "bench.dimensions=all"): "bench.dimensions=all: experiment=compare does not read it",
     ("budgets", "calibration.path=x"): "may need several calibrations",
     ("calibrate", "bench.num_prompts=4"): "experiment=calibrate does not read it",
+    ("calibrate", "cache.threshold=0.1"): "experiment=calibrate does not read it",
     ("model_card", "cache.steps=3"): "experiment=model_card does not read it",
     ("model_card", "sampler=unipc"): "experiment=model_card does not read it",
     ("speed", "bench=fid_clip"): "experiment=speed does not read it",
@@ -50,7 +52,8 @@ REFUSED = {
 @pytest.mark.parametrize("experiment", ACCEPTED)
 def test_what_an_experiment_reads_is_accepted(experiment):
     overrides = [f"experiment={experiment}", *ACCEPTED[experiment]]
-    config.check_is_read(commands.config(*overrides), overrides)
+    cfg = commands.config(*overrides)
+    assert config.check_is_read(cfg, overrides) is None and cfg.experiment.name == experiment
 
 
 @pytest.mark.parametrize(("experiment", "override"), REFUSED)
@@ -102,3 +105,15 @@ def test_what_does_not_decide_the_result_is_not_hashed():
     seen = {config_hash(plain), config_hash(commands.config("experiment=compare", "compare.quick=true"))}
     seen |= {config_hash(commands.config("experiment=budgets", "bench.num_prompts=64")), config_hash(commands.config())}
     assert len(seen) == 4
+
+
+def test_a_group_is_no_value(command):
+    """Mutant: a raw error about an attribute of a string, or a seed that is none."""
+    for override, said in {
+        "wandb=disabled": "wandb is a group of keys",
+        "calibration=x": "calibration is a group of keys",
+    }.items():
+        code, printed = command(override)
+        assert code == 1 and said in printed and "Error" not in printed, printed
+    code, printed = command("seed=null")
+    assert code == 1 and "seed" in printed and "Traceback" not in printed

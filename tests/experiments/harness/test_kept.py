@@ -35,6 +35,6 @@ def test_what_an_earlier_version_kept_is_read(setup):
     """Knobs were kept under the place of their method. Mutants: searched anew; another method's taken."""
     kept.kept(setup, "m", ["experiments.peers.fora.arm", 1], lambda: {"value": "fora"})
     kept.kept(setup, "m", ["experiments.peers.shipped.pab", 1], lambda: {"value": "pab"})
-    for target, value in {"fora": "fora", "pab": "pab", "t_gate": "anew"}.items():
+    for target, value in {"fora": "fora", "pab": "pab", "pab_diffusers": "pab", "t_gate": "anew"}.items():
         before = [[place, 1] for place in knob._places_before(f"experiments.methods.{target}.arm")]
         assert kept.kept(setup, "m", [target, 1], lambda: {"value": "anew"}, before)["value"] == value

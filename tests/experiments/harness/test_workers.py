@@ -74,7 +74,7 @@ def test_threads_are_shared(threads):
 @pytest.mark.slow
 def test_every_piece_is_done_once(tmp_path):
     """Mutants: a worker that stops at the first piece; an end that does not wait for the last events."""
-    events = list(workers.side_by_side(2, list(range(20)), squares, 3, str(tmp_path)))
+    events = list(workers.side_by_side(2, "compare.workers", list(range(20)), squares, 3, str(tmp_path)))
     assert sorted(e.about["value"] for e in events) == [n**3 for n in range(20)]
     assert {str(e.about["pid"]) for e in events} == {path.name for path in tmp_path.iterdir()}
     assert not multiprocessing.active_children()
@@ -95,14 +95,14 @@ def test_a_process_that_fails_ends_the_run(piece, error, message, monkeypatch):
     """Mutants: a run that waits for a gone process for ever, or ends as if all were done."""
     monkeypatch.setattr(workers, "LOOK_AFTER_S", 0.5)
     with pytest.raises(error, match=message):
-        list(workers.side_by_side(2, [1, piece, *range(5)], squares, 2))
+        list(workers.side_by_side(2, "compare.workers", [1, piece, *range(5)], squares, 2))
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
 def test_nobody_is_left_behind():
     """Mutant: events that are no longer wanted go on being made."""
-    events = workers.side_by_side(2, list(range(10_000)), squares, 2)
+    events = workers.side_by_side(2, "compare.workers", list(range(10_000)), squares, 2)
     assert next(events).kind == "power"
     events.close()
     assert not multiprocessing.active_children()

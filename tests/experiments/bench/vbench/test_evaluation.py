@@ -184,7 +184,7 @@ BAD = {
     "zero prompts": (["bench.num_prompts=0"], "num_prompts must be at least 1", 1),
     "its own prompts": (["bench.prompts=p.txt"], "has its own prompts", 1),
     "images": (["model.num_frames=null"], "makes images", 1),
-    "a table": (["experiment=budgets"], "the rows of this table decide about the cache", 1),
+    "a table": (["experiment=decomposition"], "does not evaluate bench=vbench_standard: it takes bench=fidelity", 1),
     "no interpreter": (["bench.python=nowhere/python"], "bench.python=nowhere/python is not an interpreter", 1),
     "not Python": (["bench.python=echo"], "bench.python=echo cannot run the worker", 1),
     "without vbench": (["bench.python={bare}"], "has no vbench package; `make vbench-env`", 1),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.hooks import (
-    FirstBlockCacheConfig,
-)
+from diffusers.hooks import FirstBlockCacheConfig
 
 from experiments.methods.common.counting import diffusers_cache
 from experiments.models.costs import forward_costs
