@@ -25,7 +25,7 @@ from experiments.output.console import progress_bar
 from experiments.output.run_folder import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
 from experiments.prompts.choose import Prompt, test_prompts
 
-GROWTH_STEPS = 10  # steps after which the growth of an error is measured
+GROWTH_STEPS = 6  # steps after which the growth of an error is measured
 PARTS = ("injected", "propagated", "grid")
 
 
