@@ -17,6 +17,7 @@ from experiments.harness.arm import Arm
 from experiments.harness.calibrations import get_calibration
 from experiments.harness.config import CONF
 from experiments.harness.generate import generate
+from experiments.harness.pair import Clock
 from experiments.harness.setup import Setup
 from experiments.models.call import call_kwargs
 from experiments.models.load import ASSETS, load_pipeline
@@ -97,21 +98,22 @@ def test_the_clock_gets_what_the_plan_allows(shipped):
     Mutants: a reused step that runs the transformer all the same, a copy of the latent at every step.
     """
     cfg = default_config()
-    calibration = get_calibration(Setup(cfg, shipped))
-    arm = Arm(calibration.plan(speedup=2.0), call_kwargs(cfg), calibration)
+    setup = Setup(cfg, shipped)
+    calibration = get_calibration(setup)
+    arm = Arm(calibration.plan(speedup=2.0), setup.kwargs, calibration)
     prompt, reached = test_prompts(cfg)[0], False
     generate(shipped, prompt.text, 0, {**arm.kwargs, "num_inference_steps": 2})
     for _ in range(3):
         rows = []
-        for pair in range(10):
+        for seed in range(10):
             sides = {"uncached": Arm(None, arm.kwargs), "cached": arm}
-            order = sorted(sides, reverse=pair % 2 == 0)
-            made = {name: generate(shipped, prompt.text, pair, arm.kwargs, sides[name].put_on) for name in order}
+            order = sorted(sides, reverse=seed % 2 == 0)
+            made = {name: generate(shipped, prompt.text, seed, arm.kwargs, sides[name].put_on) for name in order}
             rows.append({name: asdict(sample) for name, sample in made.items()})
         rows.sort(key=lambda row: row["uncached"]["denoise_s"] + row["cached"]["denoise_s"])
-        timing = pair._timing(cfg, arm, rows[:5])
-        speedup, possible = timing["denoise_uncached_s"] / timing["denoise_s"], timing["speedup_possible"]
-        overhead = timing["hook_overhead_of_forward"]
+        clock = Clock(setup, arm, rows[:5])
+        speedups, overhead = clock.speedups(), clock.timing().hook_overhead_of_forward
+        speedup, possible = speedups["speedup_denoise"], speedups["speedup_possible"]
         print(f"\nspeed-up {speedup:.3f}, possible {possible:.3f}; hook {overhead:.2%} of a forward")
         reached = speedup >= 0.97 * possible and overhead <= 0.01
         if reached:

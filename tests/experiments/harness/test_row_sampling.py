@@ -51,13 +51,13 @@ def test_tables_of_rows(command, tmp_path, monkeypatch):
     code, printed = command(*arguments)
     assert code == 0, printed
     record = json.loads(Path("outputs/t/3/record.json").read_text())
-    assert len(record["rows"]) == 2 * 6 and len(record["seeds"]) == len(set(record["seeds"])) == 4
+    assert len(record["rows"]) == 1 + 2 * 6 and len(record["seeds"]) == len(set(record["seeds"])) == 4
     assert record["kind"] == "rows" and record["noises"] == 2 and all(scene for scene in record["uncached_scene"])
     assert (
         printed.count("the policy helps, site") == 2 and "rectification helps, site blocks, 3 of 6 steps: " in printed
     )
     rows = read_lines(Path("outputs/t/3/rows.jsonl"))
-    assert len(rows) == 4 * 6 * 2 and {r["forwards"] for r in rows if "(output" in r["row"]} == {6}
+    assert len(rows) == 4 * (1 + 6 * 2) and {r["forwards"] for r in rows if "(output" in r["row"]} == {6}
     (at_blocks,) = {round(r["forwards"], 6) for r in rows if "(blocks" in r["row"]}
     assert 6 < at_blocks < 8  # reused steps run embeddings and head there
     by_site = {site: [r["psnr_db"] for r in rows if r["row"] == f"policy ({site}, 3)"] for site in ("output", "blocks")}
