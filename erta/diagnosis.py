@@ -115,6 +115,9 @@ def propagation_gain(
     Finite differences: one run for each step and direction, with an error of `relative_size` of the latent's norm. How much
     it grows depends on the prompt and on the direction by orders of magnitude: one of each is no measurement.
 
+    Under UniPC it is something else: its corrector computes the latent anew from that of the step before, so that what was put
+    into this one is dropped, and only what the model made of it goes on. Under Euler's rule, the whole of it goes on.
+
     Returns the growth, (steps, directions).
     """
 
