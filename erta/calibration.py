@@ -101,13 +101,7 @@ class Calibration:
                 f"threshold {threshold:g} reuses nothing: the smallest change between two steps is {smallest:.4g}",
                 stacklevel=2,
             )
-        if options.adjust_time and self.signature["grid"] != "sigmas":
-            raise ErtaError(
-                f"{self.signature['scheduler'].split()[0]} has no sigmas to move: plan with adjust_time=False "
-                "(policy and rectification work)"
-            )
-        if options.adjust_time and options.phi_denominator == "increment" and "interpolated_from_steps" in self.record:
-            raise ErtaError("phi by increment depends on the step length: calibrate with this number of steps")
+        self._check_time(options)
         sigmas = np.array(self.signature["sigmas"], dtype=np.float32)
         phi = self.phi(mask, options.phi_denominator)
         moved = adjusted_sigmas(sigmas, mask, phi, self.takeover) if options.adjust_time else sigmas
@@ -147,6 +141,18 @@ class Calibration:
                 "reuse_error_max": float(errors.max()),
             },
         )
+
+    def _check_time(self, options: PlanOptions) -> None:
+        """Raise ErtaError if integration steps are to be moved and this calibration cannot tell where."""
+        if not options.adjust_time:
+            return
+        if self.signature["grid"] != "sigmas":
+            raise ErtaError(
+                f"{self.signature['scheduler'].split()[0]} has no sigmas to move: plan with adjust_time=False "
+                "(policy and rectification work)"
+            )
+        if options.phi_denominator == "increment" and "interpolated_from_steps" in self.record:
+            raise ErtaError("phi by increment depends on the step length: calibrate with this number of steps")
 
     def phi(self, mask: Mask, denominator: str = "velocity") -> np.ndarray:
         """Step scale of every step under a mask, (num_steps,): 1 where computed."""
