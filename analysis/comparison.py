@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from analysis.intervals import Interval, paired_interval
-from analysis.records import Row, Rows, RowSetup, Sample
+from analysis.records import UNCACHED, Claim, Row, Rows, RowScores, RowSetup, Sample
+from analysis.verdicts import Result, verdict
 
 WHOLE = 1e-3  # of a forward
+NO_PLACE = (None, None)  # of rows that stand beside all others
 Metric = Callable[[Sample], float | None]
+Place = tuple[str | None, int | None]  # see `records.Row.place`
 
 
 def scene_all(sample: Sample) -> float | None:
@@ -34,6 +37,17 @@ METRICS: dict[str, Metric] = {
 }
 
 
+LOWER_IS_BETTER = ("lpips",)
+FORMS = {  # metric: its heading and the form of its differences
+    "psnr_db": ("PSNR dB", "+.2f"),
+    "ssim": ("SSIM", "+.4f"),
+    "lpips": ("LPIPS", "+.4f"),
+    "scene": ("scene, all", "+.1%"),
+    "speedup": ("speed-up", "+.2f"),
+    "clip_score": ("CLIP score", "+.2f"),
+}
+
+
 @dataclass
 class Outcome:
     """A row's samples in the order of the prompts, or why there are none."""
@@ -43,21 +57,29 @@ class Outcome:
     samples: list[Sample] = field(default_factory=list)
     setup: RowSetup | None = None
     reason: str | None = None
+    scores: RowScores | None = None
 
     def by_prompt(self, metric: str) -> np.ndarray:
         """A metric by prompt, mean over its noises, (prompts,); NaN where one is not known.
 
         Of the noises that were timed in turns in the case of the speed-up.
         """
-        values = np.array([METRICS[metric](sample) for sample in self.samples], float).reshape(self.noises, -1)
+        values = np.array(self._values(metric), float).reshape(self.noises, -1)
         if metric != "speedup":
             return values.mean(0)
         timed = ~np.isnan(values)
         return np.where(timed, values, 0).sum(0) / np.where(timed.any(0), timed.sum(0), np.nan)
 
+    def _values(self, metric: str) -> list[float | None]:
+        """A metric of every sample, its own or a benchmark's; None where it is not known."""
+        if metric in METRICS:
+            return [METRICS[metric](sample) for sample in self.samples]
+        scored = self.scores.by_sample.get(metric) if self.scores is not None else None
+        return scored if scored is not None else [None] * len(self.samples)
+
     def known(self, metric: str) -> list[float]:
         """A metric of all samples that know it."""
-        return [value for sample in self.samples if (value := METRICS[metric](sample)) is not None]
+        return [value for value in self._values(metric) if value is not None]
 
     def mean(self, metric: str) -> float | None:
         """Mean of what the samples know."""
@@ -95,7 +117,7 @@ class Outcome:
 
     def reused_nothing(self, full: float | None) -> bool:
         """Whether as many forwards were made as without a cache, `full`."""
-        if self.row.computed is None or full is None or not self.samples:
+        if self.row.place == NO_PLACE or full is None or not self.samples:
             return False
         return min(sample.forwards for sample in self.samples) > full - WHOLE
 
@@ -117,32 +139,40 @@ class Comparison:
                 self.outcomes.append(Outcome(row, rows.record.noises, reason=why))
             else:
                 samples = [mine[index] for index in range(total)]
-                self.outcomes.append(Outcome(row, rows.record.noises, samples, rows.setups.get(row.key)))
+                scores = rows.scores.get(row.key)
+                self.outcomes.append(Outcome(row, rows.record.noises, samples, rows.setups.get(row.key), scores=scores))
+        self.uncached_scores = rows.scores.get(UNCACHED)
 
     @property
     def full_forwards(self) -> float | None:
-        """Forwards of a run without a cache, as the row without a budget made them."""
-        return next((one.forwards for one in self.outcomes if one.row.computed is None and one.samples), None)
+        """Forwards of a run without a cache, as the row that stands beside all others made them."""
+        return next((one.forwards for one in self.without_budget() if one.samples), None)
 
     @property
-    def groups(self) -> list[tuple[str | None, int]]:
-        """Sites and budgets of the rows, in the order of the sites, the largest budget first."""
-        found = dict.fromkeys((o.row.site, o.row.computed) for o in self.outcomes if o.row.computed is not None)
-        sites = list(dict.fromkeys(site for site, _ in found))
-        return sorted(found, key=lambda group: (sites.index(group[0]), -(group[1] or 0)))  # type: ignore[arg-type, return-value]
+    def groups(self) -> list[Place]:
+        """Places of the rows: blocks as they come, sites in their order, the largest budget first."""
+        found = dict.fromkeys(one.row.place for one in self.outcomes if one.row.place != NO_PLACE)
+        named = list(dict.fromkeys(name for name, _ in found))
+        return sorted(found, key=lambda place: (named.index(place[0]), -(place[1] or 0)))
+
+    def title(self, place: Place) -> str:
+        """What a group of rows is called."""
+        name, computed = place
+        budget = [] if computed is None else [f"{computed} of {self.record.num_steps} steps"]
+        return ", ".join([*([] if name is None else [name]), *budget])
 
     def without_budget(self) -> list[Outcome]:
         """Rows that stand in every group: the noise floor."""
-        return [one for one in self.outcomes if one.row.computed is None]
+        return [one for one in self.outcomes if one.row.place == NO_PLACE]
 
-    def of(self, group: tuple[str | None, int]) -> list[Outcome]:
+    def of(self, group: Place) -> list[Outcome]:
         """The rows of a group; best PSNR first if the table wants that."""
-        here = [one for one in self.outcomes if (one.row.site, one.row.computed) == group]
+        here = [one for one in self.outcomes if one.row.place == group]
         if self.record.table.best_first:
             here.sort(key=lambda one: -(one.mean("psnr_db") or -1))
         return here
 
-    def reference(self, group: tuple[str | None, int]) -> Outcome | None:
+    def reference(self, group: Place) -> Outcome | None:
         """The row of a group that the others are compared with, if it was sampled."""
         label = self.record.table.reference
         return next((one for one in self.of(group) if one.row.label == label and one.samples), None)
@@ -166,36 +196,50 @@ class Comparison:
         differences = outcome.by_prompt("scene") - uncached.reshape(outcome.noises, -1).mean(0)
         return None if np.isnan(differences).any() else paired_interval(differences)
 
-    def verdicts(self) -> list[str]:
-        """One sentence for each claim of the table and each group of rows."""
-        lines = []
-        for claim, better, worse in self.record.table.claims:
+    def results(self) -> list[Result]:
+        """What the rows say of the table's claims: one for each claim and each group in which both its rows stand."""
+        made = []
+        for claim in self.record.table.claims:
             for group in self.groups:
-                pair = {one.row.label: one for one in self.of(group) if one.samples}
-                if better in pair and worse in pair:
-                    gain = pair[better].gain("psnr_db", pair[worse])
-                    site = "" if group[0] is None else f", site {group[0]}"
-                    lines.append(f"{claim}{site}, {group[1]} of {self.record.num_steps} steps: {verdict(gain)}")
-        return lines
+                rows = {one.row.label: one for one in self.of(group) if one.samples}
+                if claim.better in rows and claim.worse in rows:
+                    made.append(self._result(claim, group, rows[claim.better], rows[claim.worse]))
+        return made
+
+    def _result(self, claim: Claim, group: Place, better: Outcome, worse: Outcome) -> Result:
+        name, form = FORMS[claim.metric]
+        gain = better.gain(claim.metric, worse)
+        if gain is not None and claim.metric in LOWER_IS_BETTER:
+            gain = Interval(-gain.mean, -gain.high, -gain.low)
+        values = [one.mean(claim.metric) for one in (better, worse)]
+        return Result(
+            claim=f"{claim.text} ({self.title(group)})" if len(self.groups) > 1 else claim.text,
+            paper=claim.paper or printed(claim.metric, better.row, worse.row),
+            ours=" against ".join("identical" if value is None else f"{value:{form[1:]}}" for value in values),
+            delta=f"{name} {gain.mean:{form}} [{gain.low:{form}}, {gain.high:{form}}]" if gain is not None else "",
+            verdict=verdict(gain, claim.margin),
+            command=self.record.command,
+        )
 
 
-def verdict(gain: Interval | None) -> str:
-    """What a paired gain in decibels says of the claim that it is positive."""
-    if gain is None:
-        return "not decidable here (samples are identical)"
-    said = "reproduced" if gain.low > 0 else "contradicted" if gain.high < 0 else "not decidable here"
-    return f"{said} ({gain.mean:+.2f} dB [{gain.low:+.2f}, {gain.high:+.2f}])"
+def printed(metric: str, better: Row, worse: Row) -> str:
+    """What is printed for two rows in one metric, and the difference; nothing if it is not."""
+    if metric not in better.paper or metric not in worse.paper:
+        return ""
+    form, ours, theirs = FORMS[metric][1], better.paper[metric], worse.paper[metric]
+    return f"{ours:{form[1:]}} against {theirs:{form[1:]}} ({ours - theirs:{form}})"
 
 
 def as_point(outcome: Outcome, comparison: Comparison) -> dict[str, Any] | None:
     """What the figures show of a row, as arguments of `analysis.plots.Point`; None for what has no PSNR or no budget."""
     row, interval = outcome.row, outcome.interval("psnr_db") if outcome.samples else None
-    if interval is None or row.computed is None or outcome.reused_nothing(comparison.full_forwards):
+    if interval is None or row.place == NO_PLACE or outcome.reused_nothing(comparison.full_forwards):
         return None
     return {
         "title": row.title,
         "group": row.group,
-        "budget": row.computed,
+        "budget": row.computed
+        or round(comparison.record.num_steps * outcome.forwards / (comparison.full_forwards or 1)),
         "psnr_db": interval.mean,
         "low": interval.low,
         "high": interval.high,

@@ -22,8 +22,10 @@ _KEY = re.compile(r"(?P<label>.*?)(?: \((?:(?P<site>\w+), )?(?P<computed>\d+)\))
 
 def record(data: Any, where: Path) -> Any:
     """A record in today's form; one that is today's comes back as it is."""
-    if not isinstance(data, dict) or data.get("schema") == "erta.record/2":
+    if not isinstance(data, dict):
         return data
+    if data.get("schema") == "erta.record/2":
+        return {**data, "table": _table(data["table"])} if isinstance(data.get("table"), dict) else data
     made = {key: data[key] for key in MADE if key in data}
     if "metrics" in data:
         return _main(data)
@@ -86,7 +88,12 @@ def _rows(data: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
         points = [f"{one['method']} ({one['computed']})" for one in data["points"] if one["computed"] is not None]
         keys = [*noise_floor, *points, *(key for key in data["not_run"] if key not in points)]
         columns = ["forwards", "speedup", "psnr_db", "gain", "ssim", "lpips", "scene", "cache_bytes", "calibration_s"]
-        table: dict[str, Any] = {"reference": "ertacache", "columns": columns, "best_first": True, "has_figures": True}
+        table: dict[str, Any] = {
+            "reference": "ertacache",
+            "columns": columns,
+            "best_first": True,
+            "figures": ["methods"],
+        }
     else:
         keys = [line[0] for line in data["table"]["rows"] if line[0] != "uncached"]
         columns = ["forwards", "psnr_db_std", "gain", "ssim", "scene", "last_sigma"]
@@ -105,6 +112,16 @@ def _rows(data: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
         "table": table,
         "uncached_scene": [None] * len(data["prompts"]),
     }
+
+
+def _table(table: dict[str, Any]) -> dict[str, Any]:
+    """How a table is shown: its figures had no names, and its claims were lists."""
+    made = {"figures": ["methods"] if table.get("has_figures") else [], **table}
+    claims = [
+        one if isinstance(one, dict) else dict(zip(("text", "better", "worse"), one, strict=True))
+        for one in table.get("claims", ())
+    ]
+    return {**made, "claims": claims}
 
 
 def _row(key: str) -> dict[str, Any]:

@@ -332,7 +332,7 @@ def contact_sheet_figure(samples: Path, rows: list[dict[str, Any]]) -> Figure:
     Differences are those of the files shown: of large clips, which are lossy, they are only nearly the samples'.
     """
     files = [f"{row['index']:03d}.webp" for row in rows[:SHEET_ROWS]]
-    arms = [[_shown_frames(samples / arm / file) for arm in ("uncached", "cached")] for file in files]
+    arms = [[shown_frames(samples / arm / file) for arm in ("uncached", "cached")] for file in files]
     differences = [difference(uncached, cached) for uncached, cached in arms]
     factor = amplification(differences)
     count, height, width = differences[0].shape
@@ -376,7 +376,7 @@ def amplification(differences: list[np.ndarray]) -> int:
     return max(factor for factor in FACTORS if factor * bright <= 255)
 
 
-def _shown_frames(path: Path) -> np.ndarray:
+def shown_frames(path: Path) -> np.ndarray:
     """(frames, height, width, 3) as uint8."""
     with Image.open(path) as image:
         count = getattr(image, "n_frames", 1)

@@ -1,13 +1,14 @@
-"""Tables and figures of finished rows: `python -m analysis.tables FOLDER…`. Nothing is sampled, and no torch is needed.
+"""Tables and figures of finished runs: `python -m analysis.tables FOLDER…`. Nothing is sampled, and no torch is needed.
 
-In a run folder of a table, finished or not, `table.md` and the figures are made; of a file of `analysis/data` the table is
-printed. With `--keep NAME` the rows are kept as `analysis/data/NAME.json.gz`, the table as `analysis/tables/NAME.md` and the
-figures beside.
+In a run folder of a table (finished or not) or of a figure, `table.md` and the figures are made; of a file of
+`analysis/data` the table is printed. With `--keep NAME` the rows are kept as `analysis/data/NAME.json.gz`, the table as
+`analysis/tables/NAME.md` and the figures beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,23 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from analysis import plots, records
-from analysis.comparison import Comparison, Outcome, as_point
+from analysis import figures, records, verdicts
+from analysis.comparison import FORMS, Comparison, Outcome
 from analysis.intervals import Interval
 
 HERE = Path(__file__).parent
-PAPER = HERE / "paper_tables.yaml"
 TABLE = "table.md"
-DIFFERENCES = {  # metric: its heading and the form of its numbers
-    "psnr_db": ("PSNR dB", "+.2f"),
-    "ssim": ("SSIM", "+.4f"),
-    "lpips": ("LPIPS", "+.4f"),
-    "scene": ("scene, all", "+.1%"),
-    "speedup": ("speed-up", "+.2f"),
-}
-PAIRED = tuple(heading for heading, _ in DIFFERENCES.values())
+PAIRED = tuple(heading for heading, _ in FORMS.values())
 
 
 @dataclass(frozen=True)
@@ -80,6 +72,23 @@ def _speedup(outcome: Outcome, *_: Any) -> str:
     return "" if outcome.speedup is None else f"{outcome.speedup:.2f}x"
 
 
+def _printed(heading: str, metric: str, form: str, uncached: str = "") -> Column:
+    """A column of the paper's numbers, of the paper's models: beside ours, never among them."""
+    return Column(f"paper: {heading}", lambda o, *_: _number(o.row.paper.get(metric), form), lambda c: uncached)
+
+
+def _scored(heading: str, metric: str, form: str) -> Column:
+    """A column of a benchmark's score of all samples of a row, or its mean over them."""
+
+    def value(scores: records.RowScores | None) -> str:
+        if scores is None:
+            return ""
+        known = [one for one in scores.by_sample.get(metric, ()) if one is not None]
+        return _number(scores.whole.get(metric, float(np.mean(known)) if known else None), form)
+
+    return Column(heading, lambda o, *_: value(o.scores), lambda c: value(c.uncached_scores))
+
+
 COLUMNS = {
     "forwards": Column("forwards", _forwards, lambda c: _number(c.full_forwards, "g")),
     "speedup": Column("speed-up, measured", _speedup, lambda c: "1.00x"),
@@ -95,6 +104,16 @@ COLUMNS = {
     "calibration_s": Column(
         "calibration s", lambda o, *_: _number(o.setup.calibration_s if o.setup else None, ".0f"), lambda c: "0"
     ),
+    "vbench": _scored("VBench, total", "vbench_total", ".4f"),
+    "vbench_mean": _scored("VBench, mean of what was evaluated", "vbench_mean", ".4f"),
+    "clip_score": _scored("CLIP score", "clip_score", ".2f"),
+    "fid": _scored("FID", "fid", ".4f"),
+    "paper_speedup": _printed("speed-up", "speedup", ".2f", "1.00"),
+    "paper_psnr_db": _printed("PSNR dB", "psnr_db", ".2f"),
+    "paper_ssim": _printed("SSIM", "ssim", ".4f"),
+    "paper_lpips": _printed("LPIPS", "lpips", ".4f"),
+    "paper_vbench": _printed("VBench %", "vbench", ".2f"),
+    "paper_clip_score": _printed("CLIP", "clip_score", ".4f"),
 }
 
 
@@ -125,11 +144,10 @@ def sections(comparison: Comparison) -> list[Section]:
                 lines.append([one.row.title, "did not reuse anything", *[""] * (len(columns) - 1)])
             else:
                 lines.append([one.row.title, *(column.cell(one, reference, comparison) for column in columns)])
-        site = "" if group[0] is None else f"{group[0]}, "
         missing = [one for one in (*comparison.without_budget(), *here) if one.reason]
         made.append(
             Section(
-                title=f"{site}{group[1]} of {comparison.record.num_steps} steps",
+                title=comparison.title(group),
                 headings=headings,
                 lines=lines,
                 differences=differences(here, reference, full),
@@ -145,7 +163,7 @@ def differences(here: list[Outcome], reference: Outcome | None, full: float | No
         return []
     others = [o for o in here if o.samples and o is not reference and not o.reused_nothing(full)]
     return [
-        [o.row.title, *(interval_text(o.gain(metric, reference), form) for metric, (_, form) in DIFFERENCES.items())]
+        [o.row.title, *(interval_text(o.gain(metric, reference), form) for metric, (_, form) in FORMS.items())]
         for o in others
     ]
 
@@ -178,22 +196,23 @@ def as_markdown(rows: records.Rows) -> str:
             text += [f"Against {reference}:", markdown(["method", *PAIRED], section.differences)]
         if section.not_run:
             text += ["Not run:", "\n".join(f"- {title}: {reason}" for title, reason in section.not_run)]
-    if said := comparison.verdicts():
-        text += ["## Verdicts", "\n".join(f"- {line}" for line in said)]
-    if record.table.paper is not None:
-        text += [_paper(record.table.paper)]
+    if said := comparison.results():
+        text += ["## Verdicts", markdown(verdicts.HEADINGS, [one.cells() for one in said])]
+    if record.table.source:
+        text += [f"Columns named *paper* are of the paper's models, printed in {record.table.source}."]
     return "\n\n".join(text) + "\n"
 
 
-def _paper(name: str) -> str:
-    printed = yaml.safe_load(PAPER.read_text(encoding="utf-8"))[name]
-    lines = [[str(value) for value in row.values()] for row in printed["rows"]]
-    return "\n\n".join(
-        [
-            f"What the paper prints for {printed['model']} ({printed['source']}), another model, so no column of ours:",
-            markdown(list(printed["rows"][0]), lines),
-        ]
-    )
+def show_results(
+    said: list[verdicts.Result],
+    command: str,
+    table: Callable[[str, list[str], list[list[str]]], None],
+    note: Callable[[str], None],
+) -> None:
+    """Claims with their verdicts on the terminal, as in `show`."""
+    if said:
+        table("paper · ours · verdict", verdicts.HEADINGS[:-1], [one.cells()[:-1] for one in said])
+        note(f"measured by: {command}")
 
 
 def show(
@@ -206,38 +225,51 @@ def show(
         prompts = len(rows.record.prompts) // rows.record.noises
         name = rows.record.config["model"]["name"]
         table(f"{name}, {prompts} held-out prompts, {section.title}", section.headings, [*section.lines, *missing])
-    for line in comparison.verdicts():
-        note(line)
+    show_results(comparison.results(), rows.record.command, table, note)
 
 
 def write(folder: Path, rows: records.Rows) -> list[Path]:
-    """`table.md` in `folder`, and the figures of a comparison of methods; the files that were written."""
-    made = [folder / TABLE]
-    made[0].write_text(as_markdown(rows), encoding="utf-8")
-    if rows.record.table.has_figures:
-        comparison = Comparison(rows)
-        found = [point for one in comparison.outcomes if (point := as_point(one, comparison)) is not None]
-        points = [plots.Point(**point) for point in found]
-        if points:
-            (folder / "figures").mkdir(exist_ok=True)
-            made += [folder / "figures" / name for name in ("methods.png", "pareto.png")]
-            plots.dot_plot(points, rows.record.num_steps, made[1])
-            plots.pareto(points, made[2])
-    return made
+    """`table.md` in `folder`, and the table's figures; the files that were written."""
+    path = folder / TABLE
+    path.write_text(as_markdown(rows), encoding="utf-8")
+    return [path, *figures.of_rows(rows, folder)]
 
 
-def keep(name: str, rows: records.Rows) -> list[Path]:
-    """The rows in `analysis/data`, the table in `analysis/tables` and the figures in `analysis/figures`, under `name`."""
+def figure_as_markdown(record: records.FigureRecord) -> str:
+    """What a figure says of its claims, and where it was measured."""
+    about = f"{record.experiment}, {record.config['model']['name']}, {len(record.prompts)} held-out prompts"
+    where = f"`{record.command}`; measured at commit {record.git_commit}, {record.device}."
+    lines = [one.cells() for one in verdicts.results(record)]
+    return "\n\n".join([f"# {about}", where, markdown(verdicts.HEADINGS, lines)]) + "\n"
+
+
+def write_figure(folder: Path, record: records.FigureRecord) -> list[Path]:
+    """`table.md` in `folder`, and the figure; the files that were written."""
+    path = folder / TABLE
+    path.write_text(figure_as_markdown(record), encoding="utf-8")
+    return [path, *figures.of_figure(record, folder)]
+
+
+def write_any(folder: Path, made: records.Rows | records.FigureRecord) -> list[Path]:
+    """`write` or `write_figure`."""
+    return write(folder, made) if isinstance(made, records.Rows) else write_figure(folder, made)
+
+
+def keep(name: str, made: records.Rows | records.FigureRecord, folder: Path) -> list[Path]:
+    """Rows or record in `analysis/data`, the table in `analysis/tables` and the figures in `analysis/figures`, under `name`.
+
+    Figures that show samples are drawn from those in `folder`.
+    """
     data, table = HERE / "data" / f"{name}.json.gz", HERE / "tables" / f"{name}.md"
-    for folder in ("data", "tables", "figures"):
-        (HERE / folder).mkdir(exist_ok=True)
-    records.write_bundle(rows, data)
-    written = write(HERE / "tables", rows)
-    written[0].replace(table)
-    figures = [path.replace(HERE / "figures" / f"{name}_{path.name}") for path in written[1:]]
-    if figures:
-        (HERE / "tables" / "figures").rmdir()
-    return [data, table, *figures]
+    for place in ("data", "tables", "figures"):
+        (HERE / place).mkdir(exist_ok=True)
+    if isinstance(made, records.Rows):
+        records.write_bundle(made, data)
+    else:
+        records.write_record(made, data)
+    written = write_any(folder, made)
+    shutil.copyfile(written[0], table)
+    return [data, table, *(shutil.copyfile(path, HERE / "figures" / f"{name}_{path.name}") for path in written[1:])]
 
 
 def main(arguments: list[str]) -> int:
@@ -253,16 +285,19 @@ def main(arguments: list[str]) -> int:
     failed = False
     for path in given.folders:
         try:
-            rows = records.read_rows(path)
+            made = records.read_table(path)
         except records.RecordError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
             continue
-        if given.keep or path.is_dir():
-            for file in keep(given.keep, rows) if given.keep else write(path, rows):
-                print(file)
+        if given.keep and not path.is_dir():
+            parser.error("--keep takes a run folder")
+        if given.keep:
+            print(*keep(given.keep, made, path), sep="\n")
+        elif path.is_dir():
+            print(*write_any(path, made), sep="\n")
         else:
-            print(as_markdown(rows))
+            print(as_markdown(made) if isinstance(made, records.Rows) else figure_as_markdown(made))
     return int(failed)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from erta.calibration import Calibration, calibrate
     from erta.closed_loop import refit
-    from erta.diagnosis import Decomposition, decompose, propagation_gain
+    from erta.diagnosis import Decomposition, decompose, propagation_gain, reuse_error_by_channel
     from erta.errors import BudgetError, ErtaError, ExecutionMismatch, InstallError, NonFiniteError, SignatureMismatch
     from erta.interpolation import interpolate
     from erta.plan import Plan, PlanOptions, Rectification
@@ -41,6 +41,7 @@ _HOME = {
     "interpolate": "interpolation",
     "propagation_gain": "diagnosis",
     "refit": "closed_loop",
+    "reuse_error_by_channel": "diagnosis",
     "uninstall": "session",
 }
 
@@ -64,6 +65,7 @@ __all__ = [
     "interpolate",
     "propagation_gain",
     "refit",
+    "reuse_error_by_channel",
     "uninstall",
 ]
 

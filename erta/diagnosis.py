@@ -150,6 +150,28 @@ def propagation_gain(
     return gains
 
 
+def reuse_error_by_channel(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_kwargs: Any) -> np.ndarray:
+    """Mean absolute error of what reused steps return before rectification, by latent channel (ERTACache, Figure 6).
+
+    Along the cached trajectory, over all reused steps, guidance branches and places. Costs an uncached run.
+
+    Returns (channels,), in units of the model's output. Raises what `erta.cached` raises, ErtaError if nothing is reused.
+    """
+    architecture, sums = architecture_of(find_denoiser(pipe)), []
+
+    def note(step: int, context: str, v_cached: torch.Tensor, true_velocity: Callable[[], torch.Tensor]) -> None:
+        error = (v_cached - true_velocity()).abs().double()
+        axis = architecture.channel_axis_of(error)
+        sums.append(error.mean(dim=[d for d in range(error.ndim) if d != axis]))
+
+    with cached(pipe, plan):
+        pipe.__dict__[SESSION].show_reuse(note)
+        pipe(**latent_call(prompt, seed, pipeline_kwargs))
+    if not sums:
+        raise ErtaError("this plan reuses nothing, so there is no error to look at")
+    return torch.stack(sums).mean(0).cpu().numpy()
+
+
 class _Run:
     """What the scheduler was given in one run, and the scheduler as it stood before the first step."""
 

@@ -36,6 +36,7 @@ def main() -> None:
     if TRACEBACK in sys.argv:
         sys.argv.remove(TRACEBACK)
         os.environ[TRACEBACK] = "1"
+    console.end_with_parent()
     with _short_errors():
         _hydra_main()
 

@@ -27,7 +27,7 @@ COLUMNS = ["forwards", "speedup", "psnr_db", "gain", "ssim", "lpips", "scene", "
 def run(cfg: DictConfig, folder: Path) -> None:
     """Sample every row; write the rows, `table.md`, the figures and `record.json`. Raises what `run_table` raises."""
     quick = cfg.compare.quick
-    table = Table(reference=cfg.compare.reference, columns=COLUMNS, best_first=True, has_figures=True)
+    table = Table(reference=cfg.compare.reference, columns=COLUMNS, best_first=True, figures=["methods"])
     rows = table_rows(cfg)
     if cfg.compare.reference not in {row.label for row in rows}:
         console.note(

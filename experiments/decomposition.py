@@ -19,10 +19,10 @@ from analysis import decomposition
 from analysis.records import DecompositionRecord
 from erta.errors import ErtaError
 from experiments.harness.arm import make_arm
+from experiments.harness.by_prompt import by_prompt
 from experiments.harness.setup import Setup
 from experiments.output import console
-from experiments.output.console import progress_bar
-from experiments.output.run_folder import append_line, check_inputs, describe_inputs, describe_run, finish, read_lines
+from experiments.output.run_folder import check_inputs, describe_inputs, describe_run, finish
 from experiments.prompts.choose import Prompt, test_prompts
 
 GROWTH_STEPS = 6  # steps after which the growth of an error is measured
@@ -56,30 +56,24 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 def split_errors(setup: Setup, plan: erta.Plan, prompts: list[Prompt], path: Path) -> list[dict[str, Any]]:
     """`erta.decompose` on every prompt; finished ones are kept in `path`."""
-    rows = read_lines(path)
-    with progress_bar() as bar:
-        task = bar.add_task("split the error", total=len(prompts), completed=len(rows))
-        for prompt in prompts[len(rows) :]:
-            split = erta.decompose(setup.pipe, plan, prompt.text, seed=prompt.seed, **setup.kwargs)
-            rows.append({"prompt": prompt.text, "seed": prompt.seed, **_plain(split)})
-            append_line(path, rows[-1])
-            bar.advance(task)
-    return rows
+
+    def measure(prompt: Prompt) -> dict[str, Any]:
+        return _plain(erta.decompose(setup.pipe, plan, prompt.text, seed=prompt.seed, **setup.kwargs))
+
+    return by_prompt("split the error", prompts, measure, path)
 
 
 def grow_errors(setup: Setup, prompts: list[Prompt], directions: int, path: Path) -> dict[int, list[float]]:
     """By step, `erta.propagation_gain` of every prompt and direction; finished prompts are kept in `path`."""
     steps = np.unique(np.linspace(0, setup.cfg.model.num_inference_steps - 1, GROWTH_STEPS).astype(int)).tolist()
-    rows = read_lines(path)
-    with progress_bar() as bar:
-        task = bar.add_task("growth of small errors", total=len(prompts), completed=len(rows))
-        for prompt in prompts[len(rows) :]:
-            gains = erta.propagation_gain(
-                setup.pipe, prompt.text, steps, seed=prompt.seed, directions=directions, **setup.kwargs
-            )
-            rows.append({"prompt": prompt.text, "seed": prompt.seed, "steps": steps, "growth": gains.tolist()})
-            append_line(path, rows[-1])
-            bar.advance(task)
+
+    def measure(prompt: Prompt) -> dict[str, Any]:
+        gains = erta.propagation_gain(
+            setup.pipe, prompt.text, steps, seed=prompt.seed, directions=directions, **setup.kwargs
+        )
+        return {"steps": steps, "growth": gains.tolist()}
+
+    rows = by_prompt("growth of small errors", prompts, measure, path)
     return {step: [value for row in rows for value in row["growth"][place]] for place, step in enumerate(steps)}
 
 

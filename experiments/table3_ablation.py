@@ -12,7 +12,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from analysis.records import Table
+from analysis import paper
+from analysis.records import Claim, Table
 from erta.site import SITES
 from experiments.harness.row_sampling import run_table
 from experiments.harness.rows import NO_CORRECTOR, Row
@@ -41,17 +42,22 @@ OUTPUT_ONLY: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("velocity reuse, corrector off", "policy", ("cache.reuse=velocity", NO_CORRECTOR)),
     ("fewer steps", "fewer_steps", ()),
 )
+PRINTED = paper.data()["table3_ablation"]
+CLAIMS = [  # text, better, worse
+    ("the policy helps", "policy", "uniform"),
+    ("timestep adjustment helps", "policy + time", "policy"),
+    ("rectification helps", "all three", "policy + time"),
+    ("phi does more than the longer last step", "policy + time", "policy + longer last step only"),
+]
 TABLE = Table(
     reference="policy",
-    columns=["forwards", "speedup", "psnr_db_std", "gain", "ssim", "scene", "scene_change", "last_sigma"],
-    claims=[
-        ("the policy helps", "policy", "uniform"),
-        ("timestep adjustment helps", "policy + time", "policy"),
-        ("rectification helps", "all three", "policy + time"),
-        ("phi does more than the longer last step", "policy + time", "policy + longer last step only"),
+    columns=[
+        "forwards", "speedup", "psnr_db_std", "gain", "ssim", "scene", "scene_change", "last_sigma",
+        "paper_psnr_db", "paper_ssim", "paper_lpips", "paper_vbench",
     ],
-    paper="table3_ablation",
-)
+    claims=[Claim(text=text, better=better, worse=worse) for text, better, worse in CLAIMS],
+    source=PRINTED["source"],
+)  # fmt: skip
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -66,5 +72,8 @@ def table_rows(num_steps: int) -> list[Row]:
         chosen = (*PAPER_ROWS, *VARIANTS, *(OUTPUT_ONLY if site == "output" else ()))
         for share in SHARES:
             count = round(share * num_steps)
-            rows += [Row(label, method, options, count, site) for label, method, options in chosen]
+            rows += [
+                Row(label, method, options, count, site, paper=tuple(PRINTED["rows"].get(label, {}).items()))
+                for label, method, options in chosen
+            ]
     return rows

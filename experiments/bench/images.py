@@ -7,6 +7,7 @@ the scene world, under names of their own, since its numbers compare with nothin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
 from analysis.intervals import paired_interval
+from analysis.records import RowScores
 from erta.errors import ErtaError
 from experiments.models.load import ASSETS
 from experiments.output import console
@@ -158,45 +160,61 @@ def scores_of(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dic
     return {}, dict.fromkeys(SCORES, f"bench={cfg.bench.name} does not ask for it: bench=fid_clip, on images, does")
 
 
-def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[str, Any], dict[str, str]]:
-    """FID and CLIP score of `folder`/samples, both arms: metrics as in the record, and what is missing, with why."""
-    metrics: dict[str, Any] = {}
+@dataclass
+class Networks:
+    """The networks that score: features for FID by name, the CLIP of the score with its name, and what is not there."""
+
+    features: dict[str, int | nn.Module]
+    clip: tuple[nn.Module, Any] | None
+    clip_name: str
+    missing: dict[str, str]
+
+
+def load_networks(cfg: DictConfig, prompts: list[Prompt]) -> Networks:
+    """Inception and a CLIP, which is `clip_tiny` on scenes unless `bench.clip` names another."""
     missing: dict[str, str] = {}
-    arms = {
-        arm: [folder / "samples" / arm / f"{k:03d}.png" for k in range(len(prompts))] for arm in ("uncached", "cached")
-    }
-    texts = [prompt.text for prompt in prompts]
     on_scenes = all(prompt.scene is not None for prompt in prompts)
-    networks: dict[str, int | nn.Module] = {}
+    features: dict[str, int | nn.Module] = {}
     inception = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if inception.is_file():
-        networks["inception"] = 2048
+        features["inception"] = 2048
     else:
         missing["fid_inception"] = f"Inception weights not found: {inception}"
-    clip, name = cfg.bench.clip, "tinyclip" if on_scenes and cfg.bench.clip is None else "vit"
+    chosen, name = cfg.bench.clip, "tinyclip" if on_scenes and cfg.bench.clip is None else "vit"
     other = "vit" if name == "tinyclip" else "tinyclip"
     missing[f"clip_score_{other}"] = (
         "pictures of the scene world are scored by clip_tiny; bench.clip=FOLDER takes another"
         if name == "tinyclip"
         else "clip_tiny knows the scene world alone"
     )
+    clip = None
     try:
-        model, processor = load_clip(CLIP_TINY if name == "tinyclip" else clip or "openai/clip-vit-base-patch16")
+        clip = load_clip(CLIP_TINY if name == "tinyclip" else chosen or "openai/clip-vit-base-patch16")
     except ErtaError as error:
         missing[f"clip_score_{name}"] = str(error)
+    if clip is not None and name == "tinyclip":
+        features["tinyclip"] = ClipFeatures(*clip)
     else:
-        per_arm = {arm: clip_scores(map(read_image, files), texts, model, processor) for arm, files in arms.items()}
+        missing["fid_tinyclip"] = "clip_tiny knows the scene world alone"
+    return Networks(features, clip, name, missing)
+
+
+def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[str, Any], dict[str, str]]:
+    """FID and CLIP score of `folder`/samples, both arms: metrics as in the record, and what is missing, with why."""
+    metrics: dict[str, Any] = {}
+    arms = {
+        arm: [folder / "samples" / arm / f"{k:03d}.png" for k in range(len(prompts))] for arm in ("uncached", "cached")
+    }
+    networks = load_networks(cfg, prompts)
+    name, missing, texts = networks.clip_name, networks.missing, [prompt.text for prompt in prompts]
+    if networks.clip is not None:
+        per_arm = {arm: clip_scores(map(read_image, files), texts, *networks.clip) for arm, files in arms.items()}
         metrics[f"clip_score_{name}"] = float(per_arm["cached"].mean())
         metrics[f"clip_score_{name}_uncached"] = float(per_arm["uncached"].mean())
         difference = paired_interval(per_arm["cached"] - per_arm["uncached"])
         metrics[f"clip_score_{name}_difference"] = [difference.mean, difference.low, difference.high]
-        if name == "tinyclip":
-            networks["tinyclip"] = ClipFeatures(model, processor)
-    if "tinyclip" not in networks:
-        missing["fid_tinyclip"] = "clip_tiny knows the scene world alone"
     reference = reference_images(cfg, prompts)
-    counts = {"generated": len(prompts), "reference": len(reference)}
-    for network, features in networks.items():
+    for network, features in networks.features.items():
         with console.out.status(f"FID: {network}"):
             metrics[f"fid_{network}_to_uncached"] = fid(
                 features, map(read_image, arms["uncached"]), map(read_image, arms["cached"])
@@ -206,15 +224,45 @@ def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[st
                 continue
             metrics[f"fid_{network}"] = fid(features, _opened(reference), map(read_image, arms["cached"]))
             metrics[f"fid_{network}_uncached"] = fid(features, _opened(reference), map(read_image, arms["uncached"]))
-    if networks:
-        metrics["fid_counts"] = counts
-        smallest = min(count for count in counts.values() if count)
-        if smallest < RELIABLE_FROM:
-            console.note(
-                f"FID of {counts['generated']} images against {counts['reference'] or 'no'} references: below "
-                f"{RELIABLE_FROM} it is far above its value for many, so compare it at equal counts only"
-            )
+    if networks.features:
+        metrics["fid_counts"] = {"generated": len(prompts), "reference": len(reference)}
+        _warn_of_few(len(prompts), len(reference))
     return metrics, missing
+
+
+def score_rows(cfg: DictConfig, samples: dict[str, list[Path]], prompts: list[Prompt]) -> list[RowScores]:
+    """`fid` and `clip_score` of the images of every row of a table; Inception's FID where it is there, else `clip_tiny`'s."""
+    networks, reference = load_networks(cfg, prompts), reference_images(cfg, prompts)
+    features, texts = next(iter(networks.features.items()), None), [prompt.text for prompt in prompts]
+    missing = {} if networks.clip is not None else {"clip_score": networks.missing[f"clip_score_{networks.clip_name}"]}
+    if features is None or not reference:
+        missing["fid"] = (
+            networks.missing["fid_inception"] if reference else "no reference images: bench.reference=FOLDER"
+        )
+    made = []
+    with console.progress_bar() as bar:
+        for key, files in bar.track(samples.items(), description="FID and CLIP score"):
+            scores = RowScores(row=key, missing=missing)
+            if networks.clip is not None:
+                found = clip_scores(map(read_image, files), texts, *networks.clip)
+                scores.by_sample["clip_score"] = [float(value) for value in found]
+                scores.networks["clip_score"] = networks.clip_name
+            if features is not None and reference:
+                scores.whole["fid"] = fid(features[1], _opened(reference), map(read_image, files))
+                scores.networks["fid"] = features[0]
+            made.append(scores)
+    if features is not None:
+        _warn_of_few(len(prompts), len(reference))
+    return made
+
+
+def _warn_of_few(generated: int, reference: int) -> None:
+    smallest = min(count for count in (generated, reference) if count)
+    if smallest < RELIABLE_FROM:
+        console.note(
+            f"FID of {generated} images against {reference or 'no'} references: below {RELIABLE_FROM} it is far above its "
+            "value for many, so compare it at equal counts only"
+        )
 
 
 def reference_images(cfg: DictConfig, prompts: list[Prompt]) -> list[Path | torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, BooleanNode, DictConfig, IntegerNode, OmegaConf
 
 from erta.errors import BudgetError, ErtaError, choice_index
@@ -162,6 +163,27 @@ class Compare(Table):
 
 
 @dataclass
+class CalibrationSize(Table):
+    sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 20, 32, 64])  # numbers of calibration prompts
+
+
+@dataclass
+class ThresholdSensitivity(Table):
+    thresholds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class LongVideo:
+    frames: list[int] = field(default_factory=lambda: [1, 2, 4])  # times the model's own, at its own size
+    sides: list[float] = field(default_factory=lambda: [1.5, 2.0])  # times the model's own, with its own frames
+
+
+@dataclass
+class Members:
+    only: list[str] = field(default_factory=list)  # of the list; none: all
+
+
+@dataclass
 class Decomposition:
     growth_prompts: int = 16  # on which the growth of a small error is measured
     growth_directions: int = 3  # random ones, for each of these prompts and steps
@@ -191,7 +213,17 @@ SCHEMA: dict[str, Any] = {
     "calibration": CalibrationConfig,
     "wandb": WandbConfig,
 }
-OWN_KEYS = {"table": Table, "compare": Compare, "decomposition": Decomposition, "speed": Speed, "train_tiny": TrainTiny}
+OWN_KEYS = {
+    "table": Table,
+    "compare": Compare,
+    "calibration_size": CalibrationSize,
+    "threshold_sensitivity": ThresholdSensitivity,
+    "long_video": LongVideo,
+    "members": Members,
+    "decomposition": Decomposition,
+    "speed": Speed,
+    "train_tiny": TrainTiny,
+}
 
 
 def register() -> None:
@@ -227,6 +259,11 @@ def all_keys() -> list[str]:
 def own_keys(cfg: DictConfig) -> DictConfig:
     """The own keys of the experiment that is run; empty where it has none."""
     return cfg.get(cfg.experiment.name, OmegaConf.create())
+
+
+def model_is_asked() -> bool:
+    """Whether the command line names a model, where an experiment has its own."""
+    return any(override.startswith("model=") for override in HydraConfig.get().overrides.task)
 
 
 def check_is_read(cfg: DictConfig, overrides: list[str]) -> None:

@@ -17,7 +17,7 @@ def help_node(conf: Path) -> dict[str, Any]:
             first = next(
                 (line for line in path.read_text().splitlines() if line.startswith("# ") and "@" not in line), "#"
             )
-            lines.append(f"  {path.stem:<18} {first[2:]}")
+            lines.append(f"  {path.stem:<24} {first[2:]}")
         lines.append("")
     lines += [
         "Keys you will want: model.num_inference_steps, model.guidance_scale, model.path, cache.threshold |",

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from analysis.records import MainRecord, Memory, Steps, Timing
 from experiments.bench import fidelity, images
@@ -21,7 +20,6 @@ from experiments.harness.arm import Arm
 from experiments.harness.generate import Sample, possible_speedup
 from experiments.harness.setup import Setup
 from experiments.output import clips, console, report, tracking
-from experiments.output.clips import to_uint8, write_lossless
 from experiments.output.console import progress_bar
 from experiments.output.run_folder import append_line, describe_run, read_lines
 from experiments.prompts.choose import Prompt
@@ -57,7 +55,7 @@ def sample_all(
             for name, sample in samples.items():
                 mp4 = folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
                 compared[name] = clips.frames_of(cfg.bench.frames_from, sample.frames, mp4)
-                _keep(sample.frames, folder / "samples" / name / kept, cfg.model.fps)
+                clips.keep_lossless(sample.frames, folder / "samples" / name / kept, cfg.model.fps)
                 if index < report.MAX_CLIPS:
                     clips.write_animation(sample.frames, folder / "samples" / name / f"{index:03d}.webp")
             if is_measured:  # a lost sample is made anew; its row stays
@@ -87,14 +85,6 @@ def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], scores: dic
             "scene": scene_agreement(prompt, sample.frames),
         }
     return row
-
-
-def _keep(frames: np.ndarray, path: Path, fps: int) -> None:
-    """Write a sample without loss beyond 8 bits: clips as mp4, images as png."""
-    if path.suffix == ".png":
-        Image.fromarray(to_uint8(frames[0])).save(path)
-    else:
-        write_lossless(frames, path, fps)
 
 
 def summarise(

@@ -25,6 +25,7 @@ from experiments.bench.scene import scene_agreement
 from experiments.harness.arm import Arm, make_arm
 from experiments.harness.calibrations import get_calibration
 from experiments.harness.config import own_keys
+from experiments.harness.row_scores import RowBench, keep_sample
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
 from experiments.harness.workers import Event, shared_threads, side_by_side
@@ -42,7 +43,7 @@ from experiments.output.run_folder import (
     read_lines,
     write_json,
 )
-from experiments.prompts.choose import Prompt, test_prompts
+from experiments.prompts.choose import Prompt
 
 TIMED = 6  # prompts of each row on which an uncached run is timed too, right before or after
 UNCACHED = "uncached"  # folder
@@ -59,6 +60,8 @@ class Work:
     folder: Path
     prompts: list[Prompt]  # once a noise
     timed: int
+    shown: int = 0  # samples a row that are kept for a page
+    lossless: bool = False  # whether all are kept for a benchmark
     ran_on: str = ""
 
 
@@ -69,19 +72,24 @@ def run_table(
     table: records.Table,
     num_prompts: int | None = None,
     timed: int = TIMED,
+    shown: int = 0,
 ) -> None:
     """Sample every row on every prompt and noise, then write and print the table (see `analysis.tables`).
 
     Args:
         num_prompts: only the first so many of `bench.num_prompts`.
         timed: samples of each row that are timed in turns with uncached ones.
+        shown: samples of each row that are kept for figures.
 
     Raises ErtaError if the folder's samples belong to other prompts, weights or calibrations, and at the end if a row failed
     inside the pipeline; a row that refuses is no failure.
     """
     if cfg.bench.frames_from != "decoded":
         console.note(f"PSNR and SSIM compare frames read from {cfg.bench.frames_from} files, in all rows")
-    once, noises = test_prompts(cfg)[:num_prompts], own_keys(cfg).seeds
+    bench = RowBench(cfg)
+    once, noises = bench.prompts()[:num_prompts], own_keys(cfg).seeds
+    if bench.keeps_all and noises > 1:
+        raise ErtaError(f"bench={cfg.bench.name} scores one sample a prompt: {cfg.experiment.name}.seeds=1")
     prompts = [replace(p, seed=p.seed + SEED_STRIDE * s) for s in range(noises) for p in once]
     record = records.RowsRecord(
         **describe_run(cfg, prompts),
@@ -95,7 +103,9 @@ def run_table(
     setup = Setup(cfg)
     check_inputs(folder, describe_inputs(setup.pipe, prompts, get_calibration(setup)))
     with tracking.start(cfg, folder) as tracker:
-        failed = _sample(setup, Work(cfg, folder, prompts, timed), rows, record, tracker)
+        work = Work(cfg, folder, prompts, timed, shown, bench.keeps_all)
+        samples = _sample(setup, work, rows, record, tracker)
+        bench.score(folder, [row.key for row in rows if not samples.missing(row)], prompts)
         found = records.read_rows(folder)
         written = tables.write(folder, found)
         reasons = [one.reason for one in Comparison(found).outcomes if one.reason]
@@ -103,15 +113,18 @@ def run_table(
     tables.show(found, console.table, console.note)
     console.note("\n".join(f"written: {path}" for path in written))
     mark_finished(folder)
-    if failed:
-        raise ErtaError(f"failed inside the pipeline: {', '.join(failed)}. The other rows are in {folder}")
+    if samples.failed:
+        raise ErtaError(f"failed inside the pipeline: {', '.join(samples.failed)}. The other rows are in {folder}")
 
 
 def _sample(
     setup: Setup, work: Work, rows: list[Row], record: records.RowsRecord, tracker: tracking.Tracker
-) -> list[str]:
-    """Every row on every prompt and noise; the keys of rows that failed. What the folder holds is not made again."""
+) -> Samples:
+    """Every row on every prompt and noise. What the folder holds is not made again."""
     samples = Samples(work.folder, rows, len(work.prompts))
+    for row in rows:
+        if row.why_not is not None and row.key not in samples.left_out:
+            samples.add(Event(LEFT, row.key, {"reason": row.why_not}))
     with closing(_events(setup, work, rows, samples, record)) as events, progress_bar() as bar:
         total = len(rows) * len(work.prompts)
         task = bar.add_task("rows", total=total, completed=len(samples.done), visible=False)
@@ -121,7 +134,7 @@ def _sample(
                 tracker.log(event.about, event.row)
             settled = len(samples.done) + sum(len(samples.missing(row)) for row in rows if row.key in samples.left_out)
             bar.update(task, description=event.row, completed=settled, visible=True)
-    return samples.failed
+    return samples
 
 
 class Samples:
@@ -142,7 +155,7 @@ class Samples:
         """What is missing. Rows that use what one method searched stay together; the longest pieces come first."""
         pieces: dict[str, Piece] = {}
         for row in self.rows:
-            if missing := self.missing(row):
+            if row.why_not is None and (missing := self.missing(row)):
                 pieces.setdefault(row.searches or row.method, []).append((row, missing))
         return sorted(pieces.values(), key=lambda piece: -sum(len(missing) for _, missing in piece))
 
@@ -173,6 +186,9 @@ def _events(
     asked, key = own_keys(cfg).workers, f"{cfg.experiment.name}.workers"
     with shared_threads(asked, len(pieces), by_default, key) as count:
         references = uncached_samples(setup, work.prompts, folder)
+        keep = keeper(work)
+        for index, frames in enumerate(references):
+            keep(records.UNCACHED, index, frames)
         scenes = [scene_agreement(p, frames) for p, frames in zip(work.prompts, references, strict=True)]
         write_json(folder / records.RECORD, records.to_json(replace(record, uncached_scene=scenes)))
         device = environment()["device"]
@@ -229,7 +245,7 @@ def measurer(work: Work, setup: Setup) -> Callable[[Row, Arm, int], records.Samp
 
     The process's first run, which takes longer, is not measured.
     """
-    lpips, compared, pipe, prompts = Lpips(), comparer(work.cfg), setup.pipe, work.prompts
+    lpips, compared, pipe, prompts, keep = Lpips(), comparer(work.cfg), setup.pipe, work.prompts, keeper(work)
     references, uncached = uncached_samples(setup, prompts, work.folder), Arm(None, setup.kwargs)
     if prompts:
         Arm(None, {**setup.kwargs, "num_inference_steps": 2}).sample(pipe, prompts[0])
@@ -242,6 +258,7 @@ def measurer(work: Work, setup: Setup) -> Callable[[Row, Arm, int], records.Samp
         if index < work.timed:
             uncached_s = uncached.sample(pipe, prompt).denoise_s
         made = made or arm.sample(pipe, prompt)
+        keep(row.key, index, made.frames)
         pair = compared(made.frames, references[index])
         return records.Sample(
             row=row.key,
@@ -257,6 +274,15 @@ def measurer(work: Work, setup: Setup) -> Callable[[Row, Arm, int], records.Samp
         )
 
     return measure
+
+
+def keeper(work: Work) -> Callable[[str, int, np.ndarray], None]:
+    """What keeps the k-th sample of a row, named by its key, as figures and the benchmark need it."""
+
+    def keep(key: str, index: int, frames: np.ndarray) -> None:
+        keep_sample(work.cfg, work.folder, key, work.prompts[index], index, frames, work.shown, work.lossless)
+
+    return keep
 
 
 def comparer(cfg: DictConfig) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:

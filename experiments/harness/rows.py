@@ -18,14 +18,18 @@ NO_CORRECTOR = "cache.corrector_at_reused=false"
 class Row:
     """What is typed after `python run.py` for a row, and what it is called.
 
-    Rows are compared with the reference row of their own group: same `computed`, same `site` if that is named.
+    Rows are compared with the reference row of their own group: same `block`, or without one same `computed`, same `site` if
+    that is named.
 
     Attributes:
         label: names the row in its group.
         method: of `conf/cache`.
         options: further overrides.
-        computed: number of computed steps; None: the method knows no budget.
+        computed: number of computed steps; None: the method knows no budget, or is given a threshold.
         title: for people; by default the label.
+        block: a part of the table within which rows are compared, whatever their budgets.
+        paper: the numbers that are printed for the row, by metric.
+        why_not: why the row is not sampled; its method does not matter then.
         searches: the method whose search it uses, if that is another: such rows are sampled in one process.
     """
 
@@ -36,11 +40,15 @@ class Row:
     site: str | None = None
     title: str | None = None
     searches: str | None = None
+    block: str | None = None
+    paper: tuple[tuple[str, float], ...] = ()
+    why_not: str | None = None
 
     @property
     def key(self) -> str:
         """Label and group, which name the row in its table."""
-        where = ", ".join(str(part) for part in (self.site, self.computed) if part is not None)
+        named = (self.site, self.computed) if self.block is None else (self.block,)
+        where = ", ".join(str(part) for part in named if part is not None)
         return self.label + (f" ({where})" if where else "")
 
     @property
@@ -57,10 +65,12 @@ class Row:
             label=self.label,
             title=self.title or self.label,
             method=self.method,
-            group=catalogue.facts(self.method).group,
+            group="none" if self.why_not else catalogue.facts(self.method).group,
             computed=self.computed,
             site=self.site,
-            overrides=list(self.overrides),
+            block=self.block,
+            paper=dict(self.paper),
+            overrides=[] if self.why_not else list(self.overrides),
         )
 
 

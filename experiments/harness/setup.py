@@ -20,6 +20,8 @@ from experiments.models.costs import forward_costs, outside_blocks
 from experiments.models.load import check_vocabulary, load_pipeline
 from experiments.prompts.choose import calibration_prompts
 
+CALIBRATED_BY = ("num_prompts", "prompts", "window", "path")  # of `calibration`
+
 
 class Setup:
     """What a run, or a row of a table, works with. Everything is found out at first use, once, and shared by all rows.
@@ -34,9 +36,9 @@ class Setup:
         self._shared = _Shared(cfg, load_pipeline(cfg) if pipe is None else pipe)
 
     def with_cache(self, cfg: DictConfig) -> Setup:
-        """The same run with another configuration of `cache` (and of its searches): model, sampler, prompts are the same."""
+        """The same run with another configuration of `cache` and of `calibration`: model, sampler, test prompts are the same."""
         other = copy.copy(self)
-        other.cfg = cfg
+        other.cfg, other._shared = cfg, self._shared.calibrated_as(cfg)
         return other
 
     @property
@@ -118,6 +120,19 @@ class _Shared:
         self.cfg, self.pipe, self.kwargs = cfg, pipe, call_kwargs(cfg)
         self.calibrations: dict[str, erta.Calibration] = {}
         self._costs: dict[int, dict[str, float]] = {}
+        self._others = [self]
+
+    def calibrated_as(self, cfg: DictConfig) -> _Shared:
+        """The same, with the calibration prompts, window and file of another configuration."""
+        wanted = [cfg.calibration[key] for key in CALIBRATED_BY]
+        for one in self._others:
+            if [one.cfg.calibration[key] for key in CALIBRATED_BY] == wanted:
+                return one
+        other = copy.copy(self)
+        other.cfg, other.calibrations = cfg, {}
+        other.__dict__.pop("calibration_prompts", None)
+        self._others.append(other)  # a list that all of them share
+        return other
 
     @cached_property
     def grid(self) -> CallGrid:

@@ -37,7 +37,7 @@ def arm(setup: Setup) -> Arm:
     Its polynomial is fitted on calibration prompts, or with `cache.options.constants=published` the authors' own,
     which is refused for a model or number of steps that they did not publish one for.
     """
-    coefficients = _coefficients(setup)
+    coefficients = coefficients_of(setup)
     made = online_arm(setup, KNOB, lambda delta, constants: TeaCache(delta, coefficients))
     made.report["coefficients"] = coefficients
     return made
@@ -117,7 +117,8 @@ def fit(changes: Sequence[tuple[float, float]]) -> list[float]:
     return [float(value) for value in np.pad(ascending, (0, degree + 1 - len(ascending)))[::-1]]
 
 
-def _coefficients(setup: Setup) -> list[float]:
+def coefficients_of(setup: Setup) -> list[float]:
+    """Of the polynomial, highest power first: fitted on calibration prompts, or the published ones."""
     chosen = setup.options["constants"]
     if choice_index("cache.options.constants", chosen, CHOICES):
         return published("teacache", setup.pipe, setup.cfg.model.num_inference_steps)["coefficients"]

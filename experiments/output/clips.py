@@ -57,6 +57,14 @@ def write_animation(frames: np.ndarray, path: Path) -> None:
     images[0].save(path, save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0, lossless=small, quality=80)
 
 
+def keep_lossless(frames: np.ndarray, path: Path, fps: int) -> None:
+    """Write a sample without loss beyond 8 bits: clips as mp4, images as png, as the suffix says."""
+    if path.suffix == ".png":
+        Image.fromarray(to_uint8(frames[0])).save(path)
+    else:
+        write_lossless(frames, path, fps)
+
+
 def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:
     """Frames in [0, 1] as an RGB H.264 file without loss beyond 8 bits: codec noise must not be scored.
 

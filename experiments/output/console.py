@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+# set for a command that another one runs: where it says how far it is, and the process that it must not outlive
+PROGRESS_FILE, PARENT = "ERTA_PROGRESS_FILE", "ERTA_PARENT"
+LOOK_EVERY_S = 0.5
 PIPED_WIDTH = 150  # columns where the output is a file or a pipe
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
@@ -18,7 +33,46 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDT
 def progress_bar() -> Progress:
     """The bar of everything that takes longer than five seconds."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out)
+    kind = _ReportedProgress if PROGRESS_FILE in os.environ else Progress
+    return kind(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out)
+
+
+class _ReportedProgress(Progress):
+    """Also says how far it is in the file that `PROGRESS_FILE` names, for the command that runs this one."""
+
+    _written_at = 0.0
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._report(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._report(task_id)
+
+    def _report(self, task_id: TaskID) -> None:
+        if time.monotonic() - self._written_at < LOOK_EVERY_S:
+            return
+        self._written_at = time.monotonic()
+        task = self.tasks[self.task_ids.index(task_id)]
+        said = {"description": task.description, "completed": task.completed, "total": task.total}
+        path = os.environ[PROGRESS_FILE]
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            json.dump(said, file)
+        os.replace(f"{path}.partial", path)
+
+
+def end_with_parent() -> None:
+    """If another command runs this one, end as soon as that one is gone."""
+    if PARENT not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(os.environ[PARENT]):
+            time.sleep(LOOK_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def quiet_libraries() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from analysis.records import RowScores
 from erta.errors import ErtaError
 from experiments.bench.vbench.dimensions import cache_dir, requested, why_not
 from experiments.bench.vbench.runner import UnreadableVideoError, evaluate, failed_imports, find_info
@@ -56,7 +57,7 @@ class Evaluation:
                 console.note(f"will not be evaluated: {name} ({reason})")
 
     def score(self, samples: dict[str, Path], names: dict[str, str], folder: Path) -> None:
-        """Score the clips of both arms, dimension by dimension; finished ones are kept in `folder`/vbench.jsonl.
+        """Score the clips of both arms, or of the rows of a table, dimension by dimension; finished ones are kept in `folder`/vbench.jsonl.
 
         Args:
             samples: arm → folder of its clips.
@@ -70,7 +71,7 @@ class Evaluation:
         check_complete(list(samples.values()), list(names))
         done = {row["dimension"]: row for row in read_lines(folder / SCORES)}
         for name in ready:
-            if name not in done:
+            if not samples.keys() <= done.get(name, {}).keys():
                 entries = None if self.suite is None else self.suite.manifest(name)
                 try:
                     with console.out.status(f"VBench: {name}"):
@@ -83,6 +84,28 @@ class Evaluation:
                 done[name] = {"dimension": name, **arms}
                 append_line(folder / SCORES, done[name])
             self.scores[name] = {arm: done[name][arm] for arm in samples}
+
+    def rows(self, names: list[str]) -> list[RowScores]:
+        """What `score` found of the rows of a table: `vbench_total` of the whole suite, else the mean of what was evaluated.
+
+        Args:
+            names: file names of the clips, in the order of the samples.
+        """
+        made = []
+        for key in {key: None for arms in self.scores.values() for key in arms}:
+            raw = {name: arms[key]["score"] for name, arms in self.scores.items()}
+            whole = {f"vbench.{name}": score for name, score in raw.items()} | {
+                "vbench_mean": sum(raw.values()) / len(raw)
+            }
+            if self.suite is not None and self.suite.is_whole:
+                whole |= aggregate(raw)[0]
+            by_sample = {
+                f"vbench.{name}": [arms[key]["per_video"].get(clip) for clip in names]
+                for name, arms in self.scores.items()
+            }
+            missing = {f"vbench.{name}": reason for name, reason in self.missing.items()}
+            made.append(RowScores(row=key, whole=whole, by_sample=by_sample, missing=missing))
+        return made
 
     def summarise(self) -> tuple[dict[str, Any], dict[str, str]]:
         """For the record: metrics of both arms with their paired differences, and what is missing with the reason."""

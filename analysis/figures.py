@@ -1,0 +1,286 @@
+"""The paper's figures, each drawn from a finished run alone: by the names that tables and figure records give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import plots
+from analysis.comparison import Comparison, Outcome, as_point
+from analysis.plots import COMPUTED, GREY, REUSED, WIDTH
+from analysis.records import UNCACHED, FigureRecord, Rows
+
+# of Okabe and Ito (2008), with dashes and markers of their own: told apart in grey too
+LINES = [
+    {"color": "#0072B2", "ls": "-", "marker": "o"},
+    {"color": "#E69F00", "ls": "--", "marker": "^"},
+    {"color": "#009E73", "ls": "-.", "marker": "s"},
+    {"color": "#CC79A7", "ls": ":", "marker": "D"},
+    {"color": "#333333", "ls": "-", "marker": "v"},
+    {"color": "#56B4E9", "ls": "--", "marker": "P"},
+    {"color": "#D55E00", "ls": "-.", "marker": "X"},
+]
+SHOWN_PROMPTS = 4  # of a side-by-side sheet
+Named = Iterator[tuple[str, Figure]]
+
+
+def of_rows(rows: Rows, folder: Path) -> list[Path]:
+    """Every figure that a table asks for, in `folder`/figures as PNG and PDF; the PNG files that were written."""
+    made = []
+    for name in rows.record.table.figures:
+        for stem, figure in OF_ROWS[name](rows, folder):
+            made.append(_saved(figure, folder, stem))
+    return made
+
+
+def of_figure(record: FigureRecord, folder: Path) -> list[Path]:
+    """The figure of a figure record, in `folder`/figures as PNG and PDF; the PNG file that was written."""
+    return [_saved(OF_FIGURES[record.experiment](record.series), folder, record.experiment)]
+
+
+def _saved(figure: Figure, folder: Path, stem: str) -> Path:
+    path = folder / "figures" / f"{stem}.png"
+    path.parent.mkdir(exist_ok=True)
+    for kind in (".pdf", ".png"):
+        figure.savefig(path.with_suffix(kind))
+    return path
+
+
+def slug(key: str) -> str:
+    """A row's key as the name of a folder."""
+    return re.sub(r"[^\w.+-]+", "_", key).strip("_")
+
+
+def methods(rows: Rows, folder: Path) -> Named:
+    """Every method's PSNR with its interval, and PSNR against measured speed-up."""
+    comparison = Comparison(rows)
+    found = [point for one in comparison.outcomes if (point := as_point(one, comparison)) is not None]
+    points = [plots.Point(**point) for point in found]
+    if points:
+        yield "methods", plots.dot_plot_figure(points, rows.record.num_steps)
+        yield "pareto", plots.pareto_figure(points)
+
+
+def budget_curves(rows: Rows, folder: Path) -> Named:
+    """PSNR against the share of steps that are computed: a line a method, its band the 95 % interval over prompts."""
+    comparison = Comparison(rows)
+    full = comparison.full_forwards
+    lines: dict[str, list[tuple[float, Outcome]]] = {}
+    for one in comparison.outcomes:
+        if one.samples and one.row.computed is not None and not one.reused_nothing(full):
+            lines.setdefault(one.row.title, []).append((one.row.computed / rows.record.num_steps, one))
+    figure = Figure((WIDTH, 4.2))
+    axis = figure.subplots()
+    for place, (title, found) in enumerate(lines.items()):
+        _curve(axis, found, {**LINES[place % len(LINES)], "label": title}, band=place == 0)
+    axis.set(xlabel="share of the steps that are computed", ylabel="PSNR against the uncached samples, dB")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.legend(loc="outside upper center", ncols=4)
+    if lines:
+        yield "budget_curves", figure
+
+
+def calibration_size(rows: Rows, folder: Path) -> Named:
+    """PSNR against the number of calibration prompts, its band the 95 % interval over test prompts."""
+    found = _swept(rows, "calibration.num_prompts")
+    figure = Figure((WIDTH, 3.2))
+    axis = figure.subplots()
+    _curve(axis, found, {**LINES[0], "label": "mean over test prompts, 95 % interval"}, band=True)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([value for value, _ in found], [f"{value:g}" for value, _ in found])
+    axis.minorticks_off()
+    axis.set(xlabel="calibration prompts", ylabel="PSNR against the uncached samples, dB")
+    axis.legend()
+    if found:
+        yield "calibration_size", figure
+
+
+def threshold_sensitivity(rows: Rows, folder: Path) -> Named:
+    """PSNR and the share of forwards that are made, against the threshold."""
+    found, full = _swept(rows, "cache.threshold"), Comparison(rows).full_forwards
+    figure = Figure((WIDTH, 4.4))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    _curve(top, found, {**LINES[0], "label": "mean over prompts, 95 % interval"}, band=True)
+    top.set(ylabel="PSNR against the\nuncached samples, dB")
+    top.legend()
+    thresholds = [value for value, _ in found]
+    bottom.plot(thresholds, [one.forwards / (full or np.nan) for _, one in found], **LINES[1], ms=5)
+    bottom.set(xlabel="threshold λ", ylabel="forwards made", xscale="log", ylim=(0, 1.05))
+    bottom.set_xticks(thresholds, [f"{value:g}" for value in thresholds])
+    bottom.minorticks_off()
+    bottom.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    if found:
+        yield "threshold_sensitivity", figure
+
+
+def _swept(rows: Rows, key: str) -> list[tuple[float, Outcome]]:
+    """The rows that set a key to a number, smallest first; those whose samples are identical have no PSNR to show."""
+    found = []
+    for one in Comparison(rows).outcomes:
+        values = [override.partition("=")[2] for override in one.row.overrides if override.startswith(f"{key}=")]
+        if values and one.samples and one.interval("psnr_db") is not None:
+            found.append((float(values[0]), one))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _curve(axis: Any, found: list[tuple[float, Outcome]], look: dict[str, Any], band: bool) -> None:
+    known = [
+        (value, interval) for value, one in sorted(found, key=lambda p: p[0]) if (interval := one.interval("psnr_db"))
+    ]
+    values = [value for value, _ in known]
+    axis.grid(color=GREY, alpha=0.25, lw=0.5)
+    axis.plot(values, [interval.mean for _, interval in known], ms=5, lw=1.5, **look)
+    if band:
+        low, high = [interval.low for _, interval in known], [interval.high for _, interval in known]
+        axis.fill_between(values, low, high, color=look["color"], alpha=0.18, lw=0)
+
+
+def side_by_side(rows: Rows, folder: Path) -> Named:
+    """The same prompts down the page, the rows of the table across, with the difference to the uncached sample below.
+
+    Drawn where the samples lie; from rows alone nothing is shown.
+    """
+    comparison, samples = Comparison(rows), folder / "samples"
+    shown = [one for one in comparison.outcomes if one.samples and (samples / slug(one.row.key)).is_dir()]
+    count = len(sorted((samples / UNCACHED).glob("*.webp"))[:SHOWN_PROMPTS]) if shown else 0
+    if not count:
+        return
+    files = [f"{index:03d}.webp" for index in range(count)]
+    uncached = [plots.shown_frames(samples / UNCACHED / file) for file in files]
+    made = [[plots.shown_frames(samples / slug(one.row.key) / file) for file in files] for one in shown]
+    differences = [[plots.difference(a, b) for a, b in zip(uncached, row, strict=True)] for row in made]
+    factor = plots.amplification([one for row in differences for one in row])
+    frames, height, width = differences[0][0].shape
+    cell = WIDTH / (len(shown) + 1)
+    figure = Figure((WIDTH, 0.5 + count * (0.36 + 2 * cell * height / (width * frames))))
+    axes = figure.subplots(count, len(shown) + 1, squeeze=False)
+    for place, prompt in enumerate(rows.record.prompts[:count]):
+        blank = np.full_like(uncached[place], 255)
+        _cell(axes[place, 0], uncached[place], blank, _short(prompt, 28 * 3 // (len(shown) + 1)))
+        for column, one in enumerate(shown, 1):
+            grey = np.minimum(differences[column - 1][place] * factor, 255).astype(np.uint8)
+            psnr = one.samples[place].psnr_db
+            title = f"{one.row.title if place == 0 else ''}\n{'identical' if psnr is None else f'{psnr:.1f} dB'}"
+            _cell(axes[place, column], made[column - 1][place], grey[..., None].repeat(3, -1), title)
+    figure.suptitle(f"left: uncached; below each sample its absolute difference to it × {factor}", fontsize=9)
+    yield "side_by_side", figure
+
+
+def _cell(axis: Any, frames: np.ndarray, below: np.ndarray, title: str) -> None:
+    strips = [np.concatenate(list(part), axis=1) for part in (frames, below)]
+    axis.imshow(np.concatenate(strips, axis=0), interpolation="nearest")
+    axis.set_title(title, fontsize=7, pad=2)
+    axis.set_axis_off()
+
+
+def _short(text: str, width: int) -> str:
+    import textwrap
+
+    return textwrap.fill(text, max(16, width), max_lines=3, placeholder=" …")
+
+
+def fig2a_error_profile(series: dict[str, Any]) -> Figure:
+    """Relative L1 change by step: true, as TeaCache predicts it, and as a profile of other prompts does; below, each prompt."""
+    true, predicted = (np.array(series[name], float) for name in ("true", "predicted"))
+    profile, steps = np.array(series["profile"], float), np.arange(1, len(series["profile"]) + 1)
+    figure = Figure((WIDTH, 5.2))
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for values, look, label in ((true, LINES[0], "true"), (predicted, LINES[1], "predicted by TeaCache")):
+        low, middle, high = np.quantile(values, (0.05, 0.5, 0.95), axis=0)
+        top.plot(steps, middle, color=look["color"], ls=look["ls"], label=f"{label}: median over prompts")
+        top.fill_between(steps, low, high, color=look["color"], alpha=0.2, lw=0)
+    top.plot(steps, profile, color="black", ls=":", label="mean over calibration prompts")
+    top.set(yscale="log", ylabel="relative L1 change\n(bands: 90 % of prompts)")
+    top.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    bottom.plot(steps, true.T, color=COMPUTED, alpha=0.25, lw=0.8)
+    bottom.plot(steps, profile, color="black", ls=":")
+    bottom.set(yscale="log", xlabel="step", ylabel="true, a line a prompt")
+    return figure
+
+
+def fig2b_trajectory_drift(series: dict[str, Any]) -> Figure:
+    """Distance to the uncached trajectory by step, at the same sigma; a line an arm, its band the middle half of the prompts."""
+    figure = Figure((WIDTH, 3.8))
+    axis = figure.subplots()
+    for look, (name, values) in zip(LINES, series["drift"].items(), strict=False):
+        drift = np.array(values, float)
+        steps = np.arange(1, drift.shape[1] + 1)
+        low, middle, high = np.quantile(drift, (0.25, 0.5, 0.75), axis=0)
+        axis.plot(steps, middle, color=look["color"], ls=look["ls"], label=name)
+        axis.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+    axis.set(xlabel="step", ylabel="‖xc − x‖ / ‖x‖ at the same sigma", yscale="log")
+    axis.legend()
+    return figure
+
+
+def fig6_channel_errors(series: dict[str, Any]) -> Figure:
+    """Mean absolute error of reused outputs by latent channel, over its mean: a box of prompts a channel, static and dynamic."""
+    figure = Figure((WIDTH, 3.8))
+    axis = figure.subplots()
+    groups = {"static": (REUSED, -0.2, "//"), "dynamic": (COMPUTED, 0.2, "")}
+    for name, (colour, shift, hatch) in groups.items():
+        values = np.array(series[name], float)
+        shares = values / values.mean(1, keepdims=True)
+        places = np.arange(shares.shape[1]) + shift
+        boxes = axis.boxplot(
+            shares,
+            positions=places,
+            widths=0.34,
+            patch_artist=True,
+            medianprops={"color": "black"},
+            flierprops={"ms": 3},
+        )
+        for box in boxes["boxes"]:
+            box.set(facecolor=colour, alpha=0.75, hatch=hatch)
+        axis.bar(0, 0, color=colour, alpha=0.75, hatch=hatch, label=f"{name} half of the prompts ({len(values)})")
+    channels = np.array(series["static"]).shape[1]
+    axis.set(xlabel="latent channel", ylabel="error, over its mean over channels")
+    axis.set_xticks(
+        range(0, channels, max(1, channels // 16)), [f"{k}" for k in range(0, channels, max(1, channels // 16))]
+    )
+    axis.legend(ncols=2)
+    return figure
+
+
+def long_video(series: dict[str, Any]) -> Figure:
+    """Measured speed-up by size, a dot a prompt, beside what as many forwards can reach."""
+    figure = Figure((WIDTH, 3.6))
+    axis = figure.subplots()
+    for place, size in enumerate(series["sizes"]):
+        measured = np.array(size["speedups"], float)
+        spread = np.linspace(-0.12, 0.12, len(measured)) if len(measured) > 1 else np.zeros(1)
+        axis.plot(
+            place + spread,
+            measured,
+            "o",
+            ms=4,
+            color=COMPUTED,
+            alpha=0.7,
+            label=None if place else "measured, a dot a pair",
+        )
+        axis.plot(
+            [place - 0.25, place + 0.25],
+            [size["possible"]] * 2,
+            color="black",
+            label=None if place else "possible with these forwards",
+        )
+    axis.set_xticks(
+        range(len(series["sizes"])), [f"{s['frames']} × {s['height']} × {s['width']}" for s in series["sizes"]]
+    )
+    axis.set(xlabel="frames × height × width", ylabel="speed-up of denoising")
+    axis.yaxis.set_major_formatter("{x:g}×")
+    axis.legend()
+    return figure
+
+
+OF_ROWS: dict[str, Callable[[Rows, Path], Named]] = {
+    one.__name__: one for one in (methods, budget_curves, calibration_size, threshold_sensitivity, side_by_side)
+}
+OF_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    one.__name__: one for one in (fig2a_error_profile, fig2b_trajectory_drift, fig6_channel_errors, long_video)
+}
