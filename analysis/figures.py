@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ LINES = [
     {"color": "#D55E00", "ls": "-.", "marker": "X"},
 ]
 SHOWN_PROMPTS = 4  # of a side-by-side sheet
+CHARACTERS_AN_INCH = 17  # of its small type
 Named = Iterator[tuple[str, Figure]]
 
 
@@ -157,15 +159,18 @@ def side_by_side(rows: Rows, folder: Path) -> Named:
     factor = plots.amplification([one for row in differences for one in row])
     frames, height, width = differences[0][0].shape
     cell = WIDTH / (len(shown) + 1)
-    figure = Figure((WIDTH, 0.5 + count * (0.36 + 2 * cell * height / (width * frames))))
+    figure = Figure((WIDTH, 0.5 + count * (0.2 + 2 * cell * height / (width * frames))))
     axes = figure.subplots(count, len(shown) + 1, squeeze=False)
     for place, prompt in enumerate(rows.record.prompts[:count]):
-        blank = np.full_like(uncached[place], 255)
-        _cell(axes[place, 0], uncached[place], blank, _short(prompt, 28 * 3 // (len(shown) + 1)))
+        first = axes[place, 0]
+        _cell(first, uncached[place], np.full_like(uncached[place], 255), "uncached" if place == 0 else "")
+        text = textwrap.fill(prompt, int(cell * CHARACTERS_AN_INCH), max_lines=3 if frames > 1 else 5, placeholder=" …")
+        first.text(0.5, 0.25, text, transform=first.transAxes, fontsize=7, ha="center", va="center")
         for column, one in enumerate(shown, 1):
             grey = np.minimum(differences[column - 1][place] * factor, 255).astype(np.uint8)
             psnr = one.samples[place].psnr_db
-            title = f"{one.row.title if place == 0 else ''}\n{'identical' if psnr is None else f'{psnr:.1f} dB'}"
+            title = f"{one.row.title}: " if place == 0 else ""
+            title += "identical" if psnr is None else f"{psnr:.1f} dB"
             _cell(axes[place, column], made[column - 1][place], grey[..., None].repeat(3, -1), title)
     figure.suptitle(f"left: uncached; below each sample its absolute difference to it × {factor}", fontsize=9)
     yield "side_by_side", figure
@@ -176,12 +181,6 @@ def _cell(axis: Any, frames: np.ndarray, below: np.ndarray, title: str) -> None:
     axis.imshow(np.concatenate(strips, axis=0), interpolation="nearest")
     axis.set_title(title, fontsize=7, pad=2)
     axis.set_axis_off()
-
-
-def _short(text: str, width: int) -> str:
-    import textwrap
-
-    return textwrap.fill(text, max(16, width), max_lines=3, placeholder=" …")
 
 
 def fig2a_error_profile(series: dict[str, Any]) -> Figure:

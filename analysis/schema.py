@@ -12,13 +12,14 @@ SCHEMA: Literal["erta.record/2"] = "erta.record/2"
 
 @dataclass(kw_only=True)
 class _Made:
-    """By which command, at which commit, with what, of which configuration."""
+    """By which command, at which commit, with what, on which day (UTC), of which configuration."""
 
     schema: Literal["erta.record/2"] = SCHEMA
     command: str
     git_commit: str | None
     versions: dict[str, str | None]
     device: str
+    date: str = ""
     config: dict[str, Any]
     config_hash: str
 

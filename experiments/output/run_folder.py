@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "git_commit": _git_commit(),
+        "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
