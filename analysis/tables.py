@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 
 from analysis import figures, records, verdicts
-from analysis.comparison import FORMS, Comparison, Outcome
+from analysis.comparison import FORMS, METRICS, Comparison, Outcome
 from analysis.intervals import Interval
 
 HERE = Path(__file__).parent
 TABLE = "table.md"
-PAIRED = tuple(heading for heading, _ in FORMS.values())
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,13 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Section:
-    """The rows of one site and budget: lines of cells, their paired differences, and what was not sampled and why."""
+    """The rows of one place: lines of cells, their paired differences, and what was not sampled and why."""
 
     title: str
     headings: list[str]
     lines: list[list[str]]
     differences: list[list[str]]
+    paired: list[str]  # headings of the differences
     not_run: list[tuple[str, str]]
 
 
@@ -134,6 +134,7 @@ def sections(comparison: Comparison) -> list[Section]:
     columns = [COLUMNS[name] for name in table.columns]
     headings = ["method", *(column.heading.format(reference=comparison.reference_title) for column in columns)]
     full = comparison.full_forwards
+    metrics = [metric for metric in FORMS if metric in METRICS or any(o.known(metric) for o in comparison.outcomes)]
     known = full is not None or comparison.uncached_scene() is not None  # something of the uncached samples
     for group in comparison.groups:
         here, reference = comparison.of(group), comparison.reference(group)
@@ -150,20 +151,23 @@ def sections(comparison: Comparison) -> list[Section]:
                 title=comparison.title(group),
                 headings=headings,
                 lines=lines,
-                differences=differences(here, reference, full),
+                differences=differences(here, reference, full, metrics),
+                paired=[FORMS[metric][0] for metric in metrics],
                 not_run=[(one.row.title, one.reason or "") for one in missing],
             )
         )
     return made
 
 
-def differences(here: list[Outcome], reference: Outcome | None, full: float | None) -> list[list[str]]:
+def differences(
+    here: list[Outcome], reference: Outcome | None, full: float | None, metrics: list[str]
+) -> list[list[str]]:
     """All paired differences of a group to its reference, in the order of the table."""
     if reference is None:
         return []
     others = [o for o in here if o.samples and o is not reference and not o.reused_nothing(full)]
     return [
-        [o.row.title, *(interval_text(o.gain(metric, reference), form) for metric, (_, form) in FORMS.items())]
+        [o.row.title, *(interval_text(o.gain(metric, reference), FORMS[metric][1]) for metric in metrics)]
         for o in others
     ]
 
@@ -193,7 +197,7 @@ def as_markdown(rows: records.Rows) -> str:
     for section in sections(comparison):
         text += [f"## {section.title}", markdown(section.headings, section.lines)]
         if section.differences:
-            text += [f"Against {reference}:", markdown(["method", *PAIRED], section.differences)]
+            text += [f"Against {reference}:", markdown(["method", *section.paired], section.differences)]
         if section.not_run:
             text += ["Not run:", "\n".join(f"- {title}: {reason}" for title, reason in section.not_run)]
     if said := comparison.results():

@@ -40,7 +40,7 @@ def _table(sizes: list[int]) -> Table:
         columns=["forwards", "psnr_db_std", "gain", "ssim", "scene", "calibration_s"],
         claims=[
             Claim(
-                text=f"{_label(few)} do as well as {many}, within {MARGIN_DB} dB",
+                text=f"as good with {_label(few)} as with {many}, within {MARGIN_DB} dB",
                 better=_label(few),
                 worse=_label(many),
                 margin=MARGIN_DB,

@@ -71,7 +71,7 @@ def test_every_room_and_command_is_known():
     for name in commands:
         about = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
         assert about["experiment"]["name"] == name and about["experiment"]["_target_"] == f"experiments.{name}.run"
-        own = set(about) - {"experiment", "defaults", "bench"}
+        own = set(about) - {"experiment", "defaults", "bench", "calibration", "hydra"}
         assert own <= {name} and (name in own) <= any(
             f"/keys@{name}" in str(entry) for entry in about.get("defaults", [])
         )

@@ -33,7 +33,7 @@ def table(pairs: list[tuple[Row, list[dict[str, Any]]]], **changes: Any) -> Rows
             "config": {"model": {"name": "tiny"}}, "config_hash": "0", "prompts": ["a circle"] * prompts,
             "seeds": list(range(prompts)), "experiment": "compare", "num_steps": 6, "noises": 1,
             "rows": [one_row for one_row, _ in pairs], "uncached_scene": [{"all": True}] * prompts,
-            "table": Table(reference="ertacache", columns=COLUMNS, best_first=True, has_figures=True),
+            "table": Table(reference="ertacache", columns=COLUMNS, best_first=True, figures=["methods"]),
             **changes,
         }
     )  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 
 from analysis import tables
 from analysis.comparison import Comparison, as_point
-from analysis.records import Table
+from analysis.records import Claim, RowScores, Table
+from analysis.verdicts import CONTRADICTED, OPEN, REPRODUCED
 from tests.analysis.tables import COLUMNS, one, row, table
 
 ERTA, UNIFORM, FORA, NONE = row("ertacache"), row("uniform"), row("fora"), row("none", None)
@@ -48,7 +49,7 @@ def test_all_differences_are_paired():
     whole, idle = [one(None, forwards=12)] * 3, [one(None, forwards=12)] * 3
     rows = table([(NONE, whole), (ERTA, reference), (UNIFORM, other), (FORA, idle)])
     (line,) = section(rows).differences
-    found = dict(zip(tables.PAIRED, line[1:], strict=True))
+    found = dict(zip(section(rows).paired, line[1:], strict=True))
     assert line[0] == "Uniform" and found["PSNR dB"].startswith("+2.00 [+1.") and found["LPIPS"] == ""
     assert found["SSIM"].startswith("-0.2000 [-0.") and found["scene, all"].startswith("-33.3%")
     assert found["speed-up"] == "+1.50 [+1.00, +2.00]"
@@ -133,14 +134,14 @@ def test_rows_are_compared_within_their_group():
 
 @pytest.mark.parametrize(
     ("gains", "said"),
-    [([1.0, 1.2, 0.8], "reproduced (+1.00"), ([-1.0, -1.2, -0.8], "contradicted (-1.00"), ([1.0, -1.0, 0.1], "not")],
+    [([1.0, 1.2, 0.8], REPRODUCED), ([-1.0, -1.2, -0.8], CONTRADICTED), ([1.0, -1.0, 0.1], OPEN)],
 )
 def test_verdicts(gains, said):
     """Mutants: better and worse swapped, the verdicts swapped, an interval that holds zero taken for a result."""
     claims = [
-        ("the policy helps", "policy", "uniform"),
-        ("time helps", "time", "uniform"),
-        ("nothing", "gone", "uniform"),
+        Claim(text="the policy helps", better="policy", worse="uniform"),
+        Claim(text="time helps", better="time", worse="uniform"),
+        Claim(text="nothing", better="gone", worse="uniform"),
     ]
     worse = [30.0, 20.0, 25.0]
     rows = [
@@ -148,7 +149,60 @@ def test_verdicts(gains, said):
         (row("policy", 3, "output"), [one(value + gain) for value, gain in zip(worse, gains, strict=True)]),
         (row("time", 3, "output"), [one(value) for value in worse]),
     ]
-    lines = Comparison(table(rows, table=Table(reference="policy", columns=COLUMNS, claims=claims))).verdicts()
-    assert lines[0].startswith(f"the policy helps, site output, 3 of 6 steps: {said}"), lines
-    assert lines[1] == "time helps, site output, 3 of 6 steps: not decidable here (+0.00 dB [+0.00, +0.00])"
-    assert len(lines) == 2
+    found = Comparison(table(rows, table=Table(reference="policy", columns=COLUMNS, claims=claims))).results()
+    assert [one.verdict for one in found] == [said, OPEN]
+    assert found[0].claim == "the policy helps" and found[0].delta.startswith(f"PSNR dB {np.mean(gains):+.2f} [")
+    assert found[1].ours == "25.00 against 25.00" and found[1].delta == "PSNR dB +0.00 [+0.00, +0.00]"
+    assert found[0].command == "python run.py"
+
+
+def test_as_good_as_allows_a_margin_and_less_is_better_of_lpips():
+    """Behind by 0.4: as good within 0.5, not within 0.3. Mutants: the margin's sign; LPIPS the wrong way round."""
+
+    def said(margin: float, metric: str = "psnr_db") -> str:
+        claim = Claim(text="as good", better="few", worse="many", margin=margin, metric=metric)
+        few = [one(29.6, lpips=0.1), one(39.6, lpips=0.2)]
+        rows = [(row("few"), few), (row("many"), [one(30.0, lpips=0.3), one(40.0, lpips=0.5)])]
+        (found,) = Comparison(table(rows, table=Table(reference="few", columns=COLUMNS, claims=[claim]))).results()
+        return found.verdict
+
+    assert (said(0.5), said(0.3), said(0.0, "lpips")) == (REPRODUCED, CONTRADICTED, REPRODUCED)
+
+
+def test_blocks_are_compared_within_and_printed_numbers_stand_beside():
+    """Rows of other budgets in one block, and the paper's numbers of both. Mutant: a claim decided across blocks."""
+    claim = Claim(text="ours is closer", better="ours", worse="theirs")
+
+    def place(label: str, block: str, psnr: float) -> tuple:
+        changes = {"key": f"{label} ({block})", "block": block, "paper": {"psnr_db": psnr}}
+        return row(label, 3 if label == "ours" else 2, **changes)
+
+    rows = table(
+        [
+            (row("none", None), [one(None, forwards=12)] * 2),
+            (place("ours", "A", 23.0), [one(30.0), one(31.0)]),
+            (place("theirs", "A", 16.0), [one(20.0), one(21.0)]),
+            (place("theirs", "B", 16.0), [one(50.0), one(51.0)]),
+        ],
+        table=Table(reference="ours", columns=["psnr_db", "paper_psnr_db"], claims=[claim], source="the paper"),
+    )
+    (found,) = Comparison(rows).results()
+    assert found.claim == "ours is closer (A)" and found.paper == "23.00 against 16.00 (+7.00)"
+    text = tables.as_markdown(rows)
+    assert "## A\n" in text and "| Ours | 30.50 | 23.00 |" in text and "printed in the paper" in text
+
+
+def test_scores_of_a_benchmark_are_columns_and_decide():
+    """Mutants: another row's score; a metric's mean over nothing."""
+    claim = Claim(text="better text match", better="ours", worse="theirs", metric="clip_score")
+    rows = table(
+        [(row("ours"), [one(30.0), one(31.0)]), (row("theirs"), [one(30.0), one(31.0)])],
+        table=Table(reference="ours", columns=["fid", "clip_score"], claims=[claim]),
+    )
+    rows.scores = {
+        "ours (3)": RowScores(row="ours (3)", whole={"fid": 0.5}, by_sample={"clip_score": [31.0, 33.0]}),
+        "theirs (3)": RowScores(row="theirs (3)", by_sample={"clip_score": [30.0, 32.0]}),
+    }
+    assert cells(rows, "Ours") == {"method": "Ours", "FID": "0.5000", "CLIP score": "32.00"}
+    assert cells(rows, "Theirs")["FID"] == ""
+    assert Comparison(rows).results()[0].delta == "CLIP score +1.00 [+1.00, +1.00]"

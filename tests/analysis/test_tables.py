@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import records, tables
+from analysis import readme, records, tables
 from tests.analysis.tables import one, row, table
 from tests.analysis.test_records import EARLIER
 
@@ -21,9 +21,12 @@ LOST = "The rows behind this table are lost"
 def test_committed_tables_are_what_their_rows_say(path):
     """Mutant: a number changed in the table, or in the rows, by hand."""
     name = path.name.removesuffix(".json.gz")
-    rows = records.read_rows(path)
-    assert rows.record.git_commit and rows.record.command.startswith("python run.py")
-    assert tables.as_markdown(rows) == (tables.HERE / "tables" / f"{name}.md").read_text(encoding="utf-8")
+    made = records.read_table(path)
+    is_rows = isinstance(made, records.Rows)
+    record = made.record if is_rows else made
+    assert record.git_commit and record.command.startswith("python run.py")
+    text = tables.as_markdown(made) if is_rows else tables.figure_as_markdown(made)
+    assert text == (tables.HERE / "tables" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def test_every_committed_table_of_rows_has_its_rows_or_says_that_they_are_lost():
@@ -55,21 +58,13 @@ def test_what_is_kept_stands_in_analysis(tmp_path, monkeypatch):
     for name in ("data", "tables", "figures"):
         (tmp_path / name).mkdir()
     rows = table([(row("none", None), [one(None, forwards=12)]), (row("ertacache"), [one(30.0, uncached_s=2.0)])])
-    written = tables.keep("mine", rows)
+    written = tables.keep("mine", rows, tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "data/mine.json.gz", "tables/mine.md", "figures/mine_methods.png", "figures/mine_pareto.png",
     ]  # fmt: skip
     assert all(path.is_file() for path in written) and list((tmp_path / "tables").iterdir()) == [written[1]]
+    assert (tmp_path / "figures" / "methods.pdf").read_bytes().startswith(b"%PDF")
     assert tables.as_markdown(records.read_rows(written[0])) == written[1].read_text()
-
-
-def test_the_papers_numbers_stand_below():
-    """Never in a column of ours. Mutant: another table's."""
-    rows = table([(row("ertacache"), [one(30.0)])])
-    rows.record.table.paper = "table3_ablation"
-    text = tables.as_markdown(rows)
-    assert "What the paper prints for Wan2.1 1.3B" in text and "| all three | 80.73 | 0.1095 | 0.82 | 23.77 |" in text
-    assert "23.77" not in text.split("What the paper prints")[0]
 
 
 def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path):
@@ -105,3 +100,16 @@ def test_a_file_of_a_run_folder_is_not_taken_for_its_rows(tmp_path, capsys):
     (tmp_path / "record.json").write_text("{}")
     assert tables.main([str(tmp_path / "record.json")]) == 1
     assert "holds no rows: give the run folder" in capsys.readouterr().err
+
+
+def test_generated_parts_of_the_results_page_are_what_the_rows_say():
+    """Mutant: a number changed in the page by hand."""
+    text = readme.PAGE.read_text(encoding="utf-8")
+    assert readme.generated(text) == text
+    (tail,) = readme.generated("<!-- generated: compare_quick_flux_tiny rows -->\nold\n<!-- /generated -->").split(
+        "old"
+    )
+    assert "| ERTACache | 15 |" in tail and "`python run.py" in tail and tail.count("<!--") == 2
+    for wrong in ("nothing rows", "compare_quick_flux_tiny sideways"):
+        with pytest.raises(records.RecordError, match=r"nothing|sideways"):
+            readme.generated(f"<!-- generated: {wrong} -->\n<!-- /generated -->")

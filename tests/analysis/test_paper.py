@@ -1,0 +1,86 @@
+"""What the paper prints, and how figures decide their claims."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from analysis import figures, paper, records, tables, verdicts
+from analysis.records import FigureRecord, Measured
+
+SERIES = {
+    "fig2a_error_profile": {
+        "true": [[0.1, 0.2, 0.3], [0.1, 0.3, 0.3]], "predicted": [[0.2, 0.2, 0.2]] * 2, "profile": [0.1, 0.2, 0.3],
+    },
+    "fig2b_trajectory_drift": {"drift": {"fixed": [[0.1, 0.2]] * 3, "adjusted": [[0.1, 0.1]] * 3}},
+    "fig6_channel_errors": {"static": [[1.0, 2.0]] * 4, "dynamic": [[1.0, 3.0]] * 4, "motion": [0.1] * 8},
+    "long_video": {"sizes": [{"frames": 9, "height": 64, "width": 64, "speedups": [1.9, 2.0], "possible": 2.0}]},
+}  # fmt: skip
+
+
+def record(name: str, values: list[float]) -> FigureRecord:
+    claim = Measured(text="it helps", paper="it does", ours="1 against 2", values=values, unit="dB")
+    return FigureRecord(
+        command="python run.py", git_commit="abc", versions={}, device="CPU", config={"model": {"name": "tiny"}},
+        config_hash="0", prompts=["a circle"] * len(values), seeds=list(range(len(values))), experiment=name,
+        series=SERIES[name], claims=[claim],
+    )  # fmt: skip
+
+
+def test_every_printed_table_is_whole():
+    """Each row has a method of ours or says why not; what is printed lies in its range. Mutant: a percent for a share."""
+    for name in ("table1_video", "table2_image"):
+        for block in paper.table(name).blocks:
+            levels = {row.level for row in block.rows if row.method == "ertacache"}
+            assert levels, block.title
+            for row in block.rows:
+                assert (row.method is None) == (row.why is not None), row
+                found = row.numbers()
+                assert 1 <= found["speedup"] < 5 and 10 < found["psnr_db"] < 40 and 0 < found["ssim"] < 1, row
+                assert row.computed_steps is None or row.computed_steps < block.steps
+    (wan,) = [block for block in paper.table("table1_video").blocks if block.model == "wan21"]
+    numbers = {row.title: row.psnr_db for row in wan.rows}
+    assert numbers["ERTACache"] == 23.77 and numbers["TeaCache"] == 16.17
+    assert [row.why for row in wan.rows if row.title == "ProfilingDiT"] == [
+        "not run here: its method is not part of this project"
+    ]
+
+
+def test_a_key_that_does_not_exist_is_refused(monkeypatch):
+    block = {
+        "printed": "x",
+        "title": "x",
+        "steps": 5,
+        "rows": [{"title": "a", "level": "slow", "speedup": 2, "psrn": 3}],
+    }
+    monkeypatch.setattr(paper, "data", lambda: {"t": {"title": "t", "source": "s", "blocks": [block]}})
+    with pytest.raises(ValueError, match="psrn"):
+        paper.table("t")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1.0, 1.1, 0.9], verdicts.REPRODUCED),
+        ([-1.0, -1.1, -0.9], verdicts.CONTRADICTED),
+        ([1.0, -1.0, 0.0], verdicts.OPEN),
+        ([], verdicts.OPEN),
+    ],
+)
+def test_values_decide_a_figures_claim(values, said):
+    """Mutants: the sign, the mean instead of the interval."""
+    (found,) = verdicts.results(record("fig2b_trajectory_drift", values))
+    assert found.verdict == said and found.paper == "it does"
+    assert found.delta.startswith(f"{np.mean(values):+.3g} [") if values else found.delta == ""
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_figures_are_drawn_from_a_kept_record_alone(name, tmp_path):
+    """Kept and read again, the same table and a figure that is not empty."""
+    assert set(SERIES) == set(figures.OF_FIGURES)
+    path = tmp_path / "kept.json.gz"
+    records.write_record(record(name, [1.0, 2.0]), path)
+    made = records.read_table(path)
+    (table, figure) = tables.write_figure(tmp_path, made)
+    assert "| it helps | it does | 1 against 2 | +1.5 [" in table.read_text() and figure.stat().st_size > 8000
+    assert figure.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
