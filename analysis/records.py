@@ -356,6 +356,14 @@ def to_json(record: Any) -> dict[str, Any]:
     return asdict(record)
 
 
+def utf8(text: str) -> bytes:
+    r"""Text as UTF-8, whatever it is: half a surrogate pair, which has no bytes, becomes `\udXXX`.
+
+    In JSON, where it stands in a string, that is read back as it was.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_bundle(rows: Rows, path: Path) -> None:
     """A table with its samples as one gzipped JSON file, the same bytes for the same rows."""
     data = {
@@ -365,7 +373,7 @@ def write_bundle(rows: Rows, path: Path) -> None:
         "left_out": rows.left_out,
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    path.write_bytes(gzip.compress(utf8(text), mtime=0))
 
 
 def _json(path: Path) -> Any:

@@ -213,7 +213,7 @@ def show(
 def write(folder: Path, rows: records.Rows) -> list[Path]:
     """`table.md` in `folder`, and the figures of a comparison of methods; the files that were written."""
     made = [folder / TABLE]
-    made[0].write_text(as_markdown(rows), encoding="utf-8")
+    made[0].write_bytes(records.utf8(as_markdown(rows)))
     if rows.record.table.has_figures:
         comparison = Comparison(rows)
         found = [point for one in comparison.outcomes if (point := as_point(one, comparison)) is not None]
