@@ -82,6 +82,11 @@ class Point:
 
 
 def step_map(computed: list[int], grid: list[float], path: Path) -> None:
+    """Save `step_map_figure`."""
+    step_map_figure(computed, grid).savefig(path)
+
+
+def step_map_figure(computed: list[int], grid: list[float]) -> Figure:
     """Computed and reused steps along the grid of sigmas that was integrated, one longer than the steps."""
     mask, sigmas = np.array(computed, bool), np.array(grid)
     figure = Figure((WIDTH, 3.2))
@@ -96,7 +101,7 @@ def step_map(computed: list[int], grid: list[float], path: Path) -> None:
     bottom.scatter(steps[mask], sigmas[:-1][mask], s=14, color=COMPUTED, zorder=3)
     bottom.scatter(steps[~mask], sigmas[:-1][~mask], s=14, color=REUSED, zorder=3)
     bottom.set(xlabel="step", ylabel="sigma")
-    figure.savefig(path)
+    return figure
 
 
 def change_profile(mean: np.ndarray, std: np.ndarray, mask: list[int], path: Path) -> None:

@@ -49,6 +49,12 @@ class Opened:
         look = "[...document.querySelectorAll('.film')].map((film) => getComputedStyle(film).backgroundPosition.split(',')[0])"
         return self.page.evaluate(look)
 
+    def frames_seen(self, looks: int = 60) -> Iterator[list[str]]:
+        """What all films show at `looks` moments, at odd distances."""
+        for _ in range(looks):
+            yield self.shown_frames()
+            self.page.wait_for_timeout(45)
+
 
 @contextmanager
 def opened(browser: Any, path: Path, width: int = 1280, **context: Any) -> Iterator[Opened]:

@@ -74,4 +74,18 @@
       });
     });
   });
+
+  // Charts: Plotly draws what lies in the page, in lighter colours on a dark one.
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const lighter = { "#0072B2": "#56B4E9", "#333333": "#C8CED4", "rgba(0,114,178,": "rgba(86,180,233," };
+  const draw = () => document.querySelectorAll(".chart").forEach((place) => {
+    let text = place.dataset.figure;
+    if (dark.matches) for (const [from, to] of Object.entries(lighter)) text = text.replaceAll(from, to);
+    const figure = JSON.parse(text);
+    Plotly.react(place, figure.data, figure.layout, { responsive: true, displayModeBar: false });
+  });
+  if (document.querySelector(".chart")) {
+    draw();
+    dark.addEventListener("change", draw);
+  }
 }
