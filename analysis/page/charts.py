@@ -139,7 +139,9 @@ def decomposition(record: DecompositionRecord) -> list[Chart]:
         )
     )
     by_part.update_layout(**LAYOUT, height=210)
-    by_part.update_xaxes(**AXIS, title="share of the final error", tickformat=".0%")
+    least, most = min([0, *values]), max([0, *values])
+    room = 0.25 * (most - least)  # for the numbers beside the bars
+    by_part.update_xaxes(**AXIS, title="share of the final error", tickformat=".0%", range=[least - room, most + room])
     by_part.update_yaxes(**{**AXIS, "autorange": "reversed"})
     made = [Chart(by_part.to_json(), "Shares of the final error by part", lambda: _bars(record.shares))]
     if record.by_step:
