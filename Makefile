@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+RUNS ?=
 
-.PHONY: run test test-slow lint setup vbench-env clean
+.PHONY: run report test test-slow lint setup vbench-env clean
 
 run: setup           ## the main job on the embedded model; ARGS="cache=uniform" changes it
 	$(BIN)/python run.py $(ARGS)
+
+report: setup        ## the results page, outputs/report/index.html; RUNS="outputs/…" adds run folders to what is kept
+	$(BIN)/python -m analysis.page $(RUNS)
 
 test: setup          ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -89,3 +89,8 @@ def table(name: str) -> PrintedTable:
 def figure(name: str) -> str:
     """What a figure of the paper shows, in a sentence."""
     return data()["figures"][name]
+
+
+def title(experiment: str) -> str:
+    """What a table or figure is called, for people."""
+    return data()["titles"].get(experiment, experiment)

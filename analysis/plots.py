@@ -21,6 +21,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from analysis.records import utf8
+
 WIDTH = 9.0
 COMPUTED, REUSED, GREY, BAND = "#0072B2", "#E69F00", "#8d99ae", "#F6EFC4"
 ROW_INCHES = 0.165
@@ -80,6 +82,11 @@ class Point:
 
 
 def step_map(computed: list[int], grid: list[float], path: Path) -> None:
+    """Save `step_map_figure`."""
+    step_map_figure(computed, grid).savefig(path)
+
+
+def step_map_figure(computed: list[int], grid: list[float]) -> Figure:
     """Computed and reused steps along the grid of sigmas that was integrated, one longer than the steps."""
     mask, sigmas = np.array(computed, bool), np.array(grid)
     figure = Figure((WIDTH, 3.2))
@@ -94,7 +101,7 @@ def step_map(computed: list[int], grid: list[float], path: Path) -> None:
     bottom.scatter(steps[mask], sigmas[:-1][mask], s=14, color=COMPUTED, zorder=3)
     bottom.scatter(steps[~mask], sigmas[:-1][~mask], s=14, color=REUSED, zorder=3)
     bottom.set(xlabel="step", ylabel="sigma")
-    figure.savefig(path)
+    return figure
 
 
 def change_profile(mean: np.ndarray, std: np.ndarray, mask: list[int], path: Path) -> None:
@@ -349,11 +356,15 @@ def contact_sheet_figure(samples: Path, rows: list[dict[str, Any]]) -> Figure:
         if not differs.any():
             x, y = (0.5, 1 / 6) if count > 1 else (5 / 6, 0.5)  # the middle of the difference
             axis.text(x, y, "identical", transform=axis.transAxes, color="white", fontsize=8, ha="center", va="center")
-        title = textwrap.fill(row["prompt"], 156 // columns, max_lines=2, placeholder=" …")
-        axis.set_title(title, fontsize=7, pad=2)
+        axis.set_title(_caption(row["prompt"], 156 // columns), fontsize=7, pad=2, parse_math=False)
     order = "first, middle and last frame; from the top" if count > 1 else "from the left"
     figure.suptitle(f"{order}: uncached, cached, and their absolute difference × {factor}", fontsize=9)
     return figure
+
+
+def _caption(prompt: str, width: int) -> str:
+    """A prompt in two lines; half a surrogate pair, which cannot be drawn, as `\\udXXX`."""
+    return textwrap.fill(utf8(prompt).decode(), width, max_lines=2, placeholder=" …")
 
 
 def _cell(arms: list[np.ndarray]) -> np.ndarray:

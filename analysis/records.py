@@ -73,6 +73,7 @@ __all__ = [
     "read_rows",
     "read_table",
     "to_json",
+    "utf8",
     "write_bundle",
     "write_record",
 ]
@@ -170,6 +171,14 @@ def to_json(record: Any) -> dict[str, Any]:
     return asdict(record)
 
 
+def utf8(text: str) -> bytes:
+    r"""Text as UTF-8, whatever it is: half a surrogate pair, which has no bytes, becomes `\udXXX`.
+
+    In JSON, where it stands in a string, that is read back as it was.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_bundle(rows: Rows, path: Path) -> None:
     """A table with its samples as one gzipped JSON file, the same bytes for the same rows."""
     data = {
@@ -189,7 +198,7 @@ def write_record(record: Record, path: Path) -> None:
 
 def _write_gzip(data: Any, path: Path) -> None:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    path.write_bytes(gzip.compress(utf8(text), mtime=0))
 
 
 def _json(path: Path) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import figures, records, verdicts
+from analysis import figures, paper, records, verdicts
 from analysis.comparison import FORMS, METRICS, Comparison, Outcome
 from analysis.intervals import Interval
 
@@ -235,13 +235,15 @@ def show(
 def write(folder: Path, rows: records.Rows) -> list[Path]:
     """`table.md` in `folder`, and the table's figures; the files that were written."""
     path = folder / TABLE
-    path.write_text(as_markdown(rows), encoding="utf-8")
+    path.write_bytes(records.utf8(as_markdown(rows)))
     return [path, *figures.of_rows(rows, folder)]
 
 
 def figure_as_markdown(record: records.FigureRecord) -> str:
     """What a figure says of its claims, and where it was measured."""
-    about = f"{record.experiment}, {record.config['model']['name']}, {len(record.prompts)} held-out prompts"
+    about = (
+        f"{paper.title(record.experiment)}: {record.config['model']['name']}, {len(record.prompts)} held-out prompts"
+    )
     where = f"`{record.command}`; measured at commit {record.git_commit}, {record.device}."
     lines = [one.cells() for one in verdicts.results(record)]
     return "\n\n".join([f"# {about}", where, markdown(verdicts.HEADINGS, lines)]) + "\n"
@@ -250,7 +252,7 @@ def figure_as_markdown(record: records.FigureRecord) -> str:
 def write_figure(folder: Path, record: records.FigureRecord) -> list[Path]:
     """`table.md` in `folder`, and the figure; the files that were written."""
     path = folder / TABLE
-    path.write_text(figure_as_markdown(record), encoding="utf-8")
+    path.write_bytes(records.utf8(figure_as_markdown(record)))
     return [path, *figures.of_figure(record, folder)]
 
 

@@ -65,9 +65,8 @@ def _print_summary(record: MainRecord, folder: Path) -> None:
     idle = record.steps.without_reuse
     if idle:
         console.note(f"did not reuse anything: {idle} of {record.timing.repeats} samples, every step was computed")
-    for name, reason in record.missing.items():
-        if not name.startswith(("fid", "clip_score")) or record.config["bench"]["image_scores"]:
-            console.note(f"not evaluated: {name} ({reason})")
+    for name, reason in report.not_evaluated(record).items():
+        console.note(f"not evaluated: {name} ({reason})")
     console.note(f"report: {folder / 'report.html'}")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import WanPipeline
@@ -11,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import erta
 from experiments import cli
+from tests.browser import CHROMIUM, FLAGS
 from tests.commands import QUICK
 from tests.pipelines import CALL, PROMPTS, SOLVERS, build_pipe
 
@@ -54,3 +57,15 @@ def command(tmp_path, monkeypatch, capsys, weights):
         return code, printed.out + printed.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium with a profile of its own; tests that need one are skipped where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()

@@ -1,17 +1,16 @@
-"""`report.html`: one self-contained page with the clips of both arms playing side by side."""
+"""`report.html`: one self-contained page with the clips of both arms playing side by side, in step."""
 
 from __future__ import annotations
 
-import base64
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, select_autoescape
-
+from analysis.page import film, render
 from analysis.records import MainRecord
 
 MAX_CLIPS = 200  # on the page, which holds them itself
-FIGURE_TITLES = {
+FIGURES = {
     "step_map": "Computed and reused steps",
     "relative_l1": "How much the residual changes from step to step",
     "psnr_per_prompt": "PSNR of every prompt against its uncached twin",
@@ -25,36 +24,80 @@ IMAGE_SCORES = {
 }
 
 
+@dataclass(frozen=True)
+class Headline:
+    """A number that the page begins with."""
+
+    name: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the run folder, as it lies in the page."""
+
+    title: str
+    data: str
+
+
 def write(folder: Path, record: MainRecord, rows: list[dict[str, Any]]) -> None:
     """Write `folder`/report.html from the record, the figures and the clips that lie beside it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True), trim_blocks=True
-    )
     figures = [
-        {"title": title, "data": _data_uri(folder / "figures" / f"{name}.png")}
-        for name, title in FIGURE_TITLES.items()
-        if (folder / "figures" / f"{name}.png").is_file()
+        Figure(title, film.data_uri(path.read_bytes(), "png"))
+        for name, title in FIGURES.items()
+        if (path := folder / "figures" / f"{name}.png").is_file()
     ]
-    clips = [
-        {
-            "prompt": row["prompt"],
-            "seed": row["seed"],
-            "psnr": "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.2f} dB",
-            "ssim": f"{row['ssim']:.4f}",
-            **{
-                arm: {
-                    "data": _data_uri(folder / "samples" / arm / f"{row['index']:03d}.webp"),
-                    "wrong": _wrong(row[arm]["scene"]),
-                }
-                for arm in ("uncached", "cached")
-            },
-        }
-        for row in rows[:MAX_CLIPS]
-    ]
-    page = environment.get_template("report.html.j2").render(
-        record=record, summary=summary_rows(record), clips=clips, figures=figures, num_prompts=len(rows)
+    render.write(
+        "report.html.j2",
+        folder / "report.html",
+        Path(__file__).parent,
+        record=record,
+        headlines=headlines(record, rows),
+        gallery=film.gallery(folder, rows, MAX_CLIPS),
+        summary=summary_rows(record),
+        figures=figures,
+        missing=not_evaluated(record),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def headlines(record: MainRecord, rows: list[dict[str, Any]]) -> list[Headline]:
+    """Speed-up, PSNR, and how many of the scenes that were right without a cache still are; SSIM where nobody can tell."""
+    metrics, steps = record.metrics, record.steps
+    timing, speedup = record.timing, f"{metrics['speedup_denoise']:.2f}×"
+    psnr_db = _psnr(record, "psnr_db")
+    known = [row["psnr_db"] for row in rows if row["psnr_db"] is not None]
+    spread = f"{min(known):.1f} to {max(known):.1f}, " if len(known) > 1 else ""
+    shown = [
+        Headline("speed-up", speedup, f"of denoising; {metrics['speedup_pipeline']:.2f}× of the whole call"),
+        Headline(
+            "PSNR against uncached",
+            f"{float(psnr_db):.1f} dB" if psnr_db[0].isdigit() else psnr_db,
+            f"{spread}{len(rows)} prompt{'s' * (len(rows) > 1)}",
+        ),
+    ]
+    right = [row["cached"]["scene"]["all"] for row in rows if (row["uncached"]["scene"] or {}).get("all")]
+    if right:
+        shown.append(
+            Headline("scenes kept", f"{sum(right)} of {len(right)}", "as asked without a cache, and still with it")
+        )
+    else:
+        shown.append(Headline("SSIM against uncached", f"{metrics['ssim']:.4f}", "1 is identical"))
+    forwards = f"{timing.forwards:.4g} forwards a sample in place of {timing.forwards_uncached:g}"
+    return [*shown, Headline("steps computed", f"{steps.computed:.4g} of {steps.uncached}", forwards)]
+
+
+def not_evaluated(record: MainRecord) -> dict[str, str]:
+    """What this bench asks for and could not evaluate, with the reason; not what only other benches can."""
+    bench = record.config["bench"]
+    never = ["scene_accuracy"] if record.config["model"].get("prompt_source") != "scenes" else []
+    never += [] if bench.get("image_scores") else ["fid", "clip_score"]
+    never += [] if bench.get("suite") == "standard" else ["vbench_"]
+    return {
+        name: reason or "no reason given"
+        for name, reason in record.missing.items()
+        if not name.startswith(tuple(never))
+    }
 
 
 def summary_rows(record: MainRecord) -> list[tuple[str, str, str]]:
@@ -117,14 +160,3 @@ def _psnr(record: MainRecord, key: str) -> str:
 def _ms_ssim_name(metrics: dict[str, Any]) -> str:
     scales = len(metrics.get("ms_ssim_betas", ()))
     return "MS-SSIM" if scales == 5 else f"MS-SSIM ({scales} scales)"
-
-
-def _wrong(scene: dict[str, bool] | None) -> str:
-    if scene is None:
-        return ""
-    wrong = [key for key, right in scene.items() if not right and key != "all"]
-    return "wrong: " + ", ".join(wrong) if wrong else "as asked" if scene["all"] else "an object too many"
-
-
-def _data_uri(path: Path) -> str:
-    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -144,7 +144,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
-        partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_bytes(records.utf8(json.dumps(data, indent=1, ensure_ascii=False) + "\n"))
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -161,8 +161,8 @@ def read_json(path: Path) -> Any:
 
 def append_line(path: Path, data: dict[str, Any]) -> None:
     """Append one JSON line and make sure that it is on disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(data, ensure_ascii=False) + "\n")
+    with open(path, "ab") as file:
+        file.write(records.utf8(json.dumps(data, ensure_ascii=False) + "\n"))
         file.flush()
         os.fsync(file.fileno())
 
