@@ -135,6 +135,11 @@ class WandbConfig:
 
 
 @dataclass
+class SweepConfig:
+    target_psnr_db: float | None = None  # what a sweeper that searches is to come near
+
+
+@dataclass
 class ExperimentConfig:
     """Which experiment it is, and what it reads: a setting that it does not read is refused."""
 
@@ -190,6 +195,7 @@ SCHEMA: dict[str, Any] = {
     "experiment": ExperimentConfig,
     "calibration": CalibrationConfig,
     "wandb": WandbConfig,
+    "sweep": SweepConfig,
 }
 OWN_KEYS = {"table": Table, "compare": Compare, "decomposition": Decomposition, "speed": Speed, "train_tiny": TrainTiny}
 
@@ -336,6 +342,8 @@ def validate(cfg: DictConfig) -> None:
     _check_shards(cfg)
     _check_calibration_prompts(cfg)
     dimensions.validate(cfg)
+    if cfg.sweep.target_psnr_db is not None and not 0 < cfg.sweep.target_psnr_db < float("inf"):
+        raise ErtaError(f"sweep.target_psnr_db must be > 0, not {cfg.sweep.target_psnr_db:g}")
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)
