@@ -6,6 +6,8 @@ are told apart in grey too.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,7 +20,7 @@ from analysis.plots import COMPUTED, GREY, MARKER_PX, REUSED, WIDTH, Point, name
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333", "#56B4E9", "#D55E00")
 MARKERS, LINES = ("o", "^", "s", "D", "v", "P", "X"), ("-", "--", ":")
 LABELS = ("seed",)  # keys whose numbers are names, not amounts
-WIDE_RANGE = 10  # largest over smallest value from which on an axis is logarithmic
+WIDE_RANGE = 8  # largest over smallest value from which on an axis is logarithmic
 MOST_TICKS, MOST_SERIES, MOST_NAMES = 8, 14, 30
 
 
@@ -68,23 +70,35 @@ def _over_numbers(runs: pd.DataFrame, key: str, values: np.ndarray, target: floa
         bottom.set_xticks(sorted(set(values)), [f"{value:.4g}" for value in sorted(set(values))])
         bottom.minorticks_off()
     for panel in (top, bottom):
-        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     return made
 
 
 def _against_each_other(runs: pd.DataFrame, keys: list[str], target: float | None) -> Figure:
     """PSNR against the measured speed-up: a series a value of one key, its points named by the other keys."""
     series_key, others = _roles(runs, keys)
+    if series_key:
+        runs = runs.assign(**{series_key: runs[series_key].map(lambda value: _short(value) or "as set")})
     made = Figure((WIDTH, 5.2))
     axis = made.subplots()
     axis.grid(color=GREY, alpha=0.25, lw=0.5)
-    groups = list(runs.groupby(series_key, sort=False, dropna=False)) if series_key else [("", runs)]
+    values = list(dict.fromkeys(runs[series_key])) if series_key else []
+    groups = [(value, runs[runs[series_key] == value]) for value in values] or [("", runs)]
     for place, (value, group) in enumerate(groups):
         group = group.sort_values("speedup")
-        look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "ms": 6, "lw": 1.3}
         line = LINES[place // len(COLOURS) % len(LINES)] if series_key and others else ""
-        name = f"{series_key}={value}" if series_key else None
-        axis.errorbar(group.speedup, group.psnr_db, _bars(group), ls=line, elinewidth=0.8, label=name, **look)
+        axis.errorbar(
+            group.speedup,
+            group.psnr_db,
+            _bars(group),
+            label=f"{series_key}={value}" if series_key else None,
+            color=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[place % len(MARKERS)],
+            ls=line,
+            ms=6,
+            lw=1.3,
+            elinewidth=0.8,
+        )
     _draw_target(axis, target)
     axis.set(xlabel="measured speed-up of denoising", ylabel="PSNR against uncached, mean and 95 % interval, dB")
     axis.xaxis.set_major_formatter("{x:g}×")
@@ -96,7 +110,7 @@ def _against_each_other(runs: pd.DataFrame, keys: list[str], target: float | Non
         axis.set_title(f"points: {', '.join(others)}", loc="right", color="#555555")
         made.draw_without_rendering()  # settles the layout: room for names is looked for in pixels
         rows = zip(names, runs.iterrows(), strict=True)
-        name_points(axis, [_point(name, run) for name, (_, run) in rows], _markers(axis, runs))
+        name_points(axis, [_point(name, run) for name, (_, run) in rows], _covered(axis, groups))
     return made
 
 
@@ -114,10 +128,19 @@ def _point(name: str, run: pd.Series) -> Point:
     return Point(name, "planned", int(run.computed), run.psnr_db, run.psnr_low_db, run.psnr_high_db, run.speedup, False)
 
 
-def _markers(axis: Axes, runs: pd.DataFrame) -> list[Bbox]:
-    """What the markers cover, in pixels."""
-    centres = axis.transData.transform(runs[["speedup", "psnr_db"]].to_numpy(float))
-    return [Bbox([centre - MARKER_PX, centre + MARKER_PX]) for centre in centres]
+def _covered(axis: Axes, groups: list[tuple[str, pd.DataFrame]]) -> list[Bbox]:
+    """What markers, lines and error bars cover, in pixels: a small box at every few pixels of a line."""
+    boxes = []
+    for _, group in groups:
+        ends = group.sort_values("speedup")[["speedup", "psnr_db"]].to_numpy(float)
+        low, high = ends[:, 1] - _bars(group.sort_values("speedup"))[0], ends[:, 1]
+        bars = [np.array([[x, down], [x, up]]) for x, down, up in zip(ends[:, 0], low, high, strict=True)]
+        for corners in [*itertools.pairwise(ends), *bars, *zip(ends, ends, strict=True)]:
+            start, stop = axis.transData.transform(np.array(corners))
+            count = 2 + int(np.hypot(*(stop - start)) // MARKER_PX)
+            boxes += [Bbox([at - 3, at + 3]) for at in np.linspace(start, stop, count)]
+        boxes += [Bbox([at - MARKER_PX, at + MARKER_PX]) for at in axis.transData.transform(ends)]
+    return boxes
 
 
 def _bars(runs: pd.DataFrame) -> np.ndarray:

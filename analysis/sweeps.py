@@ -27,6 +27,7 @@ from analysis.tables import markdown
 
 MEMBERS, TABLE, DATA, PLOT = "members", "table.md", "table.csv", "sweep.png"
 STATES = {"started": "not finished", "failed": "failed", "finished": "finished"}
+Run = dict[str, Any]  # a row of a sweep's frame
 SHOWN_DIGITS = 4  # of a swept number with more, such as a sampler draws
 
 
@@ -77,14 +78,19 @@ class Sweep:
     def failed(self) -> pd.DataFrame:
         return self.frame[self.frame.state == "failed"]
 
+    def runs(self, state: str | None = None) -> list[Run]:
+        """All rows, or those of one state."""
+        rows: list[Run] = self.frame.to_dict("records")  # type: ignore[assignment]
+        return [row for row in rows if state in (None, row["state"])]
+
     @property
     def is_measured(self) -> bool:
         """Whether all finished runs are of `experiment=main`, so that their numbers are the table's columns."""
         return bool(len(self.finished)) and "ssim" in self.frame and bool(self.finished.ssim.notna().all())
 
-    def name(self, run: pd.Series) -> str:
+    def name(self, run: Run) -> str:
         """What tells a run from the others: its swept keys, or its folder if there are none."""
-        return " ".join(f"{key}={run[key]}" for key in self.keys if run[key] is not None) or run.folder
+        return " ".join(f"{key}={run[key]}" for key in self.keys if run[key] is not None) or run["folder"]
 
 
 def read_members(folder: Path) -> list[Member]:
@@ -128,7 +134,7 @@ def load(folder: Path) -> Sweep:
         rows.append(row)
     frame = pd.DataFrame(rows)
     for name in (*keys, "error", "headline"):  # texts, None where there is none
-        frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
+        frame[name] = pd.Series([row[name] for row in rows], dtype=object)
     return Sweep(folder, keys, fixed, frame, targets[0] if targets else None)
 
 
@@ -196,19 +202,19 @@ def _best_row(folder: Path) -> str:
     return f"{text}; best {best.title} at {best.computed} of {table.record.num_steps}: {psnr:.2f} dB"
 
 
-def _form(pattern: str) -> Callable[[pd.Series, str], str]:
+def _form(pattern: str) -> Callable[[Run, str], str]:
     return lambda run, name: "" if pd.isna(run[name]) else pattern.format(run[name])
 
 
-def _psnr(run: pd.Series, name: str) -> str:
+def _psnr(run: Run, name: str) -> str:
     if pd.isna(run[name]):
         return "identical"
-    interval = "" if pd.isna(run.psnr_low_db) else f" [{run.psnr_low_db:.2f}, {run.psnr_high_db:.2f}]"
+    interval = "" if pd.isna(run["psnr_low_db"]) else f" [{run['psnr_low_db']:.2f}, {run['psnr_high_db']:.2f}]"
     return f"{run[name]:.2f}{interval}"
 
 
-COLUMNS: dict[str, tuple[str, Callable[[pd.Series, str], str]]] = {
-    "computed": ("computed", lambda run, name: f"{run[name]:.4g} of {run.steps:g}"),
+COLUMNS: dict[str, tuple[str, Callable[[Run, str], str]]] = {
+    "computed": ("computed", lambda run, name: f"{run[name]:.4g} of {run['steps']:g}"),
     "forwards": ("forwards", _form("{:.4g}")),
     "speedup": ("speed-up", _form("{:.2f}x")),
     "speedup_possible": ("possible", _form("{:.2f}x")),
@@ -224,18 +230,18 @@ COLUMNS: dict[str, tuple[str, Callable[[pd.Series, str], str]]] = {
 def cells(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Headings and lines: the swept keys, then numbers, or the folder and a headline where not all runs have them."""
     keys = sweep.keys or ["folder"]
-    swept = [[_shown(run[key]) for key in keys] for _, run in sweep.frame.iterrows()]
+    swept = [[_shown(run[key]) for key in keys] for run in sweep.runs()]
     if not sweep.is_measured:
-        rest = [[STATES[run.state], run.headline or "", run.folder] for _, run in sweep.frame.iterrows()]
+        rest = [[STATES[run["state"]], run["headline"] or "", run["folder"]] for run in sweep.runs()]
         rest = [line[: 3 if sweep.keys else 2] for line in rest]
-        return [*keys, *["", "result", "folder"][: 3 if sweep.keys else 2]], [
+        return [*keys, *["state", "result", "folder"][: 3 if sweep.keys else 2]], [
             a + b for a, b in zip(swept, rest, strict=True)
         ]
     shown = [name for name in COLUMNS if sweep.finished[name].notna().any() or name == "psnr_db"]
     lines = []
-    for values, (_, run) in zip(swept, sweep.frame.iterrows(), strict=True):
-        unknown = [STATES[run.state], *[""] * (len(shown) - 1)]
-        numbers = [COLUMNS[name][1](run, name) for name in shown] if run.state == "finished" else unknown
+    for values, run in zip(swept, sweep.runs(), strict=True):
+        unknown = [STATES[run["state"]], *[""] * (len(shown) - 1)]
+        numbers = [COLUMNS[name][1](run, name) for name in shown] if run["state"] == "finished" else unknown
         lines.append(values + numbers)
     return [*keys, *(COLUMNS[name][0] for name in shown)], lines
 
@@ -264,12 +270,13 @@ def remarks(sweep: Sweep) -> list[str]:
     """What is said below the table: the run nearest to the target, and every failed run with its error."""
     made = []
     if sweep.target_psnr_db is not None and sweep.is_measured and sweep.finished.psnr_db.notna().any():
-        run = sweep.finished.loc[(sweep.finished.psnr_db.astype(float) - sweep.target_psnr_db).abs().idxmin()]
+        known = [run for run in sweep.runs("finished") if not pd.isna(run["psnr_db"])]
+        run = min(known, key=lambda run: abs(run["psnr_db"] - sweep.target_psnr_db))
         made.append(
-            f"nearest to {sweep.target_psnr_db:g} dB: {sweep.name(run)} ({run.psnr_db:.2f} dB at {run.speedup:.2f}x)"
+            f"nearest to {sweep.target_psnr_db:g} dB: {sweep.name(run)} ({run['psnr_db']:.2f} dB at {run['speedup']:.2f}x)"
         )
-    made += [f"failed: {sweep.name(run)}: {run.error}" for _, run in sweep.failed.iterrows()]
-    left = [sweep.name(run) for _, run in sweep.frame.iterrows() if run.state == "started"]
+    made += [f"failed: {sweep.name(run)}: {run['error']}" for run in sweep.runs("failed")]
+    left = [sweep.name(run) for run in sweep.runs("started")]
     return made + [f"not finished: {name}" for name in left]
 
 
@@ -290,7 +297,7 @@ def as_markdown(sweep: Sweep, plot: Path | None) -> str:
     if said := remarks(sweep):
         text.append("\n".join(f"- {line}" for line in said))
     if sweep.is_measured and sweep.keys:
-        text.append("\n".join(f"- {sweep.name(run)}: `{run.folder}`" for _, run in sweep.frame.iterrows()))
+        text.append("\n".join(f"- {sweep.name(run)}: `{run['folder']}`" for run in sweep.runs()))
     return "\n\n".join(text) + "\n"
 
 

@@ -144,8 +144,10 @@ def _unknown_key(message: str) -> str | None:
 
 def _unknown_choice(message: str) -> str | None:
     """Hydra's error for a group without such a file, with those that exist."""
+    if re.search(r"Could not (load|find) '(hydra/sweeper/)?optuna", message):
+        return "this sweeper needs hydra-optuna-sweeper, an extra: pip install -e '.[sweeps]'"
     found = re.search(r"Could not find '(\w+)/([^']+)'", message)
-    if found is None or not (CONF / found[1]).is_dir():
+    if found is None or found[1] == "hydra" or not (CONF / found[1]).is_dir():
         return None
     choices = ", ".join(path.stem for path in sorted((CONF / found[1]).glob("*.yaml")))
     return f"there is no {found[1]}={found[2]}. Choose from {choices}"

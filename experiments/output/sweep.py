@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.conf import HydraConf
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
@@ -82,7 +83,7 @@ def _open_sweep(config: DictConfig) -> Path:
 class Member:
     """A run of a sweep, seen from within: where it lies and how it stands."""
 
-    def __init__(self, hydra: DictConfig) -> None:
+    def __init__(self, hydra: HydraConf) -> None:
         """Of Hydra's own configuration of this run."""
         self._sweep = Path(hydra.sweep.dir).absolute()
         self._folder = Path(hydra.runtime.output_dir)
