@@ -237,7 +237,7 @@ def pareto_figure(points: list[Point]) -> Figure:
     legend = axis.legend(handles=[steps, *keys], loc="upper right")
     figure.draw_without_rendering()  # settles the layout: room for names is looked for in pixels
     taken = [legend.get_window_extent(), *_covered(axis, timed, steps)]
-    _name(axis, [point for point in timed if point in best or point.is_reference], taken)
+    name_points(axis, [point for point in timed if point in best or point.is_reference], taken)
     return figure
 
 
@@ -263,7 +263,7 @@ def _covered(axis: Axes, points: list[Point], line: Line2D) -> list[Bbox]:
     return [Bbox([np.minimum(*pair) - MARKER_PX, np.maximum(*pair) + MARKER_PX]) for pair in ends]
 
 
-def _name(axis: Axes, points: list[Point], taken: list[Bbox]) -> None:
+def name_points(axis: Axes, points: list[Point], taken: list[Bbox]) -> None:
     """Write every title at the nearest of `OFFSETS_PX` that covers fewest of `taken`, to which its own box is added."""
     for point, place in zip(points, _places(points), strict=True):
         note = axis.annotate(

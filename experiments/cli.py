@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from erta.errors import ErtaError
 from experiments.harness import config
 from experiments.harness.config import CONF
-from experiments.output import console
+from experiments.output import console, sweep
+from experiments.output.sweep import Member
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 TRACEBACK = "--traceback"
@@ -37,7 +38,7 @@ def main() -> None:
         sys.argv.remove(TRACEBACK)
         os.environ[TRACEBACK] = "1"
     console.end_with_parent()
-    with _short_errors():
+    with _short_errors(), sweep.shown_at_its_end():
         _hydra_main()
 
 
@@ -58,37 +59,59 @@ config.register()
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
-    try:
+def _hydra_main(cfg: DictConfig) -> float | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _run_member(cfg)
+    with _short_errors():
         _run(cfg)
+    return None
+
+
+def _run_member(cfg: DictConfig) -> float | None:
+    """A run of a sweep, which goes on with its others if this one fails: the sweep's end says so."""
+    member = Member(HydraConfig.get())
+    try:
+        member.note("started")
+        folder = _run(cfg, member)
+        value = sweep.objective(cfg, folder)
+        member.note("finished")
+        return value
     except Exception as error:
-        if HydraConfig.get().mode != RunMode.MULTIRUN or TRACEBACK in os.environ:
-            with _short_errors():
-                raise
-        # a sweep goes on with its other jobs; Hydra raises this again at its end
-        print(f"error: {_explain(error)}", file=sys.stderr)
-        raise
+        reason = _explain(error)
+        member.note("failed", " ".join(reason.split()))
+        if TRACEBACK in os.environ:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return None
 
 
-def _run(cfg: DictConfig) -> None:
+def _run(cfg: DictConfig, member: Member | None = None) -> Path:
+    """Run the experiment in its folder, unless the sweep that it belongs to holds it already, finished."""
     console.quiet_libraries()
     from experiments.models.load import memory_advice
     from experiments.output.run_folder import STATE_FILE, open_folder
 
-    for override in HydraConfig.get().overrides.task:
+    overrides = list(HydraConfig.get().overrides.task)
+    for override in overrides:
         if override.startswith("+"):
             raise ErtaError(f"{override}: keys cannot be added; python run.py --cfg job shows those that exist")
-    config.check_is_read(cfg, list(HydraConfig.get().overrides.task))
+    config.check_is_read(cfg, overrides)
     config.validate(cfg)
-    fresh = Path(HydraConfig.get().runtime.output_dir)
-    chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
-    folder = open_folder(cfg, fresh, chosen)
+    fresh, is_finished = Path(HydraConfig.get().runtime.output_dir), False
+    if member is None:
+        chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+        folder = open_folder(cfg, fresh, chosen)
+    else:
+        folder, is_finished = member.open(cfg)
+        console.note(f"{'kept, as it is finished' if is_finished else 'run'}: {' '.join(overrides)} ({folder.name})")
     if folder != fresh and not (fresh / STATE_FILE).exists():  # Hydra's copy of the same configuration
         shutil.rmtree(fresh / ".hydra", ignore_errors=True)
         with suppress(OSError):
             fresh.rmdir()
-    with memory_advice(cfg):
-        get_method(cfg.experiment._target_)(cfg, folder)
+    if not is_finished:
+        with memory_advice(cfg):
+            get_method(cfg.experiment._target_)(cfg, folder)
+    return folder
 
 
 def _explain(error: BaseException) -> str:
@@ -122,8 +145,10 @@ def _unknown_key(message: str) -> str | None:
 
 def _unknown_choice(message: str) -> str | None:
     """Hydra's error for a group without such a file, with those that exist."""
+    if re.search(r"Could not (load|find) '(hydra/sweeper/)?optuna", message):
+        return "this sweeper needs hydra-optuna-sweeper, an extra: pip install -e '.[sweeps]'"
     found = re.search(r"Could not find '(\w+)/([^']+)'", message)
-    if found is None or not (CONF / found[1]).is_dir():
+    if found is None or found[1] == "hydra" or not (CONF / found[1]).is_dir():
         return None
     choices = ", ".join(path.stem for path in sorted((CONF / found[1]).glob("*.yaml")))
     return f"there is no {found[1]}={found[2]}. Choose from {choices}"

@@ -136,6 +136,11 @@ class WandbConfig:
 
 
 @dataclass
+class SweepConfig:
+    target_psnr_db: float | None = None  # what a sweeper that searches is to come near
+
+
+@dataclass
 class ExperimentConfig:
     """Which experiment it is, and what it reads: a setting that it does not read is refused."""
 
@@ -212,6 +217,7 @@ SCHEMA: dict[str, Any] = {
     "experiment": ExperimentConfig,
     "calibration": CalibrationConfig,
     "wandb": WandbConfig,
+    "sweep": SweepConfig,
 }
 OWN_KEYS = {
     "table": Table,
@@ -373,6 +379,8 @@ def validate(cfg: DictConfig) -> None:
     _check_shards(cfg)
     _check_calibration_prompts(cfg)
     dimensions.validate(cfg)
+    if cfg.sweep.target_psnr_db is not None and not 0 < cfg.sweep.target_psnr_db < float("inf"):
+        raise ErtaError(f"sweep.target_psnr_db must be > 0, not {cfg.sweep.target_psnr_db:g}")
     if cfg.calibration.window < 1:
         raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
     choice_index("cache.site", cfg.cache.site, SITES)

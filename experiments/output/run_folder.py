@@ -34,7 +34,7 @@ RESULTS = (
     "vbench.jsonl",
     "arms.jsonl",  # of earlier versions
 )
-NOT_HASHED = ("resume", "wandb", "experiment", "cache.about")  # dotted; the experiment's name is
+NOT_HASHED = ("resume", "wandb", "sweep", "experiment", "cache.about")  # dotted; the experiment's name is
 PACKAGES = (
     "torch",
     "diffusers",
@@ -76,7 +76,7 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
     """
     digest = config_hash(cfg)
     if not chosen:
-        for state_path in sorted(_outputs_root(fresh).glob(f"**/{STATE_FILE}"), reverse=True):
+        for state_path in sorted(outputs_root(fresh).glob(f"**/{STATE_FILE}"), reverse=True):
             state = read_json(state_path)
             if cfg.resume and state and state.get("config_hash") == digest and not state.get("finished"):
                 return state_path.parent
@@ -129,7 +129,7 @@ def mark_finished(folder: Path) -> None:
     write_json(folder / STATE_FILE, {**(read_json(folder / STATE_FILE) or {}), "finished": True})
 
 
-def _outputs_root(fresh: Path) -> Path:
+def outputs_root(fresh: Path) -> Path:
     """`outputs` for a run or a sweep below it, else the folder itself."""
     return next((parent for parent in fresh.parents if parent.name == "outputs"), fresh)
 

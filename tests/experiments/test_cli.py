@@ -58,9 +58,3 @@ def test_word_outside_the_vocabulary_and_bad_prompt_files(command):
     assert "not UTF-8" in command("bench.prompts=p.txt")[1]
     Path("p.txt").write_text("a red circle\n")
     assert "bench.num_prompts=3, but p.txt holds only 1" in command("bench.prompts=p.txt")[1]
-
-
-def test_sweep_goes_on_after_a_bad_job(command, tmp_path):
-    code, printed = command("-m", "cache=uniform", "bench=fidelity", "bench.num_prompts=1", "cache.steps=3,9,2")
-    assert code == 1 and "between 1 and" in printed and "Traceback" not in printed
-    assert len(list(tmp_path.glob("outputs/*/*/*/record.json"))) == 2
