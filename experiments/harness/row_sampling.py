@@ -29,7 +29,7 @@ from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
 from experiments.harness.workers import Event, shared_threads, side_by_side
 from experiments.output import console, tracking
-from experiments.output.clips import frames_of
+from experiments.output.clips import frames_of, write_animation
 from experiments.output.console import progress_bar
 from experiments.output.run_folder import (
     append_line,
@@ -45,7 +45,7 @@ from experiments.output.run_folder import (
 from experiments.prompts.choose import Prompt, test_prompts
 
 TIMED = 6  # prompts of each row on which an uncached run is timed too, right before or after
-UNCACHED = "uncached"  # folder
+UNCACHED, CLIPS = "uncached", "clips"  # folders
 SEED_STRIDE = 100_000  # between the noises of one prompt
 SET_UP, SAMPLED, LEFT, FAILED = "set up", "sampled", "is left out", "failed"  # what happens to a row
 Piece = list[tuple[Row, tuple[int, ...]]]  # rows for one process, with the numbers of the samples that are missing
@@ -59,6 +59,7 @@ class Work:
     folder: Path
     prompts: list[Prompt]  # once a noise
     timed: int
+    shown: frozenset[str] = frozenset()  # rows of which the first sample is kept as a clip
     ran_on: str = ""
 
 
@@ -95,11 +96,15 @@ def run_table(
     setup = Setup(cfg)
     check_inputs(folder, describe_inputs(setup.pipe, prompts, get_calibration(setup)))
     with tracking.start(cfg, folder) as tracker:
-        failed = _sample(setup, Work(cfg, folder, prompts, timed), rows, record, tracker)
+        references = [row for row in rows if row.label == table.reference][: tracking.SHOWN_PAIRS]
+        work = Work(cfg, folder, prompts, timed, frozenset(row.key for row in references))
+        failed = _sample(setup, work, rows, record, tracker)
         found = records.read_rows(folder)
         written = tables.write(folder, found)
         reasons = [one.reason for one in Comparison(found).outcomes if one.reason]
-        tracker.finish({"rows": len(rows) - len(reasons), "left_out": len(reasons)})
+        _track(tracker, folder, references, once[0].text)
+        tracker.figures(folder / "figures")
+        tracker.finish({"sampled": len(rows) - len(reasons), "left_out": len(reasons)})
     tables.show(found, console.table, console.note)
     console.note("\n".join(f"written: {path}" for path in written))
     mark_finished(folder)
@@ -112,6 +117,8 @@ def _sample(
 ) -> list[str]:
     """Every row on every prompt and noise; the keys of rows that failed. What the folder holds is not made again."""
     samples = Samples(work.folder, rows, len(work.prompts))
+    for line in read_lines(work.folder / records.ROWS):
+        tracker.log(line, line["row"])
     with closing(_events(setup, work, rows, samples, record)) as events, progress_bar() as bar:
         total = len(rows) * len(work.prompts)
         task = bar.add_task("rows", total=total, completed=len(samples.done), visible=False)
@@ -122,6 +129,18 @@ def _sample(
             settled = len(samples.done) + sum(len(samples.missing(row)) for row in rows if row.key in samples.left_out)
             bar.update(task, description=event.row, completed=settled, visible=True)
     return samples.failed
+
+
+def _track(tracker: tracking.Tracker, folder: Path, rows: list[Row], prompt: str) -> None:
+    """The first clip of these rows for W&B, each next to its uncached twin."""
+    for row in rows:
+        sides = {UNCACHED: folder / CLIPS / f"{UNCACHED}.webp", row.label: _clip_path(folder, row)}
+        if all(path.is_file() for path in sides.values()):
+            tracker.media(f"{CLIPS}/{row.key}", sides, prompt)
+
+
+def _clip_path(folder: Path, row: Row) -> Path:
+    return folder / CLIPS / f"{row.key.replace('/', '_')}.webp"
 
 
 class Samples:
@@ -242,6 +261,10 @@ def measurer(work: Work, setup: Setup) -> Callable[[Row, Arm, int], records.Samp
         if index < work.timed:
             uncached_s = uncached.sample(pipe, prompt).denoise_s
         made = made or arm.sample(pipe, prompt)
+        if index == 0 and row.key in work.shown:
+            (work.folder / CLIPS).mkdir(exist_ok=True)
+            write_animation(references[0], work.folder / CLIPS / f"{UNCACHED}.webp")
+            write_animation(made.frames, _clip_path(work.folder, row))
         pair = compared(made.frames, references[index])
         return records.Sample(
             row=row.key,
