@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from analysis import plots
 from analysis.plots import COMPUTED, GREY, GROUPS, REUSED, WIDTH, Point
@@ -29,7 +30,7 @@ NAMED = 7  # lines with a colour and a name; the others are grey
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#333333")  # Okabe and Ito
 MARKERS = "os^Dv<P"
 LINES = ("-", "--", "-.", ":")
-MOST_PANELS = 6
+MOST_PANELS, MOST_TICKS = 6, 12
 PARTS = {"injected": (REUSED, ""), "propagated": (COMPUTED, "///"), "grid": (GREY, "...")}
 
 
@@ -115,26 +116,28 @@ def _split_title(row: Any) -> str:
 def psnr_by_budget_figure(found: list[Point], num_steps: int) -> Figure:
     """PSNR with its 95 % interval against the number of computed steps, a line a method.
 
-    The best `NAMED` at the largest budget that they share, the reference among them, have a colour, a marker and a name; the
+    The reference and the best of those that were run at every budget have a colour, a marker and a name, `NAMED` in all; the
     others are thin and grey. Several runs of a method at one budget are dots, and the line goes through their mean.
     """
     lines: dict[str, list[Point]] = {}
     for point in found:
         lines.setdefault(point.title, []).append(point)
-    mean = {title: np.mean([point.psnr_db for point in here]) for title, here in lines.items()}
+    mean = {title: _line(here)[1][-1] for title, here in lines.items()}  # at its largest budget
     reference = {point.title for point in found if point.is_reference}
     widest = max(len({point.budget for point in here}) for here in lines.values())
-    whole = [title for title, here in lines.items() if len({point.budget for point in here}) == widest]
+    whole = {title for title, here in lines.items() if len({point.budget for point in here}) == widest}
     order = sorted(lines, key=lambda title: (title not in reference, title not in whole, -mean[title]))
     named = sorted(order[:NAMED], key=lambda title: -mean[title])
     figure = Figure((WIDTH, 4.6))
     axis = figure.subplots()
     axis.grid(color=GREY, alpha=0.25, lw=0.5)
     for title in order[NAMED:]:
-        axis.plot(*_line(lines[title]), "-", color=GREY, lw=0.8, alpha=0.6, zorder=1)
-    looks = zip(named, COLOURS, MARKERS, itertools.cycle(LINES), strict=False)
-    for rank, (title, colour, marker, style) in enumerate(looks):
-        here, bold = lines[title], title in reference
+        axis.plot(*_line(lines[title]), ".-", color=GREY, lw=0.8, ms=3.5, alpha=0.7, zorder=1)
+    looks = dict(
+        zip(order, zip(COLOURS, MARKERS, itertools.cycle(LINES), strict=False), strict=False)
+    )  # the reference first
+    for rank, title in enumerate(named):
+        (colour, marker, style), here, bold = looks[title], lines[title], title in reference
         shift = (rank - (len(named) - 1) / 2) * 0.004 * num_steps  # intervals stand next to each other
         budgets, decibels = _line(here)
         axis.plot(budgets + shift, decibels, style, color=colour, lw=2.4 if bold else 1.4, zorder=2 + bold)
@@ -150,9 +153,11 @@ def psnr_by_budget_figure(found: list[Point], num_steps: int) -> Figure:
         axis.errorbar(places, values, reach, fmt=marker, elinewidth=1, capsize=2, zorder=3 + bold, **look)
         axis.plot([], [], marker + style, label=title, **look)
     if len(order) > NAMED:
-        axis.plot([], [], "-", color=GREY, lw=0.8, label=f"{len(order) - NAMED} more methods")
+        axis.plot([], [], ".-", color=GREY, lw=0.8, ms=3.5, label=f"{len(order) - NAMED} more methods")
     axis.set(xlabel=f"computed steps of {num_steps}", ylabel="PSNR against the uncached samples, dB")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    budgets_of_all = sorted({point.budget for point in found})
+    if len(budgets_of_all) <= MOST_TICKS:
+        axis.set_xticks(budgets_of_all)
     axis.margins(x=0.05)
     figure.legend(loc="outside right upper", handlelength=3.2)
     return figure
@@ -252,5 +257,5 @@ def _steps(axis: Axes, one: Split) -> None:
         )
         above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
     axis.axhline(0, color=GREY, lw=0.8)
-    axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
+    axis.yaxis.set_major_locator(MaxNLocator(3))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if abs(value) < 0.01 else f"{value:.0%}")

@@ -19,7 +19,7 @@ import yaml
 
 from analysis import earlier, records, tables, wandb_runs
 from analysis.records import RecordError
-from analysis.run_rows import FACTS, FINISHED, METRICS, Row, flat, folder_rows, history_rows, known, of_config
+from analysis.run_rows import BUDGETS, FACTS, FINISHED, METRICS, Row, flat, folder_rows, history_rows, known, of_config
 
 NOT_COLUMNS = (
     "experiment.",
@@ -171,6 +171,10 @@ def shown(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
     )
     if frame.get("cache") is not None and "title" in frame and "row" in frame:
         frame = frame.drop(columns=["row"])
+    if "budget" in frame:  # which says it
+        frame = frame.drop(columns=[key for key in (f"cache.{budget}" for budget in BUDGETS) if key in frame])
+    if "budget" in frame and all(_is_told_by_steps(row) for _, row in frame.iterrows()):
+        frame = frame.drop(columns=["budget"])
     facts = [key for key in frame if key not in METRICS and key not in ("run", "computed")]
     same = {
         key: _text(key, frame[key].iloc[0]) for key in facts if len(frame) > 1 and frame[key].nunique(dropna=False) == 1
@@ -178,6 +182,10 @@ def shown(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
     frame = frame.drop(columns=list(same))
     text = pd.DataFrame({key: [_text(str(key), value) for value in frame[key]] for key in frame}, index=frame.index)
     return text, {str(key): value for key, value in same.items() if value}
+
+
+def _is_told_by_steps(row: Any) -> bool:
+    return pd.isna(row["budget"]) or row["budget"] == f"steps={row.get('computed'):g}"
 
 
 def _follows(frame: pd.DataFrame, key: str) -> bool:
@@ -251,9 +259,9 @@ def main(arguments: list[str]) -> int:
             raise RecordError(f"{', '.join(given.sources)}: no run has anything to show")
         print(render(frame, given.format, [key for key in given.columns.split(",") if key]), end="")
         if given.figures:
-            from analysis import run_plots
+            from analysis.run_plots import draw  # not before: drawing takes a second to load
 
-            for path in run_plots.draw(frame[frame["state"] == FINISHED], given.figures):
+            for path in draw(frame[frame["state"] == FINISHED], given.figures):
                 tell(str(path))
     except RecordError as error:
         tell(f"error: {error}")

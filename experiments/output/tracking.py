@@ -31,7 +31,8 @@ from experiments.output.run_folder import STATE_FILE, as_plain, read_json, write
 
 SHOWN_PAIRS = 4  # of clips, as media
 KEPT = ("record.json", "plan.json", "per_prompt.jsonl", "rows.jsonl", "setups.jsonl", "growth.jsonl", "table.md")
-INIT_S, FINISH_S = 10.0, 60.0  # what is not sent by then lies in the files and can be sent by `wandb sync`
+INIT_S = {"online": 10.0, "offline": 60.0}
+FINISH_S = 60.0  # what is not sent by then lies in the files, from where `wandb sync` sends it
 GAP_PX = 4
 OFFLINE = "wandb.mode=offline needs neither key nor network, and `wandb sync` sends its files later"
 
@@ -62,6 +63,7 @@ class Tracker:
                 return {name: wandb.Image(frames[0], caption=said)}
             file = BytesIO()
             frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=duration_ms, loop=0)
+            file.seek(0)
             return {name: wandb.Video(file, caption=said, format="gif")}
 
         self._made(make)
@@ -197,7 +199,11 @@ def _begin(cfg: DictConfig, folder: Path) -> Any:
             mode=cfg.wandb.mode,
             config=as_plain(cfg),
             settings=wandb.Settings(
-                disable_git=True, save_code=False, console="off", init_timeout=INIT_S, finish_timeout=FINISH_S
+                disable_git=True,
+                save_code=False,
+                console="off",
+                init_timeout=INIT_S[cfg.wandb.mode],
+                finish_timeout=FINISH_S,
             ),
         )
     except Exception as error:
