@@ -301,6 +301,7 @@ class DecompositionRecord(_OfPrompts):
     Attributes:
         by_step: each step's share by part.
         growth: by step, how much a small random error put in after it has grown at the end: a value a prompt and direction.
+        mask, total_norm: of the plan, and of the error's L2 norm, mean over prompts; None in records of before.
     """
 
     kind: Literal["decomposition"] = "decomposition"
@@ -308,6 +309,8 @@ class DecompositionRecord(_OfPrompts):
     by_step: dict[str, list[float]]
     open_loop_over_total: float
     growth: dict[int, list[float]]
+    mask: list[int] | None = None
+    total_norm: float | None = None
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,8 @@ from erta.errors import ErtaError
 from erta.policy import segments, sources
 from experiments.harness.calibrations import make_calibration
 from experiments.harness.setup import Setup
-from experiments.output import console
+from experiments.harness.steps import profile
+from experiments.output import console, tracking
 from experiments.output.run_folder import describe_made, finish
 
 
@@ -58,6 +59,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     ]
     console.table("what can be planned", columns, [_shown(row) for row in planned])
     finish(folder, CalibrationRecord(**describe_made(cfg), calibration=calibration.record, planned=planned))
+    with tracking.start(cfg, folder) as tracker:
+        lines = enumerate(zip(*profile(calibration), strict=True))
+        tracker.table("relative_change", ["step", "mean", "std"], [[step, *line] for step, line in lines])
+        tracker.finish({"prompts": len(calibration.record["prompts"]), "seconds": calibration.record["seconds"]})
     console.note(
         f"{len(calibration.record['prompts'])} prompts, {calibration.record['seconds']:.0f} s, "
         f"{path.stat().st_size / 1e6:.1f} MB; use it with calibration.path={path}"

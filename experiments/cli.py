@@ -89,6 +89,7 @@ def _run(cfg: DictConfig, member: Member | None = None) -> Path:
     """Run the experiment in its folder, unless the sweep that it belongs to holds it already, finished."""
     console.quiet_libraries()
     from experiments.models.load import memory_advice
+    from experiments.output import tracking
     from experiments.output.run_folder import STATE_FILE, open_folder
 
     overrides = list(HydraConfig.get().overrides.task)
@@ -97,6 +98,7 @@ def _run(cfg: DictConfig, member: Member | None = None) -> Path:
             raise ErtaError(f"{override}: keys cannot be added; python run.py --cfg job shows those that exist")
     config.check_is_read(cfg, overrides)
     config.validate(cfg)
+    tracking.check(cfg)
     fresh, is_finished = Path(HydraConfig.get().runtime.output_dir), False
     if member is None:
         chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig
 
-import erta
 from analysis import plots
 from analysis.records import MainRecord
 from experiments.bench import images
@@ -16,6 +14,7 @@ from experiments.bench.vbench import evaluation
 from experiments.harness.arm import Arm, make_arm
 from experiments.harness.pair import ARMS, sample_all, summarise
 from experiments.harness.setup import Setup
+from experiments.harness.steps import profile, step_table
 from experiments.models.load import check_vocabulary
 from experiments.output import console, report, tracking
 from experiments.output.run_folder import check_inputs, describe_inputs, finish
@@ -44,7 +43,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         _draw(arm, rows, record, folder)
         report.write(folder, record, rows)
         finish(folder, record)
-        tracker.finish({**record.metrics, "timing": vars(record.timing), "memory": vars(record.memory)})
+        _track(tracker, arm, rows, record, folder)
     _print_summary(record, folder)
 
 
@@ -60,6 +59,16 @@ def _draw(arm: Arm, rows: list[dict[str, Any]], record: MainRecord, folder: Path
         plots.change_profile(*profile(arm.calibration), mask, figures / "relative_l1.png")
 
 
+def _track(tracker: tracking.Tracker, arm: Arm, rows: list[dict[str, Any]], record: MainRecord, folder: Path) -> None:
+    """What the run comes to for W&B: its steps, its first clips, its figures, its metrics."""
+    tracker.table("steps", *step_table(record.steps.mask, record.sigmas, arm))
+    for row in rows[: tracking.SHOWN_PAIRS]:
+        sides = {name: folder / "samples" / name / f"{row['index']:03d}.webp" for name in ARMS}
+        tracker.media(f"clips/{row['index']:03d}", sides, row["prompt"])
+    tracker.figures(folder / "figures")
+    tracker.finish({**record.metrics, "timing": vars(record.timing), "memory": vars(record.memory)})
+
+
 def _print_summary(record: MainRecord, folder: Path) -> None:
     console.table("result", ["", "uncached", "cached"], report.summary_rows(record))
     idle = record.steps.without_reuse
@@ -68,10 +77,3 @@ def _print_summary(record: MainRecord, folder: Path) -> None:
     for name, reason in report.not_evaluated(record).items():
         console.note(f"not evaluated: {name} ({reason})")
     console.note(f"report: {folder / 'report.html'}")
-
-
-def profile(calibration: erta.Calibration) -> tuple[np.ndarray, np.ndarray]:
-    """Relative L1 change from step i - 1 to i: mean and deviation over prompts and branches, each (num_steps,)."""
-    spread = calibration.statistics.rel_l1
-    mean = np.where(spread.count[0, :, 0] > 0, spread.mean[0, :, 0], np.nan)
-    return mean, spread.std()[0, :, 0]

@@ -18,7 +18,7 @@ from analysis.records import ModelCardRecord
 from erta.site import SITES
 from experiments.models.architectures import describe, forward_inputs, known_class
 from experiments.models.costs import count_flops, flops_without_blocks
-from experiments.output import console
+from experiments.output import console, tracking
 from experiments.output.run_folder import describe_made, finish
 
 FLOPS_PER_PAIR = 40  # and element, of the statistics of two steps: counted by hand, generously
@@ -30,6 +30,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     finish(folder, card)
     console.table(f"{cfg.model.name}, {cfg.model.num_inference_steps} steps", ["", "counted"], shown(card))
     console.note(f"card: {folder / 'record.json'}")
+    with tracking.start(cfg, folder) as tracker:
+        tracker.finish({key: value for key, value in vars(card).items() if key not in ("config", "versions")})
 
 
 def model_card(cfg: DictConfig) -> ModelCardRecord:

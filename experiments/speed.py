@@ -21,7 +21,7 @@ from experiments.harness.arm import make_arm
 from experiments.harness.generate import now, possible_speedup
 from experiments.harness.setup import Setup
 from experiments.models.untrained import untrained_pipeline
-from experiments.output import console
+from experiments.output import console, tracking
 from experiments.output.console import progress_bar
 from experiments.output.run_folder import describe_made, finish
 
@@ -35,6 +35,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     steps = f"{record.computed} of {cfg.model.num_inference_steps} steps computed, site {cfg.cache.site}"
     console.table(f"{cfg.model.name} with untrained weights: {steps}", ["", "measured"], shown(record))
     console.note(f"record: {folder / 'record.json'}")
+    with tracking.start(cfg, folder) as tracker:  # after the clock has stopped
+        tracker.finish({key: value for key, value in vars(record).items() if key not in ("config", "versions")})
 
 
 def measure(cfg: DictConfig) -> SpeedRecord:

@@ -18,9 +18,9 @@ from experiments.harness.generate import generate
 from experiments.harness.setup import Setup
 from experiments.models.call import call_kwargs
 from experiments.models.load import ASSETS
-from experiments.output import console
+from experiments.output import console, tracking
 from experiments.output.clips import to_uint8
-from experiments.output.run_folder import mark_finished, read_json, write_json
+from experiments.output.run_folder import mark_finished, read_json, read_lines, write_json
 from experiments.prompts.choose import Prompt, test_prompts
 from experiments.scenes import agreement, read_clip
 from experiments.training import train_images, train_video
@@ -44,10 +44,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
     def sheet(pipe: Any, step: int) -> None:
         kwargs = {**call_kwargs(cfg), "num_inference_steps": SHEET_STEPS}
-        right = draw_sheet(pipe, prompts, kwargs, work / f"sheet_{step:06d}.png")
+        picture = work / f"sheet_{step:06d}.png"
+        right = draw_sheet(pipe, prompts, kwargs, picture)
+        tracker.log({"step": step, "right": right, "of": len(prompts)}, "sheet")
+        tracker.media("sheet", {"samples": picture}, f"step {step}")
         console.note(f"step {step}: {right} of {len(prompts)} samples show all that was asked for")
 
-    pipe = trainer.train(cfg, work, until, sheet)
+    with tracking.start(cfg, folder) as tracker:
+        pipe = trainer.train(cfg, work, until, sheet)
+        for path in sorted(work.glob("**/curve.jsonl")):
+            for line in read_lines(path):
+                tracker.log(line, str(path.parent.relative_to(work)))
+        tracker.finish()
     if pipe is None or not cfg.train_tiny.install:
         return
     curves = {str(path.parent.relative_to(work)).replace("/", "-"): path for path in work.glob("**/curve.jsonl")}

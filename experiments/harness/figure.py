@@ -19,13 +19,16 @@ def finish_figure(
 ) -> None:
     """Write `record.json`, `table.md` and the figure, print the verdicts, and mark the run as finished."""
     record = FigureRecord(**describe_run(cfg, prompts), experiment=cfg.experiment.name, series=series, claims=claims)
+    finish(folder, record)
+    written, said = tables.write_figure(folder, record), verdicts.results(record)
     with tracking.start(cfg, folder) as tracker:
-        written = tables.write_figure(folder, record)
-        said = verdicts.results(record)
+        for values in zip(*(claim.values for claim in claims), strict=False):
+            tracker.log({claim.text: value for claim, value in zip(claims, values, strict=True)})
+        tracker.table("claims", verdicts.HEADINGS, [one.cells() for one in said])
+        tracker.figures(folder / "figures")
         tracker.finish({one.claim: one.verdict for one in said})
     tables.show_results(said, record.command, console.table, console.note)
     console.note("\n".join(f"written: {path}" for path in written))
-    finish(folder, record)
 
 
 def rounded(values: Any) -> list[Any]:

@@ -39,6 +39,8 @@ def sample_all(
     rows = read_lines(folder / PER_PROMPT)
     if rows:
         console.note(f"going on in {folder}: {len(rows)} of {len(prompts)} prompts are done")
+    for row in rows:
+        tracker.log(row)
     lpips, sides = Lpips(), {"uncached": Arm(None, setup.kwargs), "cached": arm}
     if len(rows) < len(prompts):  # warm-up, not measured
         Arm(None, {**setup.kwargs, "num_inference_steps": 2}).sample(pipe, prompts[0])

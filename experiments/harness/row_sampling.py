@@ -19,13 +19,14 @@ from omegaconf import DictConfig
 
 from analysis import records, tables
 from analysis.comparison import Comparison
+from analysis.figures import slug
 from erta.errors import ErtaError
 from experiments.bench.fidelity import Lpips, psnr_db, ssim
 from experiments.bench.scene import scene_agreement
 from experiments.harness.arm import Arm, make_arm
 from experiments.harness.calibrations import get_calibration
 from experiments.harness.config import own_keys
-from experiments.harness.row_scores import RowBench, keep_sample
+from experiments.harness.row_scores import SAMPLES, RowBench, keep_sample
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
 from experiments.harness.workers import Event, shared_threads, side_by_side
@@ -61,6 +62,7 @@ class Work:
     prompts: list[Prompt]  # once a noise
     timed: int
     shown: int = 0  # samples a row that are kept for a page
+    pictured: frozenset[str] = frozenset()  # rows of which at least the first sample is kept for it
     lossless: bool = False  # whether all are kept for a benchmark
     ran_on: str = ""
 
@@ -103,13 +105,17 @@ def run_table(
     setup = Setup(cfg)
     check_inputs(folder, describe_inputs(setup.pipe, prompts, get_calibration(setup)))
     with tracking.start(cfg, folder) as tracker:
-        work = Work(cfg, folder, prompts, timed, shown, bench.keeps_all)
+        references = [row for row in rows if row.label == table.reference][: tracking.SHOWN_PAIRS]
+        pictured = frozenset([records.UNCACHED, *(row.key for row in references)])
+        work = Work(cfg, folder, prompts, timed, shown, pictured, bench.keeps_all)
         samples = _sample(setup, work, rows, record, tracker)
         bench.score(folder, [row.key for row in rows if not samples.missing(row)], prompts)
         found = records.read_rows(folder)
         written = tables.write(folder, found)
         reasons = [one.reason for one in Comparison(found).outcomes if one.reason]
-        tracker.finish({"rows": len(rows) - len(reasons), "left_out": len(reasons)})
+        _track(tracker, folder, references, once[0].text)
+        tracker.figures(folder / "figures")
+        tracker.finish({"sampled": len(rows) - len(reasons), "left_out": len(reasons)})
     tables.show(found, console.table, console.note)
     console.note("\n".join(f"written: {path}" for path in written))
     mark_finished(folder)
@@ -122,6 +128,8 @@ def _sample(
 ) -> Samples:
     """Every row on every prompt and noise. What the folder holds is not made again."""
     samples = Samples(work.folder, rows, len(work.prompts))
+    for line in read_lines(work.folder / records.ROWS):
+        tracker.log(line, line["row"])
     for row in rows:
         if row.why_not is not None and row.key not in samples.left_out:
             samples.add(Event(LEFT, row.key, {"reason": row.why_not}))
@@ -135,6 +143,14 @@ def _sample(
             settled = len(samples.done) + sum(len(samples.missing(row)) for row in rows if row.key in samples.left_out)
             bar.update(task, description=event.row, completed=settled, visible=True)
     return samples
+
+
+def _track(tracker: tracking.Tracker, folder: Path, rows: list[Row], prompt: str) -> None:
+    """The first sample of these rows for W&B, each next to its uncached twin."""
+    for row in rows:
+        sides = {key: folder / SAMPLES / slug(key) / "000.webp" for key in (records.UNCACHED, row.key)}
+        if all(path.is_file() for path in sides.values()):
+            tracker.media(f"{SAMPLES}/{row.key}", sides, prompt)
 
 
 class Samples:
@@ -280,7 +296,8 @@ def keeper(work: Work) -> Callable[[str, int, np.ndarray], None]:
     """What keeps the k-th sample of a row, named by its key, as figures and the benchmark need it."""
 
     def keep(key: str, index: int, frames: np.ndarray) -> None:
-        keep_sample(work.cfg, work.folder, key, work.prompts[index], index, frames, work.shown, work.lossless)
+        shown = max(work.shown, int(key in work.pictured))
+        keep_sample(work.cfg, work.folder, key, work.prompts[index], index, frames, shown, work.lossless)
 
     return keep
 

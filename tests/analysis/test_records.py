@@ -60,7 +60,9 @@ def test_records_of_both_versions_tabulate_together(tmp_path, capsys):
     (tmp_path / "outputs" / "new" / "record.json").write_text(json.dumps(new))
     (tmp_path / "outputs" / "cut").mkdir()
     (tmp_path / "outputs" / "cut" / "record.json").write_text(json.dumps(new)[:200])
-    runs = load_runs(tmp_path / "outputs")
+    found = load_runs(tmp_path / "outputs")
+    assert set(found["kind"]) == {"main", "rows", "calibration", "decomposition", "model_card", "speed"}
+    runs = found[found["kind"] == "main"]
     assert sorted(Path(folder).name for folder in runs["folder"]) == ["main", "new"]
     assert runs["psnr_db"].nunique() == 1 and runs["computed"].tolist() == [3, 3]
     assert "cut/record.json cannot be read" in capsys.readouterr().err
