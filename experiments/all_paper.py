@@ -16,7 +16,7 @@ from experiments.harness.config import model_is_asked
 from experiments.harness.members import Member, chosen, run_members
 
 OWN = {all_tiny.VIDEO: "model=wan21", all_tiny.IMAGE: "model=flux_dev"}
-SCALED_DOWN = ("compare.quick=true", "table3_ablation.seeds=1")
+SCALED_DOWN = ("compare.quick=true", "table3_ablation.seeds=1", all_tiny.ONE_A_TRY)
 
 
 def run(cfg: DictConfig, folder: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_three_sources_agree(command, tmp_path):
     ours = rows[(rows["cache"] == "ertacache") & (rows["computed"] == 3)].iloc[0]
     assert ours["row"] == "ertacache (3)" and ours["title"] == "ERTACache" and ours["psnr_low"] <= ours["psnr_db"]
     assert ours["cache.steps"] == 3 and by_record["bench.num_prompts"].tolist().count(3) == 1
-    clips = list(Path("outputs/b").glob("wandb/offline-run-*/files/media/videos/clips/*.gif"))
+    clips = list(Path("outputs/b").glob("wandb/offline-run-*/files/media/videos/samples/*.gif"))
     assert len(clips) == 3, "the reference at each budget"
 
 
