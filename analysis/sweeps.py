@@ -27,6 +27,7 @@ from analysis.tables import markdown
 
 MEMBERS, TABLE, DATA, PLOT = "members", "table.md", "table.csv", "sweep.png"
 STATES = {"started": "not finished", "failed": "failed", "finished": "finished"}
+TARGET = "sweep.target_psnr_db"  # as the last command gives it: kept runs may hold an earlier one
 Run = dict[str, Any]  # a row of a sweep's frame
 SHOWN_DIGITS = 4  # of a swept number with more, such as a sampler draws
 
@@ -118,7 +119,7 @@ def load(folder: Path) -> Sweep:
     names = dict.fromkeys(key for setting in settings for key in setting)
     keys = [key for key in names if len({setting.get(key) for setting in settings}) > 1]
     fixed = [f"{key}={settings[0][key]}" for key in names if key not in keys]
-    rows, targets = [], []
+    rows = []
     for member, setting in zip(members, settings, strict=True):
         row = {key: setting.get(key) for key in keys}
         row |= {"folder": member.folder, "state": member.state, "error": member.error, "headline": None}
@@ -128,14 +129,14 @@ def load(folder: Path) -> Sweep:
                 row["headline"] = _headline(record, folder / member.folder)
                 if isinstance(record, records.MainRecord):
                     row |= _numbers(record, folder / member.folder)
-                    targets.append(record.config.get("sweep", {}).get("target_psnr_db"))
             except RecordError as error:
                 row |= {"state": "failed", "error": str(error)}
         rows.append(row)
     frame = pd.DataFrame(rows)
     for name in (*keys, "error", "headline"):  # texts, None where there is none
         frame[name] = pd.Series([row[name] for row in rows], dtype=object)
-    return Sweep(folder, keys, fixed, frame, targets[0] if targets else None)
+    target = pd.to_numeric(settings[0].get(TARGET, "none") if TARGET not in keys else "none", errors="coerce")
+    return Sweep(folder, keys, fixed, frame, None if pd.isna(target) else float(target))
 
 
 def _record(folder: Path) -> records.Record | None:
@@ -152,7 +153,7 @@ def _numbers(record: records.MainRecord, folder: Path) -> dict[str, Any]:
         raise RecordError(f"{folder / records.PER_PROMPT} cannot be read: {error}") from error
     spread = paired_interval(psnr) if len(psnr) > 1 else None
     return {
-        "model": record.config["model"]["name"],
+        "model_name": record.config["model"]["name"],
         "prompts": len(record.prompts),
         "steps": record.steps.total,
         "computed": record.steps.computed,
@@ -262,7 +263,7 @@ def title(sweep: Sweep) -> str:
     over = f"sweep over {' and '.join(sweep.keys)}: {runs}" if sweep.keys else f"sweep: {runs}"
     if not sweep.is_measured:
         return over
-    models, prompts = sorted(set(sweep.finished.model)), sorted({int(count) for count in sweep.finished.prompts})
+    models, prompts = sorted(set(sweep.finished.model_name)), sorted({int(count) for count in sweep.finished.prompts})
     return f"{over}, {' and '.join(models)}, {'/'.join(map(str, prompts))} prompts"
 
 

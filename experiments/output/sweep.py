@@ -1,7 +1,8 @@
 """A sweep (`run.py -m`): found again when it was interrupted, its finished runs kept, and one table and plot at its end.
 
 Each run notes in `members/` of the sweep's folder how it stands, in a file of its own, so that this holds for every launcher:
-runs may share the work of a sweep in several processes, or on several machines with one file system.
+runs may share the work of a sweep in several processes, or on several machines with one file system. What takes seconds to
+import is imported where it is used: every command line imports this file, `--help` too.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ from hydra.conf import HydraConf
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
-from analysis import records, sweeps
-from analysis.records import MainRecord
 from erta.errors import ErtaError
 from experiments.output import console
-from experiments.output.run_folder import STATE_FILE, config_hash, open_folder, outputs_root, read_json, write_json
 
 SWEEP_FILE = "sweep.json"
 NO_MATTER = ("hydra.sweep.dir", "hydra/launcher", "hydra.launcher", "hydra.mode", "resume", "wandb")  # to what is swept
@@ -50,6 +48,9 @@ class Begin(Callback):
 
 
 def _open_sweep(config: DictConfig) -> Path:
+    from analysis import sweeps
+    from experiments.output.run_folder import outputs_root, read_json, write_json
+
     overrides = config.hydra.overrides
     given = [*overrides.hydra, *overrides.task]
     deciding = sorted(one for one in given if not one.lstrip("+~").startswith(NO_MATTER))
@@ -91,6 +92,9 @@ class Member:
 
     def note(self, state: Literal["started", "finished", "failed"], error: str | None = None) -> None:
         """Write down how it stands, for the table at the end."""
+        from analysis import records, sweeps
+        from experiments.output.run_folder import write_json
+
         file = self._sweep / sweeps.MEMBERS / f"{self._number}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         folder = os.path.relpath(self._folder, self._sweep)
@@ -102,6 +106,9 @@ class Member:
 
         Looked for in the sweep's folder alone, so that a sweep lies in one place. Raises ErtaError as `open_folder` does.
         """
+        from analysis import sweeps
+        from experiments.output.run_folder import STATE_FILE, config_hash, open_folder, read_json
+
         digest, fresh = config_hash(cfg), self._folder
         taken = {one.folder for one in sweeps.read_members(self._sweep) if one.number != self._number}
         for path in sorted(self._sweep.glob(f"**/{STATE_FILE}")) if cfg.resume else ():
@@ -122,10 +129,12 @@ def objective(cfg: DictConfig, folder: Path) -> float | None:
 
     Identical samples are infinitely far.
     """
+    from analysis import records
+
     if cfg.sweep.target_psnr_db is None:
         return None
     record = records.read(folder)
-    psnr = record.metrics["psnr_db"] if isinstance(record, MainRecord) else None
+    psnr = record.metrics["psnr_db"] if isinstance(record, records.MainRecord) else None
     return math.inf if psnr is None else abs(psnr - cfg.sweep.target_psnr_db)
 
 
@@ -138,23 +147,31 @@ def shown_at_its_end() -> Iterator[None]:
     except Refused as refused:
         raise (refused.__cause__ or refused) from None
     except Exception as error:
-        if Begin.folder is None or not any(one.state == "failed" for one in _members(Begin.folder)):
+        if Begin.folder is None or not _has_failed(Begin.folder):
             raise
         trouble = error  # of Hydra, as its runs failed: they are named
-    folder = Begin.folder
-    if folder is None:
-        return
+    if Begin.folder is not None:
+        _show(Begin.folder, trouble)
+
+
+def _has_failed(folder: Path) -> bool:
+    from analysis import records, sweeps
+
+    try:
+        return any(member.state == "failed" for member in sweeps.read_members(folder))
+    except records.RecordError:  # no run has begun
+        return False
+
+
+def _show(folder: Path, trouble: Exception | None) -> None:
+    from analysis import sweeps
+    from experiments.output.run_folder import read_json, write_json
+
     sweep = sweeps.load(folder)
     sweeps.show(sweep, console.table, console.note)
     if len(sweep.failed):
         raise ErtaError(
-            f"{len(sweep.failed)} of {len(sweep.frame)} runs failed. The same command tries them again and keeps the others."
+            f"{len(sweep.failed)} of {len(sweep.frame)} runs failed. "
+            "The same command tries them again and keeps the others."
         ) from trouble
     write_json(folder / SWEEP_FILE, {**(read_json(folder / SWEEP_FILE) or {}), "finished": True})
-
-
-def _members(folder: Path) -> list[sweeps.Member]:
-    try:
-        return sweeps.read_members(folder)
-    except records.RecordError:  # none has begun
-        return []

@@ -19,12 +19,12 @@ from tests.analysis.tables import one, row, table
 PSNR = {25: [50.0, 54.0, 61.0], 17: [40.0, 44.0, 43.0], 12: [30.0, None, 33.0]}
 
 
-def main_record(computed: int, psnr: list[float | None], target: float | None = None) -> MainRecord:
+def main_record(computed: int, psnr: list[float | None]) -> MainRecord:
     known = [value for value in psnr if value is not None]
     timing = {name: 1.0 for name in Timing.__dataclass_fields__} | {"forwards": 2 * computed, "repeats": 3}
     return MainRecord(
         **{"command": "python run.py", "git_commit": "abc", "versions": {}, "device": "CPU", "config_hash": "0"},
-        config={"model": {"name": "tiny"}, "sweep": {"target_psnr_db": target}},
+        config={"model": {"name": "tiny"}},
         prompts=["a circle"] * len(psnr),
         seeds=list(range(len(psnr))),
         steps=Steps(total=50, computed=computed, mask=[1] * 50, uncached=50),
@@ -52,9 +52,9 @@ def member(folder: Path, number: int, overrides: list[str], state: str = "finish
     return folder / f"{number}_run"
 
 
-def finished(folder: Path, number: int, overrides: list[str], computed: int, **changes: Any) -> None:
-    made, psnr = member(folder, number, overrides), changes.pop("psnr", PSNR[computed])
-    (made / "record.json").write_text(json.dumps(records.to_json(main_record(computed, psnr, **changes))))
+def finished(folder: Path, number: int, overrides: list[str], computed: int, psnr: Any = None) -> None:
+    made, psnr = member(folder, number, overrides), psnr or PSNR[computed]
+    (made / "record.json").write_text(json.dumps(records.to_json(main_record(computed, psnr))))
     lines = [json.dumps({"index": index, "psnr_db": value}) for index, value in enumerate(psnr)]
     (made / "per_prompt.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
@@ -105,7 +105,7 @@ def test_files_of_a_sweep(steps, capsys):
 
 def test_nearest_to_a_target(tmp_path):
     for number, computed in enumerate(PSNR):
-        finished(tmp_path, number, [f"cache.threshold=0.1234567{number}"], computed, target=45)
+        finished(tmp_path, number, [f"cache.threshold=0.1234567{number}", "sweep.target_psnr_db=45"], computed)
     sweep = sweeps.load(tmp_path)
     assert sweeps.remarks(sweep) == ["nearest to 45 dB: cache.threshold=0.12345671 (42.33 dB at 2.82x)"]
     assert [line[0] for line in sweeps.cells(sweep)[1]] == ["0.1235"] * 3
