@@ -209,6 +209,7 @@ def decompositions_figure(splits: list[Split]) -> Figure:
         for axis in right:
             _steps(axis, one)
     grid[-1][0].set_xlabel("share of the final error, in sum")
+    grid[-1][0].xaxis.set_major_locator(MaxNLocator(4))
     grid[-1][0].xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     if by_step:
         grid[-1][1].set_xlabel("step (shaded: reused); its share of the final error")

@@ -201,7 +201,7 @@ def _text(key: str, value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    form = FORMS.get(key, ".2f" if key.endswith("_db") else ".6g")
+    form = FORMS.get(key, ".2f" if key.endswith("_db") else ".3g" if key in METRICS else ".6g")
     return f"{value:{form}}"
 
 

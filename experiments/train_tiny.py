@@ -41,20 +41,20 @@ def run(cfg: DictConfig, folder: Path) -> None:
     work = Path(cfg.train_tiny.work_dir or Path.home() / ".cache" / "erta" / "train" / cfg.model.name).expanduser()
     console.note(f"checkpoints, curves and sample sheets: {work}")
     prompts = test_prompts(cfg)[:SHEET_PROMPTS]
+    told: dict[Path, int] = {}
 
     def sheet(pipe: Any, step: int) -> None:
         kwargs = {**call_kwargs(cfg), "num_inference_steps": SHEET_STEPS}
         picture = work / f"sheet_{step:06d}.png"
         right = draw_sheet(pipe, prompts, kwargs, picture)
+        log_curves(tracker, work, told)
         tracker.log({"step": step, "right": right, "of": len(prompts)}, "sheet")
         tracker.media("sheet", {"samples": picture}, f"step {step}")
         console.note(f"step {step}: {right} of {len(prompts)} samples show all that was asked for")
 
     with tracking.start(cfg, folder) as tracker:
         pipe = trainer.train(cfg, work, until, sheet)
-        for path in sorted(work.glob("**/curve.jsonl")):
-            for line in read_lines(path):
-                tracker.log(line, str(path.parent.relative_to(work)))
+        log_curves(tracker, work, told)
         tracker.finish()
     if pipe is None or not cfg.train_tiny.install:
         return
@@ -66,6 +66,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
         shutil.copytree(work / "clip" / "clip", clip)
         console.note(f"installed: {clip}")
     mark_finished(folder)
+
+
+def log_curves(tracker: tracking.Tracker, work: Path, told: dict[Path, int]) -> None:
+    """Tell W&B what every part's curve has gained; `told` counts the lines that it knows."""
+    for path in sorted(work.glob("**/curve.jsonl")):
+        lines = read_lines(path)
+        for line in lines[told.get(path, 0) :]:
+            tracker.log(line, str(path.parent.relative_to(work)))
+        told[path] = len(lines)
 
 
 def install(cfg: DictConfig, pipe: Any, curves: dict[str, Path]) -> None:

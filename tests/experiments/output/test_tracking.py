@@ -14,6 +14,7 @@ from PIL import Image
 from analysis import wandb_runs
 from analysis.records import RecordError
 from analysis.runs import load_runs
+from experiments import train_tiny
 from experiments.harness import pair
 from experiments.models import load
 from experiments.output import run_folder, tracking
@@ -116,6 +117,42 @@ def test_a_run_that_goes_on_is_the_same_run(command, tmp_path, monkeypatch):
     (alone,) = wandb_runs.read_files([last], print)
     assert alone.history == both.history, "the last file is whole by itself"
     assert (both.config["experiment"]["name"], both.summary["identical"]) == ("main", False)
+
+
+def test_commands_without_samples_tell_what_they_counted(command, tmp_path):
+    """Mutants: W&B told before the record was written, a calibration without its profile, a row a site lost."""
+    code, printed = command("experiment=model_card", "model=wan21", OFFLINE, "hydra.run.dir=card", quick=False)
+    assert code == 0, printed
+    (card,) = told(tmp_path / "card")
+    assert [row["site"] for row in card.summary[wandb_runs.FRAME]] == ["output", "blocks"]
+    assert card.summary["parameters"] == card.summary[wandb_runs.FRAME][0]["parameters"] > 1e9
+    code, printed = command("experiment=calibrate", OFFLINE, "hydra.run.dir=calibration")
+    assert code == 0, printed
+    (calibration,) = told(tmp_path / "calibration")
+    assert any(row.get("reuse_error", 0) > 0 for row in calibration.summary[wandb_runs.FRAME])
+    tables = [
+        json.loads(path.read_text())
+        for path in (tmp_path / "calibration").glob("wandb/offline-run-*/files/media/table/*")
+    ]
+    profile = next(table["data"] for table in tables if table["columns"] == ["step", "mean", "std"])
+    assert [line[0] for line in profile] == list(range(6)) and profile[0][1] is None and profile[3][1] > 0
+
+
+def test_curves_of_training_are_told_once(tracked):
+    """Mutants: lines told at every look, parts under one name."""
+    cfg, folder = tracked
+    work, known = folder / "work", {}
+    for part in ("vae", "clip/text"):
+        (work / part).mkdir(parents=True)
+        (work / part / "curve.jsonl").write_text('{"step": 20, "loss": 2.0}\n')
+    with tracking.start(cfg, folder) as tracker:
+        train_tiny.log_curves(tracker, work, known)
+        with open(work / "vae" / "curve.jsonl", "a") as curve:
+            curve.write('{"step": 40, "loss": 1.0}\n')
+        train_tiny.log_curves(tracker, work, known)
+    (run,) = told(folder)
+    assert [line.get("vae/loss") for line in run.history] == [None, 2.0, 1.0]
+    assert run.history[0]["clip/text/step"] == 20
 
 
 class Broken:
