@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import decomposition, figures, paper, plots, records, tables, verdicts
@@ -28,14 +30,14 @@ class Entry:
         about: what the paper shows there, where it is known, and how ours was measured. Markdown.
         figures: in the order of the record.
         results: the claims that it decides, with their verdicts.
-        tables: all of its rows, in Markdown; none: it has no rows.
+        sections: all of its rows.
     """
 
     title: str
     about: str
     figures: list[Figure]
     results: list[verdicts.Result] = field(default_factory=list)
-    tables: str = ""
+    sections: list[tables.Section] = field(default_factory=list)
 
     @property
     def heading(self) -> str:
@@ -44,10 +46,15 @@ class Entry:
 
     @property
     def verdicts(self) -> str:
-        """The claims as a table in Markdown, then all rows, folded; nothing if there is neither."""
-        said = tables.markdown(verdicts.HEADINGS[:-1], [one.cells()[:-1] for one in self.results])
-        rows = f"<details><summary>All rows</summary>\n\n{self.tables}\n\n</details>"
-        return "\n\n".join([*([said] if self.results else []), *([rows] if self.tables else [])])
+        """The claims as a table in Markdown; nothing if it decides none."""
+        lines = [one.cells()[:-1] for one in self.results]
+        return tables.markdown(verdicts.HEADINGS[:-1], lines) if lines else ""
+
+    @property
+    def rows(self) -> str:
+        """All rows as HTML, folded; nothing if there are none. (Markdown in a folded part is not read everywhere.)"""
+        parts = "".join(_section(one) for one in self.sections)
+        return f"<details><summary>All rows</summary>{parts}</details>" if parts else ""
 
 
 def of_folder(path: str | Path = DATA) -> Iterator[Entry]:
@@ -96,13 +103,14 @@ def entry(made: Shown, where: Path) -> Entry:
     if isinstance(made, DecompositionRecord):
         by_step = {part: np.array(shares) for part, shares in made.by_step.items()}
         drawn = [plots.decomposition_figure(by_step, made.growth)] if by_step else []
-        return Entry(title(made), _about(made), drawn, tables=tables.markdown(["part", ""], decomposition.lines(made)))
+        lines = tables.Section("shares and growth", ["part", ""], decomposition.lines(made), [], [])
+        return Entry(title(made), _about(made), drawn, sections=[lines])
     if isinstance(made, FigureRecord):
         drawn = [figures.OF_FIGURES[made.experiment](made.series)]
         return Entry(title(made), _about(made), drawn, verdicts.results(made))
     drawn = [figure for name in made.record.table.figures for _, figure in figures.OF_ROWS[name](made, where)]
     comparison = Comparison(made)
-    return Entry(title(made), _about(made.record), drawn, comparison.results(), _all_rows(comparison))
+    return Entry(title(made), _about(made.record), drawn, comparison.results(), tables.sections(comparison))
 
 
 def title(made: Shown) -> str:
@@ -124,12 +132,11 @@ def _prompts(record: RowsRecord | FigureRecord | DecompositionRecord) -> str:
     return f"{count} prompt{'s' if count != 1 else ''}"
 
 
-def _all_rows(comparison: Comparison) -> str:
-    text = []
-    for section in tables.sections(comparison):
-        text += [f"**{section.title}**", tables.markdown(section.headings, section.lines)]
-        text += [f"Not run: {name} ({reason})." for name, reason in section.not_run]
-    return "\n\n".join(text)
+def _section(section: tables.Section) -> str:
+    with pd.option_context("display.max_colwidth", None):
+        table = pd.DataFrame(section.lines, columns=section.headings).to_html(index=False, border=0)
+    not_run = "".join(f"<p>Not run: {escape(name)} ({escape(reason)}).</p>" for name, reason in section.not_run)
+    return f"<p><b>{escape(section.title)}</b></p>{table}{not_run}"
 
 
 def _read(file: Path) -> Shown | None:

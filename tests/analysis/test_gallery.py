@@ -51,13 +51,14 @@ def test_every_kind_in_a_folder_of_files(tmp_path):
     assert [split.title, drift.title, first.title] == [
         "Decomposition: tiny, 1 prompt", "Fig2b trajectory drift: tiny, 1 prompt", "Table 1, video: tiny, 2 prompts",
     ]  # fmt: skip
-    assert split.results == [] and "| injected | +20.0% |" in split.verdicts
+    assert split.results == [] and split.verdicts == "" and "<td>+20.0%</td>" in split.rows
     assert [line.get_label() for line in drift.figures[0].axes[0].lines] == ["fixed", "adjusted"]
     assert "the cached trajectory drifts" in drift.heading and "experiment=x" in drift.heading
-    assert drift.results[0].verdict == verdicts.REPRODUCED and "<details>" not in drift.verdicts
+    assert drift.results[0].verdict == verdicts.REPRODUCED and "| it drifts less | less |" in drift.verdicts
     assert [label.get_text() for label in first.figures[0].axes[0].get_yticklabels()] == ["Ertacache", "Uniform"]
     assert [result.delta for result in first.results] == ["PSNR dB +11.00 [+10.00, +12.00]"]
-    assert "| the cache is better |" in first.verdicts and "<summary>All rows</summary>" in first.verdicts
+    assert "| the cache is better |" in first.verdicts and drift.rows == ""
+    assert first.rows.startswith("<details><summary>All rows</summary>") and "<td>31.50</td>" in first.rows
     assert list(gallery.decompositions(tmp_path)) == ["a"]
 
 

@@ -53,7 +53,7 @@ def execute(notebook: NotebookNode, monkeypatch: pytest.MonkeyPatch) -> Notebook
     """Run it as a user does, in its own folder, with this checkout's packages."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     place = {"metadata": {"path": str(ROOT / "analysis" / "notebooks")}}
-    return NotebookClient(notebook, timeout=TIMEOUT_S, resources=place).execute()
+    return NotebookClient(notebook, timeout=TIMEOUT_S, startup_timeout=TIMEOUT_S, resources=place).execute()
 
 
 def images(notebook: NotebookNode) -> int:
