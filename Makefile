@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-NOTEBOOKS := $(wildcard analysis/notebooks/*.ipynb)
+NOTEBOOKS ?=
 
 .PHONY: run notebooks test test-slow lint setup vbench-env clean
 
@@ -11,12 +11,7 @@ run: setup           ## the main job on the embedded model; ARGS="cache=uniform"
 	$(BIN)/python run.py $(ARGS)
 
 notebooks: setup     ## the notebooks, executed, as pages in outputs/notebooks; NOTEBOOKS="one.ipynb" renders that one
-	@$(BIN)/python -c 'import ipykernel, nbconvert' 2>/dev/null || \
-	  { echo 'error: the notebooks need ipykernel and nbconvert: $(BIN)/python -m pip install -e ".[notebooks]"' >&2; exit 1; }
-	PYTHONPATH=$(CURDIR) TQDM_DISABLE=1 PYTHONWARNINGS='ignore:IProgress not found' \
-	  $(BIN)/python -m nbconvert --execute --to html --no-prompt --embed-images --template page \
-	  --TemplateExporter.extra_template_basedirs=analysis/notebooks --ExecutePreprocessor.startup_timeout=600 \
-	  --output-dir outputs/notebooks $(NOTEBOOKS)
+	$(BIN)/python -m analysis.notebook_pages $(NOTEBOOKS)
 
 test: setup          ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist worksteal

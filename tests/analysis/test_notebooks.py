@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "analysis" / "notebooks").glob("*.ipynb"))
-BY_NAME = {path.stem: path for path in NOTEBOOKS}
+from analysis import notebook_pages
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "analysis" / "notebooks"
+BY_NAME = {path.stem: path for path in NOTEBOOKS.glob("*.ipynb")}
 OF_RECORDS = ("paper_figures", "error_decomposition")  # these read what runs left behind
 READS = {"analysis", "pandas", "matplotlib", "IPython", "numpy", "pathlib"}
 OURS = {"erta", "experiments", "analysis", "run", "tests"}
@@ -27,7 +23,6 @@ MAY_IMPORT = {
     "your_pipeline": {"erta"},
 }
 LOOP_STATEMENTS = 2
-TIMEOUT_S = 600
 NO_TORCH = "import sys; assert 'torch' not in sys.modules, 'torch was imported'"
 
 
@@ -47,13 +42,6 @@ def imports_of(tree: ast.Module) -> set[str]:
     named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     named += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {name.split(".")[0] for name in named}
-
-
-def execute(notebook: NotebookNode, monkeypatch: pytest.MonkeyPatch) -> NotebookNode:
-    """Run it as a user does, in its own folder, with this checkout's packages."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    place = {"metadata": {"path": str(ROOT / "analysis" / "notebooks")}}
-    return NotebookClient(notebook, timeout=TIMEOUT_S, startup_timeout=TIMEOUT_S, resources=place).execute()
 
 
 def images(notebook: NotebookNode) -> int:
@@ -93,17 +81,17 @@ def test_no_logic_beyond_calls(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_RECORDS)
-def test_notebooks_of_records_run_without_torch(name, monkeypatch):
+def test_notebooks_of_records_run_without_torch(name):
     """Mutant: `analysis` imports torch; a figure that is not drawn."""
     notebook = read(name)
     notebook.cells.append(nbformat.v4.new_code_cell(NO_TORCH))
-    assert images(execute(notebook, monkeypatch)) >= 3
+    assert images(notebook_pages.execute(notebook)) >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "at_least"), [("tour", 8), ("your_pipeline", 1)])
-def test_notebooks_of_pipelines_run(name, at_least, monkeypatch):
-    done = execute(read(name), monkeypatch)
+def test_notebooks_of_pipelines_run(name, at_least):
+    done = notebook_pages.execute(read(name))
     text = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
     assert images(done) >= at_least
     assert "25 of 50 steps computed" in text if name == "tour" else "the same clip again: True" in text
@@ -111,42 +99,37 @@ def test_notebooks_of_pipelines_run(name, at_least, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_folder_of_runs_that_does_not_exist_is_one_line(monkeypatch):
-    """Mutant: thirty lines of traceback for a typing error."""
+def test_a_folder_of_runs_that_does_not_exist_is_one_line(tmp_path, capsys):
+    """Mutants: thirty lines of traceback for a typing error; the notebooks after it are not rendered."""
     notebook = read("error_decomposition")
     (cell,) = (cell for cell in notebook.cells if cell.source.startswith("RUNS = None"))
     cell.source = 'RUNS = "outputs/nowhere"'
-    with pytest.raises(CellExecutionError):
-        execute(notebook, monkeypatch)
-    errors = [o for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
-    assert [error.traceback for error in errors] == [
-        ["error: outputs/nowhere is not a folder: give a run folder, or one above it"]
-    ]
+    simple = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    nbformat.write(simple, tmp_path / "b.ipynb")
+    files = [str(tmp_path / name) for name in ("a.ipynb", "b.ipynb")]
+    assert notebook_pages.main([*files, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["error: a.ipynb: RecordError: outputs/nowhere is not a folder: give a run folder, or one above it"]
+    assert "42" in (tmp_path / "out" / "b.html").read_text(encoding="utf-8")
 
 
-def test_make_says_what_to_install_where_the_kernel_is_missing(tmp_path):
-    """Mutant: a traceback of nbconvert, or pages without outputs."""
-    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "python").chmod(0o755)
-    made = subprocess.run(
-        ["make", "--no-print-directory", "-o", "setup", "notebooks", f"BIN={tmp_path}"],
-        cwd=ROOT,
-        env={**os.environ, "MAKEFLAGS": ""},
-        capture_output=True,
-        text=True,
-    )
-    said = [line for line in made.stderr.splitlines() if not line.startswith("make: ***")]
-    assert made.returncode != 0
-    assert said == [
-        f'error: the notebooks need ipykernel and nbconvert: {tmp_path}/python -m pip install -e ".[notebooks]"'
-    ]
+def test_no_notebook_is_one_line(tmp_path, capsys):
+    (tmp_path / "a.ipynb").write_text("{")
+    assert notebook_pages.main([str(tmp_path / "a.ipynb"), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "a.ipynb: is no notebook" in said and len(said.splitlines()) == 1 and not list(tmp_path.glob("*.html"))
 
 
-def test_pages_load_nothing_from_elsewhere(tmp_path):
+def test_a_missing_kernel_says_what_to_install(monkeypatch, capsys):
+    """Mutant: a traceback of nbconvert."""
+    monkeypatch.setattr(notebook_pages, "find_spec", lambda name: None if name == "ipykernel" else name)
+    assert notebook_pages.main([]) == 1
+    assert capsys.readouterr().err == 'error: ipykernel missing: python -m pip install -e ".[notebooks]"\n'
+
+
+def test_pages_load_nothing_from_elsewhere():
     """Rendered without running. Mutant: nbconvert's own template, which asks three hosts for scripts."""
-    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--no-prompt", "--template", "page"]
-    command += [f"--TemplateExporter.extra_template_basedirs={ROOT / 'analysis' / 'notebooks'}"]
-    subprocess.run([*command, "--output-dir", str(tmp_path), str(BY_NAME["tour"])], check=True, capture_output=True)
-    page = (tmp_path / "tour.html").read_text(encoding="utf-8")
-    assert "A tour of the method" in page
-    assert "<script src" not in page and "cdnjs" not in page and '<link rel="stylesheet"' not in page
+    text = notebook_pages.page(read("tour"), "tour")
+    assert "A tour of the method" in text and "<title>tour</title>" in text
+    assert "<script src" not in text and "cdnjs" not in text and '<link rel="stylesheet"' not in text
