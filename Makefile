@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 RUNS ?=
+NOTEBOOKS ?=
 
-.PHONY: run report test test-slow lint setup vbench-env clean
+.PHONY: run notebooks report test test-slow lint setup vbench-env clean
 
 run: setup           ## the main job on the embedded model; ARGS="cache=uniform" changes it
 	$(BIN)/python run.py $(ARGS)
 
 report: setup        ## the results page, outputs/report/index.html; RUNS="outputs/…" adds run folders to what is kept
 	$(BIN)/python -m analysis.page $(RUNS)
+
+notebooks: setup     ## the notebooks, executed, as pages in outputs/notebooks; NOTEBOOKS="one.ipynb" renders that one
+	$(BIN)/python -m analysis.notebook_pages $(NOTEBOOKS)
 
 test: setup          ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -91,6 +91,10 @@ RECORD, ROWS, SETUPS, LEFT_OUT, SCORES, PER_PROMPT = (
 class RecordError(ValueError):
     """A file that is no record, or not a whole one; the message names it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: the message, and not the way there."""
+        return [f"error: {self}"]
+
 
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 _SAMPLE, _SETUP, _SCORES = TypeAdapter(Sample), TypeAdapter(RowSetup), TypeAdapter(RowScores)

@@ -97,6 +97,7 @@ def test_lock_holds_exact_versions_inside_the_ranges():
     wanted = [
         *project["dependencies"],
         *project["optional-dependencies"]["run"],
+        *project["optional-dependencies"]["notebooks"],
         *project["optional-dependencies"]["dev"],
     ]
     for text in wanted:

@@ -13,7 +13,7 @@ from analysis import readme, records, tables
 from tests.analysis.tables import one, row, table
 from tests.analysis.test_records import EARLIER
 
-DATA = sorted((tables.HERE / "data").glob("*.json.gz"))
+DATA = sorted(p for p in (tables.HERE / "data").glob("*.json.gz") if not p.name.startswith("decomposition"))
 LOST = "The rows behind this table are lost"
 
 
