@@ -103,7 +103,7 @@ def entry(made: Shown, where: Path) -> Entry:
     if isinstance(made, DecompositionRecord):
         by_step = {part: np.array(shares) for part, shares in made.by_step.items()}
         drawn = [plots.decomposition_figure(by_step, made.growth)] if by_step else []
-        lines = tables.Section("shares and growth", ["part", ""], decomposition.lines(made), [], [])
+        lines = tables.Section("shares and growth", ["part", ""], decomposition.lines(made), [], [], [])
         return Entry(title(made), _about(made), drawn, sections=[lines])
     if isinstance(made, FigureRecord):
         drawn = [figures.OF_FIGURES[made.experiment](made.series)]
@@ -117,8 +117,7 @@ def title(made: Shown) -> str:
     """What the paper calls it, or else the experiment; the model, and on how many prompts."""
     record = made.record if isinstance(made, Rows) else made
     name = record.kind if isinstance(record, DecompositionRecord) else record.experiment
-    called = paper.data().get(name, {}).get("title") or name.replace("_", " ").capitalize()
-    return f"{called}: {record.config['model']['name']}, {_prompts(record)}"
+    return f"{paper.title(name)}: {record.config['model']['name']}, {_prompts(record)}"
 
 
 def _about(record: RowsRecord | FigureRecord | DecompositionRecord) -> str:
