@@ -16,7 +16,6 @@ from experiments.harness.config import model_is_asked
 from experiments.harness.members import Member, chosen, run_members
 
 OWN = {all_tiny.VIDEO: "model=wan21", all_tiny.IMAGE: "model=flux_dev"}
-SCALED_DOWN = ("compare.quick=true", "table3_ablation.seeds=1", all_tiny.ONE_A_TRY)
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -37,4 +36,5 @@ def members(model: str | None, num_frames: int | None) -> list[Member]:
 
 
 def _scaled_up(overrides: tuple[str, ...], models: dict[str, str]) -> tuple[str, ...]:
-    return tuple(models.get(part, part) for part in overrides if part not in SCALED_DOWN)
+    """Experiment and model alone: what else is said scales down."""
+    return tuple(models.get(part, part) for part in overrides[:2])

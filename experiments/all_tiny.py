@@ -14,22 +14,35 @@ from experiments.harness.members import Member, chosen, run_members
 
 VIDEO, IMAGE = "model=wan21_tiny", "model=flux_tiny"
 ONE_A_TRY = "calibration.knob_prompts=1"  # for each value that is tried of a method's own parameter
-MEMBERS = [  # name, overrides, minutes on two cores
-    Member("fig2a_error_profile", ("experiment=fig2a_error_profile", VIDEO), 2),
-    Member("fig2b_trajectory_drift", ("experiment=fig2b_trajectory_drift", VIDEO), 2),
-    Member("fig3_side_by_side", ("experiment=fig3_side_by_side", VIDEO), 2),
-    Member("fig3_side_by_side_images", ("experiment=fig3_side_by_side", IMAGE), 1),
-    Member("fig4_ablation_samples", ("experiment=fig4_ablation_samples", VIDEO), 1),
-    Member("fig6_channel_errors", ("experiment=fig6_channel_errors", VIDEO), 2),
-    Member("table1_video", ("experiment=table1_video", VIDEO, ONE_A_TRY), 8),
-    Member("table2_image", ("experiment=table2_image", IMAGE, ONE_A_TRY), 4),
-    Member("table3_ablation", ("experiment=table3_ablation", VIDEO, "table3_ablation.seeds=1"), 10),
-    Member("calibration_size", ("experiment=calibration_size", VIDEO), 6),
-    Member("threshold_sensitivity", ("experiment=threshold_sensitivity", VIDEO), 2),
-    Member("pareto", ("experiment=pareto", VIDEO, ONE_A_TRY), 8),
-    Member("pareto_images", ("experiment=pareto", IMAGE, ONE_A_TRY), 3),
-    Member("long_video", ("experiment=long_video", VIDEO), 4),
-    Member("decomposition", ("experiment=decomposition", VIDEO), 4),
+
+
+def _tiny(name: str, model: str, minutes: float, *scaled_down: str) -> Member:
+    return Member(name if model == VIDEO else f"{name}_images", (f"experiment={name}", model, *scaled_down), minutes)
+
+
+MEMBERS = [  # minutes on two cores; what is scaled down beside the model
+    _tiny("fig2a_error_profile", VIDEO, 3),
+    _tiny("fig2b_trajectory_drift", VIDEO, 2),
+    _tiny("fig3_side_by_side", VIDEO, 3, "fig3_side_by_side.timed=2"),
+    _tiny("fig3_side_by_side", IMAGE, 1),
+    _tiny("fig4_ablation_samples", VIDEO, 2, "fig4_ablation_samples.timed=2"),
+    _tiny("fig6_channel_errors", VIDEO, 2, "bench.num_prompts=16"),
+    _tiny("table1_video", VIDEO, 8, ONE_A_TRY, "bench.num_prompts=8", "table1_video.timed=3"),
+    _tiny("table2_image", IMAGE, 3, ONE_A_TRY, "table2_image.timed=3"),
+    _tiny("table3_ablation", VIDEO, 7, "bench.num_prompts=8", "table3_ablation.seeds=1", "table3_ablation.timed=2"),
+    _tiny(
+        "calibration_size",
+        VIDEO,
+        4,
+        "bench.num_prompts=16",
+        "calibration_size.sizes=[1,4,20,64]",
+        "calibration_size.timed=1",
+    ),
+    _tiny("threshold_sensitivity", VIDEO, 2, "bench.num_prompts=16", "threshold_sensitivity.timed=2"),
+    _tiny("pareto", VIDEO, 7, ONE_A_TRY, "bench.num_prompts=12", "pareto.timed=2"),
+    _tiny("pareto", IMAGE, 2, ONE_A_TRY, "pareto.timed=2"),
+    _tiny("long_video", VIDEO, 4),
+    _tiny("decomposition", VIDEO, 4),
     Member("compare_quick", ("experiment=compare", VIDEO, "compare.quick=true"), 6),
     Member("compare_quick_images", ("experiment=compare", IMAGE, "compare.quick=true"), 2),
 ]

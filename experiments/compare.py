@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from analysis.records import Table
 from erta.errors import ErtaError
 from experiments.harness import catalogue
-from experiments.harness.row_sampling import TIMED, run_table
+from experiments.harness.row_sampling import run_table
 from experiments.harness.rows import Row
 from experiments.output import console
 
@@ -33,7 +33,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         console.note(
             f"compare.reference={cfg.compare.reference} is not among compare.methods: nothing is paired with it"
         )
-    run_table(cfg, folder, rows, table, QUICK_PROMPTS if quick else None, QUICK_TIMED if quick else TIMED)
+    run_table(cfg, folder, rows, table, QUICK_PROMPTS if quick else None, QUICK_TIMED if quick else None)
 
 
 def table_rows(cfg: DictConfig) -> list[Row]:

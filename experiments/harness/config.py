@@ -158,6 +158,7 @@ class Table:
 
     workers: int | None = None  # processes that share the rows; null: one a CPU thread for embedded models, else one
     seeds: int = 1  # noises a prompt
+    timed: int = 6  # samples of each row that are timed in turns with uncached ones
 
 
 @dataclass

@@ -46,7 +46,6 @@ from experiments.output.run_folder import (
 )
 from experiments.prompts.choose import Prompt
 
-TIMED = 6  # prompts of each row on which an uncached run is timed too, right before or after
 UNCACHED = "uncached"  # folder
 SEED_STRIDE = 100_000  # between the noises of one prompt
 SET_UP, SAMPLED, LEFT, FAILED = "set up", "sampled", "is left out", "failed"  # what happens to a row
@@ -73,14 +72,14 @@ def run_table(
     rows: list[Row],
     table: records.Table,
     num_prompts: int | None = None,
-    timed: int = TIMED,
+    timed: int | None = None,
     shown: int = 0,
 ) -> None:
     """Sample every row on every prompt and noise, then write and print the table (see `analysis.tables`).
 
     Args:
         num_prompts: only the first so many of `bench.num_prompts`.
-        timed: samples of each row that are timed in turns with uncached ones.
+        timed: samples of each row that are timed in turns with uncached ones, in place of the experiment's `timed`.
         shown: samples of each row that are kept for figures.
 
     Raises ErtaError if the folder's samples belong to other prompts, weights or calibrations, and at the end if a row failed
@@ -107,7 +106,9 @@ def run_table(
     with tracking.start(cfg, folder) as tracker:
         references = [row for row in rows if row.label == table.reference][: tracking.SHOWN_PAIRS]
         pictured = frozenset([records.UNCACHED, *(row.key for row in references)])
-        work = Work(cfg, folder, prompts, timed, shown, pictured, bench.keeps_all)
+        work = Work(
+            cfg, folder, prompts, own_keys(cfg).timed if timed is None else timed, shown, pictured, bench.keeps_all
+        )
         samples = _sample(setup, work, rows, record, tracker)
         bench.score(folder, [row.key for row in rows if not samples.missing(row)], prompts)
         found = records.read_rows(folder)
