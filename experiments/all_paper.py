@@ -21,7 +21,7 @@ OWN = {all_tiny.VIDEO: "model=wan21", all_tiny.IMAGE: "model=flux_dev"}
 def run(cfg: DictConfig, folder: Path) -> None:
     """Run what is not done yet. Raises what `run_members` raises."""
     asked = cfg.model.name if model_is_asked() else None
-    run_members(cfg, folder, chosen(members(asked, cfg.model.num_frames), list(cfg.all_paper.only), "all_paper.only"))
+    run_members(cfg, folder, chosen(members(asked, cfg.model.num_frames), cfg.all_paper, "all_paper"))
 
 
 def members(model: str | None, num_frames: int | None) -> list[Member]:

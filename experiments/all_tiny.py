@@ -50,4 +50,4 @@ MEMBERS = [  # minutes on two cores; what is scaled down beside the model
 
 def run(cfg: DictConfig, folder: Path) -> None:
     """Run what is not done yet. Raises what `run_members` raises."""
-    run_members(cfg, folder, chosen(MEMBERS, list(cfg.all_tiny.only), "all_tiny.only"))
+    run_members(cfg, folder, chosen(MEMBERS, cfg.all_tiny, "all_tiny"))

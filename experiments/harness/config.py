@@ -187,6 +187,7 @@ class LongVideo:
 @dataclass
 class Members:
     only: list[str] = field(default_factory=list)  # of the list; none: all
+    num_prompts: int | None = None  # of each command, in place of its own
 
 
 @dataclass

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ LOG, TIMES, RESULTS = "log.txt", "times.json", "results.md"
 LOOK_EVERY_S = 0.5
 NEARLY = 0.97  # of a command's bar, as long as it is not finished
 LAST_LINES = 5
+PROMPTS = "bench.num_prompts"
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,22 @@ def run_members(cfg: DictConfig, folder: Path, members: list[Member]) -> None:
     mark_finished(folder)
 
 
-def chosen(members: list[Member], only: list[str], key: str) -> list[Member]:
-    """The members that are asked for, all for none. Raises ErtaError for a name that does not exist."""
+def chosen(members: list[Member], own: DictConfig, key: str) -> list[Member]:
+    """The members that the experiment's own keys ask for, with as many prompts as they say.
+
+    Raises ErtaError for a name that does not exist.
+    """
     names = [one.name for one in members]
-    if unknown := [name for name in only if name not in names]:
-        raise ErtaError(f"{key}: there is no {', '.join(unknown)}. Choose from {', '.join(names)}")
-    return [one for one in members if not only or one.name in only]
+    if unknown := [name for name in own.only if name not in names]:
+        raise ErtaError(f"{key}.only: there is no {', '.join(unknown)}. Choose from {', '.join(names)}")
+    asked = [one for one in members if not own.only or one.name in own.only]
+    if own.num_prompts is None:
+        return asked
+    count = (f"{PROMPTS}={own.num_prompts}",)
+    return [
+        replace(one, overrides=(*(part for part in one.overrides if not part.startswith(PROMPTS)), *count))
+        for one in asked
+    ]
 
 
 def _bar() -> Progress:

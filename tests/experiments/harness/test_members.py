@@ -69,10 +69,17 @@ def test_a_failure_is_named_and_the_others_go_on(ran, tmp_path):
     assert names == ["one", "two", "one"]
 
 
-def test_only_some_are_asked_for():
-    assert [one.name for one in chosen(MINE, ["two"], "k")] == ["two"] and chosen(MINE, [], "k") == MINE
-    with pytest.raises(ErtaError, match=r"k: there is no three\. Choose from one, two"):
-        chosen(MINE, ["three"], "k")
+def test_only_some_are_asked_for_and_fewer_prompts():
+    """Mutants: a command's own number of prompts beside the one asked for; a name that does not exist passed over."""
+
+    def own(**changes):
+        return OmegaConf.create({"only": [], "num_prompts": None, **changes})
+
+    assert [one.name for one in chosen(MINE, own(only=["two"]), "k")] == ["two"] and chosen(MINE, own(), "k") == MINE
+    (few,) = chosen([Member("a", ("experiment=pareto", "bench.num_prompts=16"))], own(num_prompts=4), "k")
+    assert few.overrides == ("experiment=pareto", "bench.num_prompts=4")
+    with pytest.raises(ErtaError, match=r"k\.only: there is no three\. Choose from one, two"):
+        chosen(MINE, own(only=["three"]), "k")
 
 
 def test_the_same_list_on_the_papers_models():
