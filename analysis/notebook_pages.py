@@ -23,7 +23,6 @@ def execute(notebook: Any, folder: Path = NOTEBOOKS) -> Any:
     Raises `nbclient.exceptions.CellExecutionError` for a cell that fails.
     """
     from nbclient import NotebookClient
-    from traitlets.config import Config
 
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(paths)}
@@ -32,7 +31,6 @@ def execute(notebook: Any, folder: Path = NOTEBOOKS) -> Any:
         timeout=None,
         startup_timeout=START_S,
         resources={"metadata": {"path": str(folder)}},
-        config=Config(KernelManager={"transport": "ipc"}),  # nothing of it on the network
     )
     return client.execute(env=environment)
 
@@ -84,7 +82,7 @@ def main(arguments: list[str]) -> int:
         except CellExecutionError as error:
             print(f"error: {path.name}: {error.ename}: {error.evalue}", file=sys.stderr)
             failed = True
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # no notebook, or a kernel that died
             print(f"error: {path}: {error}", file=sys.stderr)
             failed = True
     return int(failed)
