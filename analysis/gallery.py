@@ -140,13 +140,8 @@ def _section(section: tables.Section) -> str:
 
 def _read(file: Path) -> Shown | None:
     """A record with all that belongs to it; None if it is of a kind that is not shown."""
-    try:
-        record = records.read(file)
-    except RecordError:
-        return records.read_table(file)  # a bundle of rows; what is damaged is so for both
-    if isinstance(record, RowsRecord):
-        return records.read_rows(file)
-    return record if isinstance(record, FigureRecord | DecompositionRecord) else None
+    made = records.read_kept(file)
+    return made if isinstance(made, Rows | FigureRecord | DecompositionRecord) else None
 
 
 def _existing(path: Path) -> Path:

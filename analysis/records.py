@@ -70,6 +70,7 @@ __all__ = [
     "Timing",
     "parse",
     "read",
+    "read_kept",
     "read_rows",
     "read_table",
     "to_json",
@@ -161,13 +162,22 @@ def read_rows(path: str | Path) -> Rows:
 
 def read_table(path: str | Path) -> Rows | FigureRecord:
     """What a table or a figure is made of: a run folder, or a file of `analysis/data`. Raises RecordError."""
+    made = read_kept(path)
+    if isinstance(made, (Rows, FigureRecord)):
+        return made
+    if isinstance(made, RowsRecord):
+        raise RecordError(f"{path} holds no rows: give the run folder, or a file of analysis/data")
+    raise RecordError(f"{path} holds no rows: it is a record of the kind {made.kind!r}")
+
+
+def read_kept(path: str | Path) -> Rows | Record:
+    """What a run folder, or a file of `analysis/data`, holds: a table with its samples, or a record. Raises RecordError."""
     path = Path(path)
-    data = _json(path / RECORD if path.is_dir() else path)
-    if not isinstance(data, dict) or data.get("kind") != "figure":
-        return read_rows(path)
-    record = parse(data, path)
-    assert isinstance(record, FigureRecord)
-    return record
+    if path.is_dir():
+        record = read(path)
+        return read_rows(path) if isinstance(record, RowsRecord) else record
+    data = _json(path)
+    return read_rows(path) if isinstance(data, dict) and "samples" in data else parse(data, path)
 
 
 def to_json(record: Any) -> dict[str, Any]:

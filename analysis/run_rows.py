@@ -23,7 +23,6 @@ from analysis.records import (
     MainRecord,
     ModelCardRecord,
     Rows,
-    RowsRecord,
     SpeedRecord,
 )
 
@@ -44,12 +43,9 @@ Row = dict[str, Any]
 
 def folder_rows(path: Path) -> list[Row]:
     """The rows of a run folder, or of a file of `analysis/data`. Raises RecordError if it holds no whole record."""
-    record: Any = (
-        records.read(path) if path.is_dir() or not path.name.endswith(".json.gz") else records.read_table(path)
-    )
-    if isinstance(record, (RowsRecord, Rows)):
-        rows = record if isinstance(record, Rows) else records.read_rows(path)
-        made, record = _table_rows(rows), rows.record
+    record: Any = records.read_kept(path)
+    if isinstance(record, Rows):
+        made, record = _table_rows(record), record.record
     else:
         made = _rows(record, path if path.is_dir() else path.parent)
     return [known({**about(record), **row}) for row in made]

@@ -126,9 +126,7 @@ def gather(paths: Sequence[Path]) -> Found:
 
 
 def _read(path: Path, found: Found) -> None:
-    record = records.read_table(path) if path.is_file() else records.read(path)
-    if isinstance(record, records.RowsRecord):
-        record = records.read_rows(path)
+    record = records.read_kept(path)
     if isinstance(record, Rows):
         found.tables.append(_table(record))
     elif isinstance(record, FigureRecord):

@@ -97,7 +97,8 @@ def test_damaged_folders_are_named_in_a_line(tmp_path, capsys, name, text, said)
 
 
 def test_a_file_of_a_run_folder_is_not_taken_for_its_rows(tmp_path, capsys):
-    (tmp_path / "record.json").write_text("{}")
+    made = table([(row("ertacache"), [one(30.0)])])
+    (tmp_path / "record.json").write_text(json.dumps(records.to_json(made.record)))
     assert tables.main([str(tmp_path / "record.json")]) == 1
     assert "holds no rows: give the run folder" in capsys.readouterr().err
 
