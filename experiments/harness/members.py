@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra import compose
 from omegaconf import DictConfig
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analysis import records, tables, verdicts
 from analysis.comparison import Comparison
@@ -66,14 +66,17 @@ def run_members(cfg: DictConfig, folder: Path, members: list[Member]) -> None:
             console.note(f"done already: {one.name}")
     failed = {}
     with _bar() as bar:
-        task = bar.add_task("", total=sum(expected[one.name] for one in todo), visible=bool(todo))
+        task = bar.add_task("", total=sum(expected[one.name] for one in todo), visible=bool(todo), left="")
         for place, one in enumerate(todo):
             before = sum(expected[earlier.name] for earlier in todo[:place])
 
             def show(seconds: float, doing: str, one: Member = one, before: float = before, place: int = place) -> None:
                 share = min(seconds / expected[one.name], NEARLY)
                 text = f"{place + 1} of {len(todo)}: {one.name}{f' ({doing})' if doing else ''}"
-                bar.update(task, completed=before + share * expected[one.name], description=text)
+                done = before + share * expected[one.name]
+                bar.update(
+                    task, completed=done, description=text, left=_clock(sum(expected[m.name] for m in todo) - done)
+                )
 
             started = time.perf_counter()
             reason = _run(one, folder / one.name, cfg, show)
@@ -116,7 +119,12 @@ def _bar() -> Progress:
         TextColumn("{task.percentage:.0f} %"),
         TimeElapsedColumn(),
     ]
-    return Progress(*columns, TextColumn("left:"), TimeRemainingColumn(elapsed_when_finished=True), console=console.out)
+    return Progress(*columns, TextColumn("left: {task.fields[left]}"), console=console.out)
+
+
+def _clock(seconds: float) -> str:
+    """Minutes, from what the commands are expected to take."""
+    return f"{max(1, round(seconds / 60))} min"
 
 
 def _check(members: list[Member]) -> None:

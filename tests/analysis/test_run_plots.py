@@ -106,6 +106,7 @@ def test_decompositions_by_hand():
     assert {text.get_text() for text in figure.legends[0].get_texts()} == set(PARTS)
 
 
+@pytest.mark.slow
 def test_every_figure_is_a_png_and_a_pdf(tmp_path):
     """Mutants: models in one figure, a figure of nothing, one of many budgets with a panel each."""
     rows = [

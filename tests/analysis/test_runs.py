@@ -46,6 +46,7 @@ def same(left: pd.DataFrame, right: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(*[frame.astype(object).where(frame.notna(), None) for frame in frames])
 
 
+@pytest.mark.slow
 def test_the_three_sources_agree(command, tmp_path):
     """One run of `main`, a table and a decomposition, read three ways. Mutants: a metric that one of them does not know, a row
     of a table lost, a configuration of another run, numbers as texts."""

@@ -47,6 +47,7 @@ def test_figures_are_measured_drawn_and_go_on(command, tmp_path, name):
     )
 
 
+@pytest.mark.slow
 def test_long_video_is_timed_at_every_size(command, tmp_path):
     sizes = ("long_video.frames=[1,2]", "long_video.sides=[1.5]")
     code, printed = command("experiment=long_video", "bench.num_prompts=2", *sizes)
@@ -76,6 +77,7 @@ def test_bad_input_is_refused_in_a_line(command, arguments, said):
     assert code == 1 and said in printed
 
 
+@pytest.mark.slow
 def test_calibration_sizes(command, tmp_path):
     """Each row is calibrated on its own number of prompts. Mutants: all on the first one's; sizes of nothing taken."""
     given = ("model.num_inference_steps=6", "model.num_frames=5", "calibration.window=4", "bench.num_prompts=2")
@@ -101,7 +103,9 @@ def test_side_by_side_shows_kept_samples(command, tmp_path):
     """Samples of every row and the uncached one lie beside the rows, and the sheet is drawn from them again without sampling."""
     from analysis import tables
 
-    code, printed = command("experiment=fig4_ablation_samples", "bench.num_prompts=2")
+    code, printed = command(
+        "experiment=fig4_ablation_samples", "bench.num_prompts=2", "fig4_ablation_samples.workers=1"
+    )
     assert code == 0, printed
     (folder,) = folders(tmp_path)
     kept = {path.parent.name for path in folder.glob("samples/*/001.webp")}

@@ -58,6 +58,7 @@ def test_sweep_ends_in_a_table_and_names_what_failed(command, counted):
     assert printed.count("kept, as it is finished") == 2 and "going on with the sweep" in printed
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_goes_on(command, monkeypatch):
     """In its folder: what is finished is kept, what was begun goes on; when all is done, the same command begins anew."""
     real, made = main.run, []
@@ -82,6 +83,7 @@ def test_interrupted_sweep_goes_on(command, monkeypatch):
     assert code == 0 and len(sweep_folders()) == 2 and len(made) == 7
 
 
+@pytest.mark.slow
 def test_named_folder_is_extended(command, counted):
     """Finished runs of the folder are taken under any number; the table shows this command's runs.
 
@@ -107,6 +109,7 @@ def test_all_failed_and_none_swept(command):
     assert code == 1 and printed.strip().startswith("error: there is no cache=magic")
 
 
+@pytest.mark.slow
 def test_sweep_of_another_experiment(command):
     code, printed = command("-m", "experiment=model_card", "model=wan21,flux_dev", quick=False)
     assert code == 0, printed

@@ -210,6 +210,7 @@ def test_online_is_looked_at_before_anything_is_loaded(command, tmp_path, monkey
     assert not loaded and not folders(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_group(command, tmp_path):
     """Mutants: the runs of a sweep among all others of their experiment."""
     code, printed = command("-m", "cache=uniform", "bench=fidelity", "bench.num_prompts=1", "cache.steps=3,2", OFFLINE)

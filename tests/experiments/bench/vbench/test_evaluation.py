@@ -11,6 +11,7 @@ import pytest
 from erta.errors import ErtaError
 from experiments.bench.vbench import evaluation, suite
 from experiments.harness import pair
+from experiments.output import clips
 from experiments.output.run_folder import read_lines
 from tests import commands
 from tests.experiments.bench.vbench.suites import ENTRIES, LONG
@@ -71,7 +72,7 @@ def test_a_made_up_results_file_becomes_the_record(tmp_path):
 
 def test_standard_suite(command, tmp_path, small_suite, monkeypatch):
     """Generated, interrupted in the middle, gone on with, scored by the package, written down."""
-    write, calls = pair.write_lossless, []
+    write, calls = clips.write_lossless, []
 
     def full(frames, path, fps):
         calls.append(path.name)
@@ -80,14 +81,14 @@ def test_standard_suite(command, tmp_path, small_suite, monkeypatch):
         write(frames, path, fps)
 
     arguments = (*SUITE, "bench.dimensions=[temporal_flickering,scene,color]", "bench.videos_per_prompt=2")
-    monkeypatch.setattr(pair, "write_lossless", full)
+    monkeypatch.setattr(clips, "write_lossless", full)
     code, printed = command(*arguments)
     assert code == 1 and "the disk is full" in printed and "Traceback" not in printed, printed
     assert "6 videos an arm for 3 dimensions, of which 1 can be evaluated" in printed
     (folder,) = commands.folders(tmp_path)
     kept = (folder / "per_prompt.jsonl").read_text()
     assert kept.count("\n") == 3
-    monkeypatch.setattr(pair, "write_lossless", write)
+    monkeypatch.setattr(clips, "write_lossless", write)
     code, printed = command(*arguments)
     assert code == 0 and "3 of 6 prompts are done" in printed and commands.folders(tmp_path) == [folder], printed
     assert (folder / "per_prompt.jsonl").read_text().startswith(kept)
