@@ -49,7 +49,7 @@ def test_every_kind_in_a_folder_of_files(tmp_path):
     records.write_record(decomposition(), tmp_path / "a.json.gz")
     split, drift, first = gallery.of_folder(tmp_path)
     assert [split.title, drift.title, first.title] == [
-        "Where the error comes from: tiny, 1 prompt", "Fig2b trajectory drift: tiny, 1 prompt", "Table 1, video: tiny, 2 prompts",
+        "Where the error comes from: tiny, 1 prompt", "Figure 2b, trajectory drift: tiny, 1 prompt", "Table 1, video: tiny, 2 prompts",
     ]  # fmt: skip
     assert split.results == [] and split.verdicts == "" and "<td>+20.0%</td>" in split.rows
     assert [line.get_label() for line in drift.figures[0].axes[0].lines] == ["fixed", "adjusted"]
