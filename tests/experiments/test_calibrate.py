@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import json
 from pathlib import Path
 
@@ -40,6 +42,7 @@ def test_calibrate_command(command, tmp_path):
     assert half["reuse_error_std"] > 0 and half["break_even_generations"] > 0
 
 
+@pytest.mark.slow
 def test_shards_of_a_calibration_merge_to_the_whole(command, tmp_path):
     """Mutants: noises that start anew in every shard, shards that overlap, parts of another setup merged."""
     four = ("experiment=calibrate", "calibration.num_prompts=4")

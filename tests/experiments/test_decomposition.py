@@ -12,6 +12,7 @@ from tests.commands import folders
 GROWTH = ("decomposition.growth_prompts=3", "decomposition.growth_directions=2")
 
 
+@pytest.mark.slow
 def test_decomposition_command(command, tmp_path):
     code, printed = command("experiment=decomposition", "bench.num_prompts=2", "cache=policy", *GROWTH)
     assert code == 0 and "injected" in printed, printed

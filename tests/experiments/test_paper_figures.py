@@ -99,6 +99,7 @@ def test_calibration_sizes(command, tmp_path):
         assert code == 1 and "at least two numbers of prompts" in printed
 
 
+@pytest.mark.slow
 def test_side_by_side_shows_kept_samples(command, tmp_path):
     """Samples of every row and the uncached one lie beside the rows, and the sheet is drawn from them again without sampling."""
     from analysis import tables

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import json
 
 import numpy as np
@@ -10,6 +12,7 @@ import erta
 from tests.commands import folders
 
 
+@pytest.mark.slow
 def test_the_grid_of_a_searched_schedule(command, tmp_path):
     """As many forwards and steps as the schedule computes, on its sigmas, and the search's seconds are its own.
 

@@ -70,6 +70,7 @@ def test_a_made_up_results_file_becomes_the_record(tmp_path):
 # ---- the command
 
 
+@pytest.mark.slow
 def test_standard_suite(command, tmp_path, small_suite, monkeypatch):
     """Generated, interrupted in the middle, gone on with, scored by the package, written down."""
     write, calls = clips.write_lossless, []

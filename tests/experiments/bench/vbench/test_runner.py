@@ -24,6 +24,7 @@ def clip(seed: int = 0) -> np.ndarray:
 # ---- the worker
 
 
+@pytest.mark.slow
 def test_temporal_flickering_through_the_worker_equals_its_formula(tmp_path):
     """VBench's own code in its own process, against 1 - mean |frame difference| computed here, in both modes."""
     names = [suite.video_name(entry["prompt_en"], 0) for entry in ENTRIES[:3]]

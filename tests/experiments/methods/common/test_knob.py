@@ -35,6 +35,7 @@ def test_search_meets_the_budget_or_says_what_can_be_met():
     assert search(jumps.__getitem__, Knob("interval", 1, 8, whole=True), 50, "m", 50)["value"] == 1
 
 
+@pytest.mark.slow
 def test_a_knob_by_its_own_key_and_a_run_that_reuses_nothing(command, tmp_path):
     """Mutants: the knob ignored, two budgets at once accepted, an idle cache reported as identical."""
     code, printed = command("cache=easycache", "bench=fidelity", "cache.options.tau=0", "cache.options.warmup=2")
