@@ -70,10 +70,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
-    console.quiet_libraries()
-    from experiments.models.load import memory_advice
     from experiments.output import tracking
-    from experiments.output.run_folder import STATE_FILE, open_folder
 
     for override in HydraConfig.get().overrides.task:
         if override.startswith("+"):
@@ -81,6 +78,10 @@ def _run(cfg: DictConfig) -> None:
     config.check_is_read(cfg, list(HydraConfig.get().overrides.task))
     config.validate(cfg)
     tracking.check(cfg)
+    console.quiet_libraries()
+    from experiments.models.load import memory_advice
+    from experiments.output.run_folder import STATE_FILE, open_folder
+
     fresh = Path(HydraConfig.get().runtime.output_dir)
     chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
     folder = open_folder(cfg, fresh, chosen)
