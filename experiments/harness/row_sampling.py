@@ -135,8 +135,7 @@ def _track(tracker: tracking.Tracker, folder: Path, rows: list[Row], prompt: str
     """The first clip of these rows for W&B, each next to its uncached twin."""
     for row in rows:
         sides = {UNCACHED: folder / CLIPS / f"{UNCACHED}.webp", row.label: _clip_path(folder, row)}
-        if all(path.is_file() for path in sides.values()):
-            tracker.media(f"{CLIPS}/{row.key}", sides, prompt)
+        tracker.media(f"{CLIPS}/{row.key}", sides, prompt)
 
 
 def _clip_path(folder: Path, row: Row) -> Path:
