@@ -87,10 +87,7 @@ def _run_member(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig, member: Member | None = None) -> Path:
     """Run the experiment in its folder, unless the sweep that it belongs to holds it already, finished."""
-    console.quiet_libraries()
-    from experiments.models.load import memory_advice
     from experiments.output import tracking
-    from experiments.output.run_folder import STATE_FILE, open_folder
 
     overrides = list(HydraConfig.get().overrides.task)
     for override in overrides:
@@ -99,6 +96,10 @@ def _run(cfg: DictConfig, member: Member | None = None) -> Path:
     config.check_is_read(cfg, overrides)
     config.validate(cfg)
     tracking.check(cfg)
+    console.quiet_libraries()
+    from experiments.models.load import memory_advice
+    from experiments.output.run_folder import STATE_FILE, open_folder
+
     fresh, is_finished = Path(HydraConfig.get().runtime.output_dir), False
     if member is None:
         chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)

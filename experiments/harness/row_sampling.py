@@ -150,8 +150,7 @@ def _track(tracker: tracking.Tracker, folder: Path, rows: list[Row], prompt: str
     """The first sample of these rows for W&B, each next to its uncached twin."""
     for row in rows:
         sides = {key: folder / SAMPLES / slug(key) / "000.webp" for key in (records.UNCACHED, row.key)}
-        if all(path.is_file() for path in sides.values()):
-            tracker.media(f"{SAMPLES}/{row.key}", sides, prompt)
+        tracker.media(f"{SAMPLES}/{row.key}", sides, prompt)
 
 
 class Samples:

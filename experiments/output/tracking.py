@@ -50,11 +50,13 @@ class Tracker:
         self._point(known if row is None else {f"{row}/{key}": value for key, value in known.items()})
 
     def media(self, name: str, sides: Mapping[str, Path], caption: str = "") -> None:
-        """Pictures or clips of the same size next to each other, as one picture or one clip.
+        """Pictures or clips of the same size next to each other, as one picture or one clip; nothing if one is missing.
 
         Args:
             sides: files that Pillow reads (WebP, PNG, GIF) by what they are, from left to right.
         """
+        if not all(path.is_file() for path in sides.values()):
+            return
 
         def make(wandb: Any) -> dict[str, Any]:
             frames, duration_ms = side_by_side(list(sides.values()))
@@ -86,10 +88,13 @@ class Tracker:
         The rows that `analysis.runs` shows of the folder go into the summary. Record, plan and samples' numbers, and `files`, are
         kept as one artifact.
         """
-        try:
-            rows = run_rows.folder_rows(self._folder)
-        except RecordError:  # an experiment without a record
-            rows = []
+        rows: list[dict[str, Any]] = []
+
+        def read(_: Any) -> None:
+            with suppress(RecordError):  # an experiment without a record
+                rows.extend(run_rows.folder_rows(self._folder))
+
+        self._try(read)
         if len(rows) > 1:
             columns = list({key: None for row in rows for key in row})
             self.table("rows", columns, [[row.get(key) for key in columns] for row in rows])

@@ -63,6 +63,7 @@ def test_the_three_sources_agree(command, tmp_path):
     }.items():
         code, printed = command(*arguments, "wandb.mode=offline", f"hydra.run.dir=outputs/{name}")
         assert code == 0, printed
+    wandb.teardown()  # the service writes the last of a file after `finish` has returned
     by_record, by_file = runs.load_runs("outputs"), runs.load_runs(*(f"outputs/{name}/wandb" for name in "abc"))
     by_api = runs.load_runs("wandb:someone/ertacache", api=FakeApi(tmp_path))
     same(by_record, by_file)
@@ -172,6 +173,7 @@ def killed(folder: Path, name: str, config: dict, points: list[dict]) -> None:
     for step, point in enumerate(points):
         run.log(point, step=step, commit=True)
     run.finish()
+    wandb.teardown()
     path = folder / "wandb" / f"run-{run.id}.wandb"
     shutil.move(next(folder.glob(f"wandb/offline-run-*-{run.id}/*.wandb")), path)
     shutil.rmtree(next(folder.glob(f"wandb/offline-run-*-{run.id}")))

@@ -36,6 +36,7 @@ def log(folder: Path, points: int, run_id: str = "abc", config: dict | None = No
         run.log({f"row {k} (25)/psnr_db": step + k / 3 for k in range(9)}, step=step, commit=True)
     run.summary.update(summary)
     run.finish()
+    wandb.teardown()  # the service writes the last of a file after `finish` has returned
     return max(wandb_runs.find_files(folder), key=lambda path: path.stat().st_mtime)
 
 

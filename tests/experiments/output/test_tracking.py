@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +20,16 @@ from experiments.output import run_folder, tracking
 from tests.commands import config, folders
 
 OFFLINE = "wandb.mode=offline"
-WRITTEN_WITHIN_S = 30
 COMMANDS = Path(tracking.__file__).parents[1].glob("*.py")
 
 
 def told(folder: Path) -> list[wandb_runs.WandbRun]:
-    """The W&B runs of a folder, read back from their files, which W&B's own process may still be writing."""
-    deadline = time.monotonic() + WRITTEN_WITHIN_S
-    while True:
-        problems: list[str] = []
-        found = wandb_runs.read_files(wandb_runs.find_files(folder), problems.append)
-        if not problems or time.monotonic() > deadline:
-            assert not problems
-            return found
-        time.sleep(0.2)
+    """The W&B runs of a folder, read back from their files."""
+    wandb.teardown()  # its service writes the last of a file after `finish` has returned
+    problems: list[str] = []
+    found = wandb_runs.read_files(wandb_runs.find_files(folder), problems.append)
+    assert not problems
+    return found
 
 
 @pytest.fixture
@@ -69,16 +64,18 @@ def test_what_is_told_comes_back(tracked, tmp_path):
     for name, grey in (("a", 0), ("b", 255)):
         frames = [Image.new("RGB", (32, 24), (grey, step * 60, 9)) for step in range(3)]
         frames[0].save(folder / f"{name}.webp", save_all=True, append_images=frames[1:], duration=50, lossless=True)
+        frames[0].save(folder / f"{name}.png")
     (folder / "plan.json").write_text("{}")
     with tracking.start(cfg, folder) as tracker:
         tracker.log({"psnr_db": 30.0}, "uniform (25)")
         tracker.log({"psnr_db": 31.0})
         tracker.media("clips/000", {"uncached": folder / "a.webp", "cached": folder / "b.webp"}, "a circle")
         tracker.table("steps", ["step", "phi"], [[0, None], [1, np.float32(0.5)]])
+        tracker.media("pictures/000", {name: folder / f"{name}.png" for name in "ab"})
         tracker.finish({"psnr_db": 30.5})
     (run,) = told(folder)
     assert run.state == "finished" and run.name == folder.name and run.config["model"]["name"] == "wan21_tiny"
-    assert [line["_step"] for line in run.history] == [0, 1, 2, 3]
+    assert [line["_step"] for line in run.history] == [0, 1, 2, 3, 4]
     assert run.history[0]["uniform (25)/psnr_db"] == 30.0 and run.history[1]["psnr_db"] == 31.0
     assert run.summary["psnr_db"] == 30.5 and run.summary[wandb_runs.FRAME] == []
     files = next(folder.glob("wandb/offline-run-*/files"))
@@ -86,6 +83,9 @@ def test_what_is_told_comes_back(tracked, tmp_path):
     with Image.open(clip) as image:
         assert image.n_frames == 3 and image.size == (32 + 32 + tracking.GAP_PX, 24) and image.info["duration"] == 50
         assert np.asarray(image.convert("RGB"))[12, [0, -1], 0].tolist() == [0, 255]
+    (picture,) = files.glob("media/images/pictures/*.png")
+    with Image.open(picture) as image:
+        assert np.asarray(image)[12, [0, -1], 0].tolist() == [0, 255]
     (table,) = files.glob("media/table/*.json")
     assert json.loads(table.read_text())["data"] == [[0, None], [1, 0.5]]
     assert any((folder / "wandb" / "data" / "artifacts").rglob("*")), "what waits to be sent lies beside the run"
@@ -216,6 +216,7 @@ def test_a_sweep_is_a_group(command, tmp_path):
     code, printed = command("-m", "cache=uniform", "bench=fidelity", "bench.num_prompts=1", "cache.steps=3,2", OFFLINE)
     assert code == 0, printed
     (sweep,) = tmp_path.glob("outputs/*/*_sweep")
+    wandb.teardown()
     files = wandb_runs.find_files(sweep)
     assert len(files) == 2 and all(
         f"main, {sweep.parent.name}/{sweep.name}".encode() in file.read_bytes() for file in files
