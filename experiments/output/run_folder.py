@@ -190,7 +190,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def environment() -> dict[str, Any]:
     """Command, commit, versions and device of this process."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "git_commit": _git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
@@ -212,6 +212,12 @@ def describe_run(cfg: DictConfig, prompts: list[Prompt]) -> dict[str, Any]:
         "prompts": [prompt.text for prompt in prompts],
         "seeds": [prompt.seed for prompt in prompts],
     }
+
+
+def _command() -> str:
+    """What was typed, without what does not decide the result: where it was written, what W&B was told."""
+    typed = [part for part in sys.argv[1:] if not part.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "wandb."))]
+    return " ".join(["python", Path(sys.argv[0]).name, *typed])
 
 
 def _version(name: str) -> str | None:

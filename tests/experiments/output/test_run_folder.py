@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from hydra import compose, initialize_config_dir
 from erta.errors import ErtaError
 from experiments.harness import pair
 from experiments.harness.config import CONF
-from experiments.output.run_folder import append_line, check_inputs, mark_finished, open_folder, read_lines
+from experiments.output.run_folder import (
+    append_line,
+    check_inputs,
+    environment,
+    mark_finished,
+    open_folder,
+    read_lines,
+)
 from tests.commands import folders
 
 
@@ -97,3 +105,16 @@ def test_a_new_run_in_the_same_folder_starts_with_nothing(tmp_path, how):
     check_inputs(folder, {"weights": "b"})
     assert read_lines(folder / "rows.jsonl") == read_lines(folder / "arms.jsonl") == []
     assert not (folder / "left_out.json").exists()
+
+
+def test_the_command_says_what_decides_the_result(monkeypatch):
+    """Mutant: a path of the machine in records that are shared."""
+    typed = [
+        "/somewhere/run.py",
+        "model=wan21_tiny",
+        "hydra.run.dir=/somewhere/x",
+        "wandb.mode=offline",
+        "cache.steps=25",
+    ]
+    monkeypatch.setattr(sys, "argv", typed)
+    assert environment()["command"] == "python run.py model=wan21_tiny cache.steps=25"
