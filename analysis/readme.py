@@ -39,7 +39,12 @@ def part(name: str, view: str) -> str:
         found = tables.sections(Comparison(made))
         for section in found:
             text += [f"**{section.title}**"] if len(found) > 1 else []
-            text += [tables.markdown(section.headings, section.lines)]
+            full = [k for k, cells in enumerate(zip(*section.lines, strict=True)) if k == 0 or any(cells)]
+            text += [
+                tables.markdown(
+                    [section.headings[k] for k in full], [[line[k] for k in full] for line in section.lines]
+                )
+            ]
             text += [f"Not run: {title} ({reason})." for title, reason in section.not_run]
     if view != "rows":
         said = Comparison(made).results() if isinstance(made, records.Rows) else verdicts.results(made)
