@@ -133,7 +133,7 @@ def test_killed_in_the_middle_the_same_command_ends_the_same(tmp_path, weights):
     subprocess.run(command(str(whole)), check=True, cwd=tmp_path, capture_output=True)
     process = subprocess.Popen(command(str(killed)), cwd=tmp_path, stdout=subprocess.DEVNULL)
     rows = killed / "fig4_ablation_samples" / "rows.jsonl"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not rows.is_file() or len(rows.read_text().splitlines()) < 4:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
