@@ -43,12 +43,15 @@ Row = dict[str, Any]
 
 def folder_rows(path: Path) -> list[Row]:
     """The rows of a run folder, or of a file of `analysis/data`. Raises RecordError if it holds no whole record."""
-    record: Any = records.read_kept(path)
-    if isinstance(record, Rows):
-        made, record = _table_rows(record), record.record
-    else:
-        made = _rows(record, path if path.is_dir() else path.parent)
-    return [known({**about(record), **row}) for row in made]
+    return read_run(path)[0]
+
+
+def read_run(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of `folder_rows`, and the configuration that they were made with."""
+    kept = records.read_kept(path)
+    record: Any = kept.record if isinstance(kept, Rows) else kept
+    made = _table_rows(kept) if isinstance(kept, Rows) else _rows(kept, path if path.is_dir() else path.parent)
+    return [known({**about(record), **row}) for row in made], record.config
 
 
 def known(row: Row) -> Row:

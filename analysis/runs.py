@@ -19,7 +19,7 @@ import yaml
 
 from analysis import earlier, records, tables, wandb_runs
 from analysis.records import RecordError
-from analysis.run_rows import BUDGETS, FACTS, FINISHED, METRICS, Row, flat, folder_rows, history_rows, known, of_config
+from analysis.run_rows import BUDGETS, FACTS, FINISHED, METRICS, Row, flat, history_rows, known, of_config, read_run
 
 NOT_COLUMNS = (
     "experiment.",
@@ -105,13 +105,12 @@ def _of_records(paths: list[Path], tell: Callable[[str], None]) -> list[Run]:
     found = []
     for path in paths:
         try:
-            rows = folder_rows(path)
-            record = records.read(path) if path.is_dir() or path.suffix == ".json" else records.read_rows(path).record
+            rows, config = read_run(path)
         except RecordError as error:
             tell(f"passed over: {error}")
             continue
         name = path.name.split(".")[0] if path.is_file() else path.resolve().name
-        found.append(Run(rows, record.config, name, str(path)))
+        found.append(Run(rows, config, name, str(path)))
     return found
 
 

@@ -102,7 +102,8 @@ def _run(cfg: DictConfig, member: Member | None = None) -> Path:
 
     fresh, is_finished = Path(HydraConfig.get().runtime.output_dir), False
     if member is None:
-        chosen = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+        named = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+        chosen = named or cfg.experiment.keeps_folder
         folder = open_folder(cfg, fresh, chosen)
     else:
         folder, is_finished = member.open(cfg)

@@ -57,7 +57,7 @@ def config_hash(cfg: DictConfig) -> str:
     """Digest of everything in the configuration that decides the result."""
     plain = as_plain(cfg)
     deciding = {"experiment_name": plain["experiment"]["name"], **plain}
-    for key in ("workers", "reference"):
+    for key in ("workers", "reference", "only"):
         deciding.get(plain["experiment"]["name"], {}).pop(key, None)
     for key in NOT_HASHED:
         *groups, last = key.split(".")
@@ -70,7 +70,7 @@ def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
 
     Args:
         fresh: the folder that Hydra made for this run.
-        chosen: it was named by the user (hydra.run.dir), so no other folder is looked at.
+        chosen: it has a name (hydra.run.dir, or the experiment's own), so no other folder is looked at.
 
     Raises ErtaError if the folder holds another run, or cannot be written.
     """

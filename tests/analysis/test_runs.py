@@ -15,6 +15,7 @@ import wandb
 from wandb.apis.public import Run as ApiRun
 
 from analysis import records, runs, wandb_runs
+from analysis.gallery import DATA
 from analysis.intervals import paired_interval
 from tests.analysis.tables import one, row, table
 
@@ -221,3 +222,10 @@ def test_bad_input_is_one_line(name, tmp_path, monkeypatch, capsys):
     assert runs.main(arguments) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.splitlines()[-1].startswith(f"error: {expected}")
+
+
+def test_every_kept_record_is_read():
+    """Tables, figures and decompositions of `analysis/data`. Mutant: files that are no tables passed over."""
+    problems: list[str] = []
+    frame = runs.load_runs(DATA, tell=problems.append)
+    assert not problems and {"rows", "figure", "decomposition", "main"} <= set(frame["kind"])

@@ -156,3 +156,22 @@ def test_killed_in_the_middle_the_same_command_ends_the_same(tmp_path, weights):
     assert found[0] == found[1] and len(found[0]) == 4 * 6
     again = subprocess.run(command(str(killed)), check=True, cwd=tmp_path, capture_output=True, text=True)
     assert again.stdout.count("done already") == 2
+
+
+def test_given_again_a_list_does_nothing_and_a_part_of_it_belongs_to_it(command, monkeypatch):
+    """In the folder of its name, without being told. Mutants: a second folder beside it; a part taken for another run."""
+    names = []
+
+    def run(member, folder, cfg, show):
+        names.append(member.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / STATE_FILE, {"config_hash": config_hash(members._composed(member)), "finished": True})
+
+    monkeypatch.setattr(members, "_run", run)
+    monkeypatch.setattr(all_tiny, "MEMBERS", MINE)
+    for part, ran, done in (("[two]", ["two"], 0), ("[]", ["two", "one"], 1), ("[]", ["two", "one"], 2)):
+        code, printed = command("experiment=all_tiny", f"all_tiny.only={part}", "wandb.mode=disabled", quick=False)
+        assert code == 0 and names == ran and printed.count("done already") == done, printed
+    assert [path.name for path in Path("outputs").iterdir()] == ["all_tiny"]
+    code, printed = command("experiment=all_tiny", "all_tiny.num_prompts=2", "wandb.mode=disabled", quick=False)
+    assert code == 1 and "outputs/all_tiny holds another run: choose another folder" in printed
