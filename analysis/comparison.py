@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from analysis.intervals import Interval, paired_interval
-from analysis.records import UNCACHED, Claim, Row, Rows, RowScores, RowSetup, Sample
-from analysis.verdicts import Result, verdict
+from analysis.records import UNCACHED, Claim, FigureRecord, Row, Rows, RowScores, RowSetup, Sample
+from analysis.verdicts import Result, results, verdict
 
 WHOLE = 1e-3  # of a forward
 NO_PLACE = (None, None)  # of rows that stand beside all others
@@ -220,6 +220,11 @@ class Comparison:
             verdict=verdict(gain, claim.margin),
             command=self.record.command,
         )
+
+
+def results_of(made: Rows | FigureRecord) -> list[Result]:
+    """What a table or a figure says of its claims."""
+    return Comparison(made).results() if isinstance(made, Rows) else results(made)
 
 
 def printed(metric: str, better: Row, worse: Row) -> str:

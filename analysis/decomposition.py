@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import plots, run_plots
+from analysis import plots, run_plots, style
 from analysis.records import DecompositionRecord, RecordError, read
 from analysis.run_rows import of_config
 
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
         out = given.out or Path(os.path.commonpath([folder.resolve().parent for folder, _ in found]))
         out.mkdir(parents=True, exist_ok=True)
         figure = run_plots.decompositions_figure([split(record, folder) for folder, record in ordered(found)])
-        for file in run_plots.save(figure, out / COMPARISON):
+        for file in style.save(figure, out / COMPARISON):
             print(file)
     return int(len(found) < len(given.folders))
 

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
 from analysis.comparison import Comparison, Outcome, as_point
 from analysis.plots import COMPUTED, GREY, REUSED, WIDTH
 from analysis.records import UNCACHED, FigureRecord, Rows
+from analysis.style import look, save
 
-# of Okabe and Ito (2008), with dashes and markers of their own: told apart in grey too
-LINES = [
-    {"color": "#0072B2", "ls": "-", "marker": "o"},
-    {"color": "#E69F00", "ls": "--", "marker": "^"},
-    {"color": "#009E73", "ls": "-.", "marker": "s"},
-    {"color": "#CC79A7", "ls": ":", "marker": "D"},
-    {"color": "#333333", "ls": "-", "marker": "v"},
-    {"color": "#56B4E9", "ls": "--", "marker": "P"},
-    {"color": "#D55E00", "ls": "-.", "marker": "X"},
-]
+SAMPLES = "samples"  # folder of a run
 SHOWN_PROMPTS = 4  # of a side-by-side sheet
 CHARACTERS_AN_INCH = 17  # of its small type
 Named = Iterator[tuple[str, Figure]]
@@ -46,11 +38,14 @@ def of_figure(record: FigureRecord, folder: Path) -> list[Path]:
 
 
 def _saved(figure: Figure, folder: Path, stem: str) -> Path:
-    path = folder / "figures" / f"{stem}.png"
-    path.parent.mkdir(exist_ok=True)
-    for kind in (".pdf", ".png"):
-        figure.savefig(path.with_suffix(kind))
-    return path
+    (folder / "figures").mkdir(exist_ok=True)
+    return save(figure, folder / "figures" / stem)[0]
+
+
+def points(comparison: Comparison) -> list[plots.Point]:
+    """The rows of a table that have a budget and a PSNR."""
+    found = [as_point(one, comparison) for one in comparison.outcomes]
+    return [plots.Point(**point) for point in found if point is not None]
 
 
 def slug(key: str) -> str:
@@ -60,12 +55,9 @@ def slug(key: str) -> str:
 
 def methods(rows: Rows, folder: Path) -> Named:
     """Every method's PSNR with its interval, and PSNR against measured speed-up."""
-    comparison = Comparison(rows)
-    found = [point for one in comparison.outcomes if (point := as_point(one, comparison)) is not None]
-    points = [plots.Point(**point) for point in found]
-    if points:
-        yield "methods", plots.dot_plot_figure(points, rows.record.num_steps)
-        yield "pareto", plots.pareto_figure(points)
+    if found := points(Comparison(rows)):
+        yield "methods", plots.dot_plot_figure(found, rows.record.num_steps)
+        yield "pareto", plots.pareto_figure(found)
 
 
 def budget_curves(rows: Rows, folder: Path) -> Named:
@@ -79,7 +71,7 @@ def budget_curves(rows: Rows, folder: Path) -> Named:
     figure = Figure((WIDTH, 4.2))
     axis = figure.subplots()
     for place, (title, found) in enumerate(lines.items()):
-        _curve(axis, found, {**LINES[place % len(LINES)], "label": title}, band=place == 0)
+        _curve(axis, found, {**look(place), "label": title}, band=place == 0)
     axis.set(xlabel="share of the steps that are computed", ylabel="PSNR against the uncached samples, dB")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.legend(loc="outside upper center", ncols=4)
@@ -92,7 +84,7 @@ def calibration_size(rows: Rows, folder: Path) -> Named:
     found = _swept(rows, "calibration.num_prompts")
     figure = Figure((WIDTH, 3.2))
     axis = figure.subplots()
-    _curve(axis, found, {**LINES[0], "label": "mean over test prompts, 95 % interval"}, band=True)
+    _curve(axis, found, {**look(0), "label": "mean over test prompts, 95 % interval"}, band=True)
     axis.set_xscale("log", base=2)
     axis.set_xticks([value for value, _ in found], [f"{value:g}" for value, _ in found])
     axis.minorticks_off()
@@ -107,11 +99,11 @@ def threshold_sensitivity(rows: Rows, folder: Path) -> Named:
     found, full = _swept(rows, "cache.threshold"), Comparison(rows).full_forwards
     figure = Figure((WIDTH, 4.4))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    _curve(top, found, {**LINES[0], "label": "mean over prompts, 95 % interval"}, band=True)
+    _curve(top, found, {**look(0), "label": "mean over prompts, 95 % interval"}, band=True)
     top.set(ylabel="PSNR against the\nuncached samples, dB")
     top.legend()
     thresholds = [value for value, _ in found]
-    bottom.plot(thresholds, [one.forwards / (full or np.nan) for _, one in found], **LINES[1], ms=5)
+    bottom.plot(thresholds, [one.forwards / (full or np.nan) for _, one in found], **look(1), ms=5)
     bottom.set(xlabel="threshold λ", ylabel="forwards made", xscale="log", ylim=(0, 1.05))
     bottom.set_xticks(thresholds, [f"{value:g}" for value in thresholds])
     bottom.minorticks_off()
@@ -130,16 +122,16 @@ def _swept(rows: Rows, key: str) -> list[tuple[float, Outcome]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
-def _curve(axis: Any, found: list[tuple[float, Outcome]], look: dict[str, Any], band: bool) -> None:
+def _curve(axis: Axes, found: list[tuple[float, Outcome]], line: dict[str, Any], band: bool) -> None:
     known = [
         (value, interval) for value, one in sorted(found, key=lambda p: p[0]) if (interval := one.interval("psnr_db"))
     ]
     values = [value for value, _ in known]
     axis.grid(color=GREY, alpha=0.25, lw=0.5)
-    axis.plot(values, [interval.mean for _, interval in known], ms=5, lw=1.5, **look)
+    axis.plot(values, [interval.mean for _, interval in known], ms=5, lw=1.5, **line)
     if band:
         low, high = [interval.low for _, interval in known], [interval.high for _, interval in known]
-        axis.fill_between(values, low, high, color=look["color"], alpha=0.18, lw=0)
+        axis.fill_between(values, low, high, color=line["color"], alpha=0.18, lw=0)
 
 
 def side_by_side(rows: Rows, folder: Path) -> Named:
@@ -147,7 +139,7 @@ def side_by_side(rows: Rows, folder: Path) -> Named:
 
     Drawn where the samples lie; from rows alone nothing is shown.
     """
-    comparison, samples = Comparison(rows), folder / "samples"
+    comparison, samples = Comparison(rows), folder / SAMPLES
     shown = [one for one in comparison.outcomes if one.samples and (samples / slug(one.row.key)).is_dir()]
     count = len(sorted((samples / UNCACHED).glob("*.webp"))[:SHOWN_PROMPTS]) if shown else 0
     if not count:
@@ -164,8 +156,9 @@ def side_by_side(rows: Rows, folder: Path) -> Named:
     for place, prompt in enumerate(rows.record.prompts[:count]):
         first = axes[place, 0]
         _cell(first, uncached[place], np.full_like(uncached[place], 255), "uncached" if place == 0 else "")
-        text = textwrap.fill(prompt, int(cell * CHARACTERS_AN_INCH), max_lines=3 if frames > 1 else 5, placeholder=" …")
-        first.text(0.5, 0.25, text, transform=first.transAxes, fontsize=7, ha="center", va="center")
+        text = plots.caption(prompt, int(cell * CHARACTERS_AN_INCH), 3 if frames > 1 else 5)
+        place_of_it = {"transform": first.transAxes, "ha": "center", "va": "center"}
+        first.text(0.5, 0.25, text, fontsize=7, parse_math=False, **place_of_it)
         for column, one in enumerate(shown, 1):
             grey = np.minimum(differences[column - 1][place] * factor, 255).astype(np.uint8)
             psnr = one.samples[place].psnr_db
@@ -176,11 +169,19 @@ def side_by_side(rows: Rows, folder: Path) -> Named:
     yield "side_by_side", figure
 
 
-def _cell(axis: Any, frames: np.ndarray, below: np.ndarray, title: str) -> None:
+def _cell(axis: Axes, frames: np.ndarray, below: np.ndarray, title: str) -> None:
     strips = [np.concatenate(list(part), axis=1) for part in (frames, below)]
     axis.imshow(np.concatenate(strips, axis=0), interpolation="nearest")
     axis.set_title(title, fontsize=7, pad=2)
     axis.set_axis_off()
+
+
+def _band(axis: Axes, steps: np.ndarray, quantiles: np.ndarray, place: int, label: str) -> None:
+    """A line by step between two others: (3, steps), low to high."""
+    low, middle, high = quantiles
+    line = look(place)
+    axis.plot(steps, middle, color=line["color"], ls=line["ls"], label=label)
+    axis.fill_between(steps, low, high, color=line["color"], alpha=0.2, lw=0)
 
 
 def fig2a_error_profile(series: dict[str, Any]) -> Figure:
@@ -189,10 +190,8 @@ def fig2a_error_profile(series: dict[str, Any]) -> Figure:
     profile, steps = np.array(series["profile"], float), np.arange(1, len(series["profile"]) + 1)
     figure = Figure((WIDTH, 5.2))
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for values, look, label in ((true, LINES[0], "true"), (predicted, LINES[1], "predicted by TeaCache")):
-        low, middle, high = np.quantile(values, (0.05, 0.5, 0.95), axis=0)
-        top.plot(steps, middle, color=look["color"], ls=look["ls"], label=f"{label}: median over prompts")
-        top.fill_between(steps, low, high, color=look["color"], alpha=0.2, lw=0)
+    for place, (values, label) in enumerate(((true, "true"), (predicted, "predicted by TeaCache"))):
+        _band(top, steps, np.quantile(values, (0.05, 0.5, 0.95), axis=0), place, f"{label}: median over prompts")
     top.plot(steps, profile, color="black", ls=":", label="mean over calibration prompts")
     top.set(yscale="log", ylabel="relative L1 change\n(bands: 90 % of prompts)")
     top.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
@@ -206,12 +205,9 @@ def fig2b_trajectory_drift(series: dict[str, Any]) -> Figure:
     """Distance to the uncached trajectory by step, at the same sigma; a line an arm, its band the middle half of the prompts."""
     figure = Figure((WIDTH, 3.8))
     axis = figure.subplots()
-    for look, (name, values) in zip(LINES, series["drift"].items(), strict=False):
+    for place, (name, values) in enumerate(series["drift"].items()):
         drift = np.array(values, float)
-        steps = np.arange(1, drift.shape[1] + 1)
-        low, middle, high = np.quantile(drift, (0.25, 0.5, 0.75), axis=0)
-        axis.plot(steps, middle, color=look["color"], ls=look["ls"], label=name)
-        axis.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+        _band(axis, np.arange(1, drift.shape[1] + 1), np.quantile(drift, (0.25, 0.5, 0.75), axis=0), place, name)
     axis.set(xlabel="step", ylabel="‖xc − x‖ / ‖x‖ at the same sigma", yscale="log")
     axis.legend()
     return figure
@@ -239,9 +235,8 @@ def fig6_channel_errors(series: dict[str, Any]) -> Figure:
         axis.bar(0, 0, color=colour, alpha=0.75, hatch=hatch, label=f"{name} half of the prompts ({len(values)})")
     channels = np.array(series["static"]).shape[1]
     axis.set(xlabel="latent channel", ylabel="error, over its mean over channels")
-    axis.set_xticks(
-        range(0, channels, max(1, channels // 16)), [f"{k}" for k in range(0, channels, max(1, channels // 16))]
-    )
+    named = range(0, channels, max(1, channels // 16))
+    axis.set_xticks(named, [f"{channel}" for channel in named])
     axis.legend(ncols=2)
     return figure
 

@@ -356,15 +356,15 @@ def contact_sheet_figure(samples: Path, rows: list[dict[str, Any]]) -> Figure:
         if not differs.any():
             x, y = (0.5, 1 / 6) if count > 1 else (5 / 6, 0.5)  # the middle of the difference
             axis.text(x, y, "identical", transform=axis.transAxes, color="white", fontsize=8, ha="center", va="center")
-        axis.set_title(_caption(row["prompt"], 156 // columns), fontsize=7, pad=2, parse_math=False)
+        axis.set_title(caption(row["prompt"], 156 // columns), fontsize=7, pad=2, parse_math=False)
     order = "first, middle and last frame; from the top" if count > 1 else "from the left"
     figure.suptitle(f"{order}: uncached, cached, and their absolute difference × {factor}", fontsize=9)
     return figure
 
 
-def _caption(prompt: str, width: int) -> str:
-    """A prompt in two lines; half a surrogate pair, which cannot be drawn, as `\\udXXX`."""
-    return textwrap.fill(utf8(prompt).decode(), width, max_lines=2, placeholder=" …")
+def caption(prompt: str, width: int, lines: int = 2) -> str:
+    """A prompt in few lines; half a surrogate pair, which cannot be drawn, as `\\udXXX`."""
+    return textwrap.fill(utf8(prompt).decode(), width, max_lines=lines, placeholder=" …")
 
 
 def _cell(arms: list[np.ndarray]) -> np.ndarray:

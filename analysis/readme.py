@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from analysis import records, tables, verdicts
-from analysis.comparison import Comparison
+from analysis.comparison import Comparison, results_of
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -39,15 +39,10 @@ def part(name: str, view: str) -> str:
         found = tables.sections(Comparison(made))
         for section in found:
             text += [f"**{section.title}**"] if len(found) > 1 else []
-            full = [k for k, cells in enumerate(zip(*section.lines, strict=True)) if k == 0 or any(cells)]
-            text += [
-                tables.markdown(
-                    [section.headings[k] for k in full], [[line[k] for k in full] for line in section.lines]
-                )
-            ]
+            text += [tables.markdown(*tables.without_empty_columns(section.headings, section.lines))]
             text += [f"Not run: {title} ({reason})." for title, reason in section.not_run]
     if view != "rows":
-        said = Comparison(made).results() if isinstance(made, records.Rows) else verdicts.results(made)
+        said = results_of(made)
         ours = f"ours ({record.config['model']['name']})"
         headings = [ours if heading == "ours" else heading for heading in verdicts.HEADINGS[:-1]]
         text += [tables.markdown(headings, [one.cells()[:-1] for one in said])] if said else []

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -23,13 +22,10 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import plots
 from analysis.plots import COMPUTED, GREY, GROUPS, REUSED, WIDTH, Point
+from analysis.style import COLOURS, DASHES, MARKERS, save
 
-matplotlib.rcParams["pdf.fonttype"] = 42  # text stays text
 REFERENCE = "ertacache"
 NAMED = 7  # lines with a colour and a name; the others are grey
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#333333")  # Okabe and Ito
-MARKERS = "os^Dv<P"
-LINES = ("-", "--", "-.", ":")
 MOST_PANELS, MOST_TICKS = 6, 12
 PARTS = {"injected": (REUSED, ""), "propagated": (COMPUTED, "///"), "grid": (GREY, "...")}
 
@@ -69,14 +65,6 @@ def figures(frame: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     if len(split):
         shares = [Split(_split_title(row), {part: row[part] for part in PARTS}) for _, row in split.iterrows()]
         yield "decompositions", decompositions_figure(shares)
-
-
-def save(figure: Figure, path: Path) -> list[Path]:
-    """As PNG and PDF; the files."""
-    made = [path.with_name(f"{path.name}.{form}") for form in ("png", "pdf")]
-    for file in made:
-        figure.savefig(file)
-    return made
 
 
 def points(frame: pd.DataFrame) -> list[Point]:
@@ -134,7 +122,7 @@ def psnr_by_budget_figure(found: list[Point], num_steps: int) -> Figure:
     for title in order[NAMED:]:
         axis.plot(*_line(lines[title]), ".-", color=GREY, lw=0.8, ms=3.5, alpha=0.7, zorder=1)
     looks = dict(
-        zip(order, zip(COLOURS, MARKERS, itertools.cycle(LINES), strict=False), strict=False)
+        zip(order, zip(COLOURS, MARKERS, itertools.cycle(DASHES), strict=False), strict=False)
     )  # the reference first
     for rank, title in enumerate(named):
         (colour, marker, style), here, bold = looks[title], lines[title], title in reference

@@ -16,9 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from analysis.plots import COMPUTED, GREY, MARKER_PX, REUSED, WIDTH, Point, name_points
+from analysis.style import COLOURS, DASHES, MARKERS
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333", "#56B4E9", "#D55E00")
-MARKERS, LINES = ("o", "^", "s", "D", "v", "P", "X"), ("-", "--", ":")
 LABELS = ("seed",)  # keys whose numbers are names, not amounts
 WIDE_RANGE = 8  # largest over smallest value from which on an axis is logarithmic
 MOST_TICKS, MOST_SERIES, MOST_NAMES = 8, 14, 30
@@ -78,7 +77,7 @@ def _against_each_other(runs: pd.DataFrame, keys: list[str], target: float | Non
     """PSNR against the measured speed-up: a series a value of one key, its points named by the other keys."""
     series_key, others = _roles(runs, keys)
     if series_key:
-        runs = runs.assign(**{series_key: runs[series_key].map(lambda value: _short(value) or "as set")})
+        runs = runs.assign(**{series_key: runs[series_key].map(lambda value: short(value) or "as set")})
     made = Figure((WIDTH, 5.2))
     axis = made.subplots()
     axis.grid(color=GREY, alpha=0.25, lw=0.5)
@@ -86,7 +85,7 @@ def _against_each_other(runs: pd.DataFrame, keys: list[str], target: float | Non
     groups = [(value, runs[runs[series_key] == value]) for value in values] or [("", runs)]
     for place, (value, group) in enumerate(groups):
         group = group.sort_values("speedup")
-        line = LINES[place // len(COLOURS) % len(LINES)] if series_key and others else ""
+        line = DASHES[place // len(COLOURS) % len(DASHES)] if series_key and others else ""
         axis.errorbar(
             group.speedup,
             group.psnr_db,
@@ -105,7 +104,7 @@ def _against_each_other(runs: pd.DataFrame, keys: list[str], target: float | Non
     axis.margins(0.1)
     if series_key and len(groups) <= MOST_SERIES:
         made.legend(loc="outside upper center", ncols=min(4, len(groups)))
-    names = [" ".join(_short(run[key]) for key in others) for _, run in runs.iterrows()]
+    names = [" ".join(short(run[key]) for key in others) for _, run in runs.iterrows()]
     if others and len(runs) <= MOST_NAMES:
         axis.set_title(f"points: {', '.join(others)}", loc="right", color="#555555")
         made.draw_without_rendering()  # settles the layout: room for names is looked for in pixels
@@ -155,8 +154,9 @@ def _draw_target(axis: Axes, target: float | None) -> Line2D | None:
     return axis.axhline(target, color="black", lw=1, ls="-.", label=f"target, {target:g} dB", zorder=1)
 
 
-def _short(value: str | None) -> str:
+def short(value: str | None, digits: int = 3) -> str:
+    """A swept value as text; a number with more digits, such as a sampler draws, is rounded."""
     try:
-        return "" if value is None else min(value, f"{float(value):.3g}", key=len)
+        return "" if value is None else min(value, f"{float(value):.{digits}g}", key=len)
     except ValueError:
         return value or ""

@@ -231,7 +231,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Run, str], str]]] = {
 def cells(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Headings and lines: the swept keys, then numbers, or the folder and a headline where not all runs have them."""
     keys = sweep.keys or ["folder"]
-    swept = [[_shown(run[key]) for key in keys] for run in sweep.runs()]
+    swept = [[sweep_plot.short(run[key], SHOWN_DIGITS) for key in keys] for run in sweep.runs()]
     if not sweep.is_measured:
         rest = [[STATES[run["state"]], run["headline"] or "", run["folder"]] for run in sweep.runs()]
         rest = [line[: 3 if sweep.keys else 2] for line in rest]
@@ -245,16 +245,6 @@ def cells(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
         numbers = [COLUMNS[name][1](run, name) for name in shown] if run["state"] == "finished" else unknown
         lines.append(values + numbers)
     return [*keys, *(COLUMNS[name][0] for name in shown)], lines
-
-
-def _shown(value: str | None) -> str:
-    """A swept value; a number that a sampler drew is rounded."""
-    if value is None:
-        return ""
-    try:
-        return min(value, f"{float(value):.{SHOWN_DIGITS}g}", key=len)
-    except ValueError:
-        return value
 
 
 def title(sweep: Sweep) -> str:

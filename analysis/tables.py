@@ -172,6 +172,12 @@ def differences(
     ]
 
 
+def without_empty_columns(headings: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns in which some line has something, the first in any case: without its weights nobody has LPIPS."""
+    full = [k for k in range(len(headings)) if k == 0 or any(line[k] for line in lines)]
+    return [headings[k] for k in full], [[line[k] for k in full] for line in lines]
+
+
 def markdown(headings: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
     text = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]

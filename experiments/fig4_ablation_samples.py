@@ -12,9 +12,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from analysis import paper
+from analysis.figures import SHOWN_PROMPTS
 from analysis.records import Claim, Table
 from experiments.harness.row_sampling import run_table
-from experiments.harness.row_scores import SHOWN
 from experiments.harness.rows import Row
 from experiments.table3_ablation import CLAIMS, PAPER_ROWS
 
@@ -36,4 +36,4 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """Sample every row, keep the first samples of each; write the rows, `table.md`, the sheet and `record.json`."""
     count = round(SHARE * cfg.model.num_inference_steps)
     rows = [Row(label, method, options, count) for label, method, options in PAPER_ROWS]
-    run_table(cfg, folder, rows, TABLE, shown=SHOWN)
+    run_table(cfg, folder, rows, TABLE, shown=SHOWN_PROMPTS)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from analysis import figures, paper, plots, records, tables, verdicts
-from analysis.comparison import Comparison, Outcome, as_point
+from analysis import figures, paper, records, tables, verdicts
+from analysis.comparison import Comparison, Outcome
 from analysis.page import charts, film, render
 from analysis.page.charts import Chart
 from analysis.page.film import Gallery
@@ -147,8 +147,7 @@ def _title(config: dict[str, Any]) -> str:
 
 def _table(rows: Rows) -> MethodTable:
     comparison, record = Comparison(rows), rows.record
-    made = [point for one in comparison.outcomes if (point := as_point(one, comparison)) is not None]
-    points = [plots.Point(**point) for point in made]
+    points = figures.points(comparison)
     prompts, model = len(record.prompts) // record.noises, record.config["model"]["name"]
     return MethodTable(
         title=f"{paper.title(record.experiment)}: {model}, {prompts} held-out prompts",
@@ -190,17 +189,9 @@ def _psnr(outcome: Outcome) -> str:
 
 
 def _without_empty_columns(section: tables.Section) -> tables.Section:
-    """Columns in which some row has a number: without its weights nobody has LPIPS."""
-    full = [k for k in range(len(section.headings)) if k == 0 or any(line[k] for line in section.lines)]
-    paired = [k for k in range(len(section.paired) + 1) if k == 0 or any(line[k] for line in section.differences)]
-    return tables.Section(
-        title=section.title,
-        headings=[section.headings[k] for k in full],
-        lines=[[line[k] for k in full] for line in section.lines],
-        differences=[[line[k] for k in paired] for line in (["method", *section.paired], *section.differences)],
-        paired=[section.paired[k - 1] for k in paired if k],
-        not_run=section.not_run,
-    )
+    headings, lines = tables.without_empty_columns(section.headings, section.lines)
+    paired, differences = tables.without_empty_columns(["method", *section.paired], section.differences)
+    return replace(section, headings=headings, lines=lines, differences=[paired, *differences], paired=paired[1:])
 
 
 def _figure(record: FigureRecord) -> PaperFigure:

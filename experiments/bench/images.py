@@ -6,7 +6,7 @@ the scene world, under names of their own, since its numbers compare with nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,22 @@ def fid(features: int | nn.Module, reference: Iterable[torch.Tensor], images: It
     Args:
         features: 2048 for Inception, or a module uint8 (b, 3, h, w) → (b, d).
     """
-    metric = FrechetInceptionDistance(feature=features)
-    for real, source in ((True, reference), (False, images)):
-        for batch in _batches(source):
-            metric.update(batch, real=real)
-    return float(metric.compute())
+    return fid_to(features, reference)(images)
+
+
+def fid_to(features: int | nn.Module, reference: Iterable[torch.Tensor]) -> Callable[[Iterable[torch.Tensor]], float]:
+    """What gives `fid` of sets of images to one reference, which is looked at once."""
+    metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
+    for batch in _batches(reference):
+        metric.update(batch, real=True)
+
+    def distance(images: Iterable[torch.Tensor]) -> float:
+        metric.reset()  # of the other side alone
+        for batch in _batches(images):
+            metric.update(batch, real=False)
+        return float(metric.compute())
+
+    return distance
 
 
 def _batches(images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -222,8 +233,9 @@ def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[st
             if not reference:
                 missing[f"fid_{network}"] = "no reference images: bench.reference=FOLDER"
                 continue
-            metrics[f"fid_{network}"] = fid(features, _opened(reference), map(read_image, arms["cached"]))
-            metrics[f"fid_{network}_uncached"] = fid(features, _opened(reference), map(read_image, arms["uncached"]))
+            to_reference = fid_to(features, _opened(reference))
+            metrics[f"fid_{network}"] = to_reference(map(read_image, arms["cached"]))
+            metrics[f"fid_{network}_uncached"] = to_reference(map(read_image, arms["uncached"]))
     if networks.features:
         metrics["fid_counts"] = {"generated": len(prompts), "reference": len(reference)}
         _warn_of_few(len(prompts), len(reference))
@@ -239,6 +251,7 @@ def score_rows(cfg: DictConfig, samples: dict[str, list[Path]], prompts: list[Pr
         missing["fid"] = (
             networks.missing["fid_inception"] if reference else "no reference images: bench.reference=FOLDER"
         )
+    distance = None if features is None or not reference else fid_to(features[1], _opened(reference))
     made = []
     with console.progress_bar() as bar:
         for key, files in bar.track(samples.items(), description="FID and CLIP score"):
@@ -247,8 +260,8 @@ def score_rows(cfg: DictConfig, samples: dict[str, list[Path]], prompts: list[Pr
                 found = clip_scores(map(read_image, files), texts, *networks.clip)
                 scores.by_sample["clip_score"] = [float(value) for value in found]
                 scores.networks["clip_score"] = networks.clip_name
-            if features is not None and reference:
-                scores.whole["fid"] = fid(features[1], _opened(reference), map(read_image, files))
+            if features is not None and distance is not None:
+                scores.whole["fid"] = distance(map(read_image, files))
                 scores.networks["fid"] = features[0]
             made.append(scores)
     if features is not None:

@@ -19,8 +19,8 @@ def finish_figure(
 ) -> None:
     """Write `record.json`, `table.md` and the figure, print the verdicts, and mark the run as finished."""
     record = FigureRecord(**describe_run(cfg, prompts), experiment=cfg.experiment.name, series=series, claims=claims)
-    finish(folder, record)
     written, said = tables.write_figure(folder, record), verdicts.results(record)
+    finish(folder, record)
     with tracking.start(cfg, folder) as tracker:
         for values in zip(*(claim.values for claim in claims), strict=False):
             tracker.log({claim.text: value for claim, value in zip(claims, values, strict=True)})

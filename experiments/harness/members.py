@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,14 +16,13 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analysis import records, tables, verdicts
-from analysis.comparison import Comparison
+from analysis.comparison import results_of
 from erta.errors import ErtaError
 from experiments.harness.config import CONF
 from experiments.output import console
 from experiments.output.run_folder import STATE_FILE, config_hash, mark_finished, read_json, write_json
 
 LOG, TIMES, RESULTS = "log.txt", "times.json", "results.md"
-LOOK_EVERY_S = 0.5
 NEARLY = 0.97  # of a command's bar, as long as it is not finished
 LAST_LINES = 5
 PROMPTS = "bench.num_prompts"
@@ -158,7 +156,7 @@ def _run(member: Member, folder: Path, cfg: DictConfig, show: Any) -> str | None
         try:
             while process.poll() is None:
                 show(time.monotonic() - started, _doing(progress))
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(console.LOOK_EVERY_S)
         except BaseException:
             process.terminate()
             process.wait()
@@ -201,6 +199,6 @@ def _results(folder: Path) -> list[verdicts.Result]:
     """What a command's record says of its claims; nothing if it has none, or is no table or figure."""
     try:
         made = records.read_table(folder)
-    except (records.RecordError, json.JSONDecodeError):
+    except records.RecordError:
         return []
-    return Comparison(made).results() if isinstance(made, records.Rows) else verdicts.results(made)
+    return results_of(made)

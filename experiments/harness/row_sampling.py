@@ -19,14 +19,14 @@ from omegaconf import DictConfig
 
 from analysis import records, tables
 from analysis.comparison import Comparison
-from analysis.figures import slug
+from analysis.figures import SAMPLES, slug
 from erta.errors import ErtaError
 from experiments.bench.fidelity import Lpips, psnr_db, ssim
 from experiments.bench.scene import scene_agreement
 from experiments.harness.arm import Arm, make_arm
 from experiments.harness.calibrations import get_calibration
 from experiments.harness.config import own_keys
-from experiments.harness.row_scores import SAMPLES, RowBench, keep_sample
+from experiments.harness.row_scores import RowBench, keep_sample
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
 from experiments.harness.workers import Event, shared_threads, side_by_side

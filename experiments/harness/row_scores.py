@@ -8,16 +8,13 @@ import numpy as np
 from omegaconf import DictConfig
 
 from analysis import records
-from analysis.figures import slug
+from analysis.figures import SAMPLES, slug
 from analysis.records import RowScores
 from experiments.bench import images
 from experiments.bench.vbench import evaluation
 from experiments.output.clips import keep_lossless, write_animation
 from experiments.output.run_folder import append_line, read_lines
 from experiments.prompts.choose import Prompt, test_prompts
-
-SAMPLES = "samples"  # folder
-SHOWN = 4  # samples a row that are kept for a page, where a table shows samples
 
 
 class RowBench:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from analysis import figures, paper, records, tables, verdicts
-from analysis.records import FigureRecord, Measured
+from analysis.records import FigureRecord, Measured, Table
+from tests.analysis import tables as made_up
 
 SERIES = {
     "fig2a_error_profile": {
@@ -84,3 +86,18 @@ def test_figures_are_drawn_from_a_kept_record_alone(name, tmp_path):
     (table, figure) = tables.write_figure(tmp_path, made)
     assert "| it helps | it does | 1 against 2 | +1.5 [" in table.read_text() and figure.stat().st_size > 8000
     assert figure.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_side_by_side_draws_whatever_a_prompt_says(tmp_path):
+    """Half a surrogate pair, and what looks like mathematics. Mutant: the prompt given to the figure as it is."""
+    rows = made_up.table(
+        [(made_up.row("ertacache"), [made_up.one(30.0)])],
+        prompts=["a \ud800 circle $\\foo$"],
+        table=Table(reference="ertacache", columns=["psnr_db"], figures=["side_by_side"]),
+    )
+    for key in (records.UNCACHED, "ertacache (3)"):
+        place = tmp_path / figures.SAMPLES / figures.slug(key)
+        place.mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(place / "000.webp")
+    (made,) = figures.of_rows(rows, tmp_path)
+    assert made.stat().st_size > 3000

@@ -50,6 +50,14 @@ def test_clip_score_is_the_hundredfold_cosine(random_clip):
     assert np.abs(cosines).max() > 0.01
 
 
+def test_one_reference_serves_many_sets(random_clip):
+    """As `fid` gives it for each alone. Mutants: the images of the set before kept; the reference's forgotten."""
+    features = ClipFeatures(*random_clip)
+    distance = images.fid_to(features, noise(6, 1))
+    for seed in (2, 3):
+        assert distance(noise(5, seed)) == fid(features, noise(6, 1), noise(5, seed))
+
+
 def test_fid_is_the_distance_of_two_gaussians(random_clip):
     """Mutants: embeddings not normalised, biased covariances, generated and reference counted together."""
     features = ClipFeatures(*random_clip)

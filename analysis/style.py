@@ -1,0 +1,31 @@
+"""What all figures over several runs have in common: how lines are told apart, in grey too, and how a figure is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), without the yellow that a white page swallows
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333", "#56B4E9", "#D55E00")
+MARKERS = ("o", "^", "s", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+matplotlib.rcParams["pdf.fonttype"] = 42  # text stays text
+
+
+def look(place: int) -> dict[str, str]:
+    """Colour, dashes and marker of the line at a place, for matplotlib."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "ls": DASHES[place % len(DASHES)],
+        "marker": MARKERS[place % len(MARKERS)],
+    }
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """As PNG and PDF, `path` without a suffix; the files."""
+    made = [path.with_name(f"{path.name}.{form}") for form in ("png", "pdf")]
+    for file in made:
+        figure.savefig(file)
+    return made
