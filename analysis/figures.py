@@ -19,6 +19,7 @@ from analysis.style import look, save
 
 SAMPLES = "samples"  # folder of a run
 SHOWN_PROMPTS = 4  # of a side-by-side sheet
+SHOWN_LAGS = 4  # of a solver's memory
 CHARACTERS_AN_INCH = 17  # of its small type
 Named = Iterator[tuple[str, Figure]]
 
@@ -184,6 +185,34 @@ def _band(axis: Axes, steps: np.ndarray, quantiles: np.ndarray, place: int, labe
     axis.fill_between(steps, low, high, color=line["color"], alpha=0.2, lw=0)
 
 
+def solver_tables(series: dict[str, Any]) -> Figure:
+    """Methods as linear solvers, one below the other: weights of outputs, as shares of the step, and of earlier latents."""
+    solvers = series["solvers"]
+    figure = Figure((WIDTH, 0.9 + 1.15 * len(solvers)))
+    axes = figure.subplots(len(solvers), 2, sharex=True, squeeze=False)
+    for (outputs, latents), (title, solver) in zip(axes, solvers.items(), strict=True):
+        nodes, lengths = np.array(solver["nodes"]), np.diff(solver["sigmas"])[:, None]
+        tables = ((outputs, np.array(solver["velocity"]) / lengths, "v"), (latents, np.array(solver["latent"]), "x"))
+        for axis, table, name in tables:
+            axis.axhline(0, color=GREY, lw=0.5)
+            for lag in range(min(table.shape[1], SHOWN_LAGS)):
+                line = look(lag)
+                label = f"{name}[k]" if lag == 0 else f"{name}[k − {lag}]"
+                there = np.abs(table[:, lag]) > 1e-9
+                axis.plot(nodes[there], table[there, lag], ms=3, lw=0.8, label=label, **line)
+            axis.vlines(nodes, 0, 0.06, color="black", lw=0.6, transform=axis.get_xaxis_transform())
+            axis.tick_params(labelsize=6)
+        outputs.set_title(title, fontsize=8, loc="left", pad=2)
+        outputs.set_yscale("symlog", linthresh=2)
+        latents.set_yscale("symlog", linthresh=0.1)
+    axes[-1, 0].set_xlabel("step; weights of outputs / length of the step")
+    axes[-1, 1].set_xlabel("step; weights of latents in x[k+1] − x[k]")
+    widest = max(range(len(solvers)), key=lambda row: len(axes[row, 0].lines))
+    for axis, side in zip(axes[widest], ("left", "right"), strict=True):
+        figure.legend(*axis.get_legend_handles_labels(), loc=f"outside upper {side}", ncols=SHOWN_LAGS, fontsize=7)
+    return figure
+
+
 def fig2a_error_profile(series: dict[str, Any]) -> Figure:
     """Relative L1 change by step: true, as TeaCache predicts it, and as a profile of other prompts does; below, each prompt."""
     true, predicted = (np.array(series[name], float) for name in ("true", "predicted"))
@@ -276,5 +305,6 @@ OF_ROWS: dict[str, Callable[[Rows, Path], Named]] = {
     one.__name__: one for one in (methods, budget_curves, calibration_size, threshold_sensitivity, side_by_side)
 }
 OF_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    one.__name__: one for one in (fig2a_error_profile, fig2b_trajectory_drift, fig6_channel_errors, long_video)
+    one.__name__: one
+    for one in (solver_tables, fig2a_error_profile, fig2b_trajectory_drift, fig6_channel_errors, long_video)
 }

@@ -17,6 +17,7 @@ import torch
 
 from erta.errors import ErtaError, InstallError, SignatureMismatch
 from erta.plan import Plan
+from erta.policy import Mask
 
 
 def step_index(scheduler: Any) -> int:
@@ -83,12 +84,12 @@ def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         base.set_timesteps(self, *args, **kwargs)
         _check_grid_is_planned(self, plan)
-        _write_grid(self, plan)
+        write_grid(self, plan.sigmas)
 
     planned = copy.deepcopy(scheduler)
     planned.__class__ = type(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
     if not plan.corrector_at_reused and plan.num_computed < plan.num_steps:
-        _switch_off_corrector(planned, plan)
+        switch_off_corrector(planned, plan.mask)
     return planned
 
 
@@ -100,10 +101,28 @@ def _check_grid_is_planned(scheduler: Any, plan: Plan) -> None:
         raise SignatureMismatch("sigmas", _ends(plan.nominal_sigmas), _ends(found))
 
 
-def _write_grid(scheduler: Any, plan: Plan) -> None:
-    """Overwrite sigmas and timesteps where they change: equal entries keep the original bits."""
-    nominal = nominal_sigmas(scheduler)
-    changed = np.asarray(plan.sigmas, np.float32) != nominal
+def with_grid(scheduler: Any, nominal: np.ndarray) -> Any:
+    """A copy of a scheduler whose steps are those of a grid (num_steps + 1,). Raises ErtaError for one without sigmas.
+
+    For schedulers whose grid a pipeline sets by the size of the image (FLUX): the grid is known, the shift is not.
+    """
+    copied = copy.deepcopy(scheduler)
+    copied.set_timesteps(len(nominal) - 1, **({"mu": 1.0} if copied.config.get("use_dynamic_shifting") else {}))
+    if not has_sigmas(copied):
+        raise ErtaError(
+            f"{type(scheduler).__name__} does not integrate over sigmas: there is no solver to take from it"
+        )
+    write_grid(copied, nominal)
+    return copied
+
+
+def write_grid(scheduler: Any, grid: np.ndarray) -> None:
+    """Overwrite sigmas and timesteps where they change: equal entries keep the original bits.
+
+    `grid` is (num_steps + 1,). Raises InstallError for a scheduler without sigmas.
+    """
+    grid = np.asarray(grid, np.float32)
+    changed = grid != nominal_sigmas(scheduler)
     if not changed.any():
         return
     if not has_sigmas(scheduler):
@@ -111,22 +130,23 @@ def _write_grid(scheduler: Any, plan: Plan) -> None:
     train_steps = scheduler.config.num_train_timesteps
     sigmas, timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
     for step in np.flatnonzero(changed).tolist():
-        value = float(np.float32(plan.sigmas[step]))
+        value = float(grid[step])
         sigmas[step] = value
-        if step < plan.num_steps:
+        if step < len(timesteps):
             exact = value * train_steps
             timesteps[step] = exact if timesteps.dtype.is_floating_point else math.floor(exact + 1e-4)
     scheduler.sigmas, scheduler.timesteps = sigmas, timesteps
 
 
-def _switch_off_corrector(scheduler: Any, plan: Plan) -> None:
+def switch_off_corrector(scheduler: Any, mask: Mask) -> None:
+    """UniPC without its corrector at reused steps. Raises InstallError for a solver that has none to switch."""
     listed = getattr(scheduler, "disable_corrector", None)
     if listed is None:
         raise InstallError(
             f"{type(scheduler).__name__} has no corrector to switch off at reused steps: leave corrector_at_reused=True"
         )
     # UniPC skips the corrector at step k + 1 for every k listed
-    reused = [step - 1 for step, computed in enumerate(plan.mask) if not computed]
+    reused = [step - 1 for step, computed in enumerate(mask) if not computed]
     scheduler.disable_corrector = sorted({*listed, *reused})
 
 

@@ -50,6 +50,11 @@ class Decomposition:
 
 
 @dataclass
+class SolverTables:
+    methods: list[str] = field(default_factory=list)  # of conf/cache, each a linear solver
+
+
+@dataclass
 class Speed:
     pairs: int = 3  # of generations, uncached and cached
 
@@ -72,6 +77,7 @@ OWN_KEYS = {
     "long_video": LongVideo,
     "members": Members,
     "decomposition": Decomposition,
+    "solver_tables": SolverTables,
     "speed": Speed,
     "train_tiny": TrainTiny,
 }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -13,6 +10,7 @@ from erta.errors import choice_index
 from experiments.harness.arm import Arm
 from experiments.harness.config import CONF
 from experiments.harness.setup import Setup
+from experiments.methods.common.solvers import scheduler_arm
 from experiments.models.load import set_sampler
 
 SAMPLERS = CONF / "sampler"
@@ -39,12 +37,4 @@ def arm(setup: Setup) -> Arm:
     swapped = SimpleNamespace(scheduler=setup.pipe.scheduler)
     set_sampler(swapped, other)
 
-    @contextmanager
-    def attach(pipe: Any) -> Iterator[None]:
-        own, pipe.scheduler = pipe.scheduler, swapped.scheduler
-        try:
-            yield
-        finally:
-            pipe.scheduler = own
-
-    return Arm(None, kwargs, attach=attach, report={"sampler": name}, changes_solver=True)
+    return scheduler_arm(setup, swapped.scheduler, kwargs["num_inference_steps"], {"sampler": name})

@@ -11,6 +11,10 @@ from analysis.records import FigureRecord, Measured, Table
 from tests.analysis import tables as made_up
 
 SERIES = {
+    "solver_tables": {"solvers": {
+        "Euler": {"nodes": [0, 2], "sigmas": [1.0, 0.5, 0.0], "velocity": [[-0.5], [-0.5]], "latent": [[0.0], [0.0]]},
+        "fitted": {"nodes": [0, 1], "sigmas": [1.0, 0.8, 0.0], "velocity": [[-0.2, 0.0], [-0.9, 0.1]], "latent": [[0.1, 0.0], [0.1, 0.2]]},
+    }},
     "fig2a_error_profile": {
         "true": [[0.1, 0.2, 0.3], [0.1, 0.3, 0.3]], "predicted": [[0.2, 0.2, 0.2]] * 2, "profile": [0.1, 0.2, 0.3],
     },
