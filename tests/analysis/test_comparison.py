@@ -206,3 +206,16 @@ def test_scores_of_a_benchmark_are_columns_and_decide():
     assert cells(rows, "Ours") == {"method": "Ours", "FID": "0.5000", "CLIP score": "32.00"}
     assert cells(rows, "Theirs")["FID"] == ""
     assert Comparison(rows).results()[0].delta == "CLIP score +1.00 [+1.00, +1.00]"
+
+
+def test_flips_median_and_worst_stand_beside_the_mean():
+    """Two outcomes below 30 dB or read otherwise, of four; identical ones are above all. Mutants: a flip by the mean, the scene
+    of the asked-for in place of the uncached one's, identical samples as 0 dB."""
+    wrong = {"all": False}
+    made = [one(20.0), one(50.0, scene=wrong), one(60.0, scene=wrong), one(None)]
+    uncached = [{"all": True}, {"all": True}, wrong, {"all": True}]
+    rows = table([(ERTA, made)], uncached_scene=uncached)
+    found = cells(rows, "Ertacache")
+    assert (found["median"], found["worst"], found["flips"]) == ("55.0", "20.0", "50%")
+    same = cells(table([(ERTA, [one(None)] * 3)]), "Ertacache")
+    assert (same["median"], same["worst"], same["flips"]) == ("", "", "0%")
