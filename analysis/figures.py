@@ -213,6 +213,43 @@ def solver_tables(series: dict[str, Any]) -> Figure:
     return figure
 
 
+def realism(series: dict[str, Any]) -> Figure:
+    """What fewer steps cost, how small errors grow, and the printed order of methods against ours: a dot a prompt."""
+    figure = Figure((WIDTH, 7.2))
+    grid = figure.add_gridspec(2, 2, height_ratios=[2, 3])
+    left, right, below = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
+    for place, (name, values) in enumerate(series["fewer"].items()):
+        _strip(left, place, values, look(place)["color"], name)
+    printed = series.get("printed_fewer")
+    if printed:
+        left.axhline(printed["psnr_db"], color="black", ls=":", lw=1)
+        left.text(1.4, printed["psnr_db"], f"printed, {printed['speedup']:g}x", fontsize=7, va="bottom", ha="right")
+    left.set_xticks(range(len(series["fewer"])), [f"{name} of the steps" for name in series["fewer"]])
+    left.set(ylabel="PSNR, dB", title="fewer steps", xlim=(-0.6, len(series["fewer"]) - 0.4))
+    for place, (kind, label) in enumerate((("random", "random"), ("along", "along the trajectory"))):
+        for at, values in enumerate(series["growth"][kind].values()):
+            _strip(right, at + 0.3 * place - 0.15, values, look(place)["color"], label if at == 0 else None)
+    right.axhline(1, color="black", ls=":", lw=1)
+    right.set_xticks(range(4), list(series["growth"]["random"]))
+    right.set(yscale="log", title="growth of a small error", xlabel="put in at this share of the steps")
+    right.legend(fontsize=7)
+    for place, (level, rows) in enumerate(series["order"].items()):
+        line = look(place)
+        printed_db, ours = [row["printed"] for row in rows.values()], [np.mean(row["psnr_db"]) for row in rows.values()]
+        below.plot(printed_db, ours, line["marker"], color=line["color"], label=level)
+        for (title, row), mean in zip(rows.items(), ours, strict=True):
+            below.annotate(title, (row["printed"], mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    below.set(xlabel="PSNR as printed, dB (the paper's model)", ylabel="PSNR here, dB", title="order of methods")
+    below.legend(fontsize=7)
+    return figure
+
+
+def _strip(axis: Axes, place: float, values: list[float], colour: str, label: str | None) -> None:
+    """Every value as a dot, the median as a bar."""
+    axis.plot([place] * len(values), values, "o", color=colour, ms=3, alpha=0.6, label=label)
+    axis.plot([place - 0.12, place + 0.12], [np.median(values)] * 2, color=colour, lw=2)
+
+
 def fig2a_error_profile(series: dict[str, Any]) -> Figure:
     """Relative L1 change by step: true, as TeaCache predicts it, and as a profile of other prompts does; below, each prompt."""
     true, predicted = (np.array(series[name], float) for name in ("true", "predicted"))
@@ -306,5 +343,5 @@ OF_ROWS: dict[str, Callable[[Rows, Path], Named]] = {
 }
 OF_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     one.__name__: one
-    for one in (solver_tables, fig2a_error_profile, fig2b_trajectory_drift, fig6_channel_errors, long_video)
+    for one in (solver_tables, realism, fig2a_error_profile, fig2b_trajectory_drift, fig6_channel_errors, long_video)
 }

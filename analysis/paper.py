@@ -91,6 +91,12 @@ def figure(name: str) -> str:
     return data()["figures"][name]
 
 
+def fewer_steps(printed_model: str | None) -> dict[str, Any] | None:
+    """What fewer steps are printed to cost on a model: {speedup, psnr_db, cite, …}; None if it is not printed."""
+    rows = data()["best_published"].get(printed_model, [])
+    return next((row for row in rows if row["method"].startswith("fewer_steps")), None)
+
+
 def title(experiment: str) -> str:
     """What a table or figure is called, for people."""
     return data()["titles"].get(experiment, experiment)

@@ -51,9 +51,13 @@ def _row(block: Block, row: PrintedRow, num_steps: int, is_own: bool) -> Row:
     needs = tuple(block.overrides.get(row.method, ())) if is_own else ()
     if is_own and row.threshold is not None:
         return Row(row.title, row.method, (*needs, f"cache.threshold={row.threshold:g}"), block=name, paper=numbers)
+    return Row(row.title, row.method, needs, share_of(block, row, num_steps), block=name, paper=numbers)
+
+
+def share_of(block: Block, row: PrintedRow, num_steps: int) -> int:
+    """The number of computed steps of `num_steps` that is the printed row's share of its own."""
     share = row.computed_steps / block.steps if row.computed_steps is not None else 1 / row.speedup
-    count = min(max(round(share * num_steps), 1), num_steps)
-    return Row(row.title, row.method, needs, count, block=name, paper=numbers)
+    return min(max(round(share * num_steps), 1), num_steps)
 
 
 def _name(block: Block, row: PrintedRow) -> str:
