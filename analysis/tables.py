@@ -252,7 +252,7 @@ def show(
 def write(folder: Path, rows: records.Rows) -> list[Path]:
     """`table.md` in `folder`, and the table's figures; the files that were written."""
     path = folder / TABLE
-    path.write_bytes(records.utf8(as_markdown(rows)))
+    path.write_bytes(as_text(rows))
     return [path, *figures.of_rows(rows, folder)]
 
 
@@ -269,8 +269,13 @@ def figure_as_markdown(record: records.FigureRecord) -> str:
 def write_figure(folder: Path, record: records.FigureRecord) -> list[Path]:
     """`table.md` in `folder`, and the figure; the files that were written."""
     path = folder / TABLE
-    path.write_bytes(records.utf8(figure_as_markdown(record)))
+    path.write_bytes(as_text(record))
     return [path, *figures.of_figure(record, folder)]
+
+
+def as_text(made: records.Rows | records.FigureRecord) -> bytes:
+    """The table of rows or of a figure as a file."""
+    return records.utf8(as_markdown(made) if isinstance(made, records.Rows) else figure_as_markdown(made))
 
 
 def write_any(folder: Path, made: records.Rows | records.FigureRecord) -> list[Path]:

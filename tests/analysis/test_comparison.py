@@ -189,7 +189,7 @@ def test_blocks_are_compared_within_and_printed_numbers_stand_beside():
     (found,) = Comparison(rows).results()
     assert found.claim == "ours is closer (A)" and found.paper == "23.00 against 16.00 (+7.00)"
     text = tables.as_markdown(rows)
-    assert "## A\n" in text and "| Ours | 30.50 | 23.00 |" in text and "printed in the paper" in text
+    assert "## A\n" in text and "| Ours | 30.50 | 30.5 | 30.0 | 0% | 23.00 |" in text and "printed in the paper" in text
 
 
 def test_scores_of_a_benchmark_are_columns_and_decide():
