@@ -272,7 +272,7 @@ def printed(metric: str, better: Row, worse: Row) -> str:
 
 
 def as_point(outcome: Outcome, comparison: Comparison) -> dict[str, Any] | None:
-    """What the figures show of a row, as arguments of `analysis.plots.Point`; None for what has no PSNR or no budget."""
+    """What the figures show of a row, as arguments of `analysis.row_plots.Point`; None for what has no PSNR or no budget."""
     row, interval = outcome.row, outcome.interval("psnr_db") if outcome.samples else None
     if interval is None or row.place == NO_PLACE or outcome.reused_nothing(comparison.full_forwards):
         return None
@@ -286,4 +286,6 @@ def as_point(outcome: Outcome, comparison: Comparison) -> dict[str, Any] | None:
         "high": interval.high,
         "speedup": outcome.speedup,
         "is_reference": row.label == comparison.record.table.reference,
+        "median": outcome.psnr_median,
+        "worst": outcome.psnr_worst,
     }

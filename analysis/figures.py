@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import plots
+from analysis import plots, row_plots
 from analysis.comparison import Comparison, Outcome, as_point
-from analysis.plots import COMPUTED, GREY, REUSED, WIDTH
+from analysis.intervals import paired_interval
 from analysis.records import UNCACHED, FigureRecord, Rows
-from analysis.style import look, save
+from analysis.style import COMPUTED, GREY, REUSED, WIDTH, look, save
 
 SAMPLES = "samples"  # folder of a run
 SHOWN_PROMPTS = 4  # of a side-by-side sheet
@@ -43,10 +43,10 @@ def _saved(figure: Figure, folder: Path, stem: str) -> Path:
     return save(figure, folder / "figures" / stem)[0]
 
 
-def points(comparison: Comparison) -> list[plots.Point]:
+def points(comparison: Comparison) -> list[row_plots.Point]:
     """The rows of a table that have a budget and a PSNR."""
     found = [as_point(one, comparison) for one in comparison.outcomes]
-    return [plots.Point(**point) for point in found if point is not None]
+    return [row_plots.Point(**point) for point in found if point is not None]
 
 
 def slug(key: str) -> str:
@@ -57,8 +57,8 @@ def slug(key: str) -> str:
 def methods(rows: Rows, folder: Path) -> Named:
     """Every method's PSNR with its interval, and PSNR against measured speed-up."""
     if found := points(Comparison(rows)):
-        yield "methods", plots.dot_plot_figure(found, rows.record.num_steps)
-        yield "pareto", plots.pareto_figure(found)
+        yield "methods", row_plots.dot_plot_figure(found, rows.record.num_steps)
+        yield "pareto", row_plots.pareto_figure(found)
 
 
 def budget_curves(rows: Rows, folder: Path) -> Named:
@@ -250,6 +250,29 @@ def _strip(axis: Axes, place: float, values: list[float], colour: str, label: st
     axis.plot([place - 0.12, place + 0.12], [np.median(values)] * 2, color=colour, lw=2)
 
 
+def regimes(series: dict[str, Any]) -> Figure:
+    """Conclusions by regime: a row each, a cell a guidance and budget; filled where the interval decides."""
+    cells = series["cells"]
+    names = list(dict.fromkeys(cell for found in cells.values() for cell in found))
+    figure = Figure((WIDTH, 1.6 + 0.24 * len(cells)))
+    axis = figure.subplots()
+    for row, found in enumerate(cells.values()):
+        for cell, values in found.items():
+            gain = paired_interval(np.array(values))
+            decided = gain.low > 0 or gain.high < 0
+            colour = COMPUTED if gain.mean > 0 else REUSED
+            place = names.index(cell)
+            axis.barh(row, 0.94, left=place - 0.47, height=0.9, color=colour, alpha=0.75 if decided else 0.15)
+            axis.text(place, row, f"{gain.mean:+.1f}", ha="center", va="center", fontsize=6.5)
+    axis.set_yticks(range(len(cells)), list(cells), fontsize=7.5)
+    axis.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=7)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.set(ylim=(len(cells) - 0.5, -0.5), xlim=(-0.5, len(names) - 0.5))
+    axis.set_xlabel("mean paired difference in dB; full colour: the 95 % interval is on one side of zero")
+    return figure
+
+
 def fig2a_error_profile(series: dict[str, Any]) -> Figure:
     """Relative L1 change by step: true, as TeaCache predicts it, and as a profile of other prompts does; below, each prompt."""
     true, predicted = (np.array(series[name], float) for name in ("true", "predicted"))
@@ -343,5 +366,13 @@ OF_ROWS: dict[str, Callable[[Rows, Path], Named]] = {
 }
 OF_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     one.__name__: one
-    for one in (solver_tables, realism, fig2a_error_profile, fig2b_trajectory_drift, fig6_channel_errors, long_video)
+    for one in (
+        solver_tables,
+        realism,
+        regimes,
+        fig2a_error_profile,
+        fig2b_trajectory_drift,
+        fig6_channel_errors,
+        long_video,
+    )
 }

@@ -50,6 +50,13 @@ class Decomposition:
 
 
 @dataclass
+class Regimes:
+    guidances: list[float] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)  # of conf/cache
+    timed: int = 1  # samples of each row that are timed in turns with uncached ones
+
+
+@dataclass
 class SolverTables:
     methods: list[str] = field(default_factory=list)  # of conf/cache, each a linear solver
 
@@ -77,6 +84,7 @@ OWN_KEYS = {
     "long_video": LongVideo,
     "members": Members,
     "decomposition": Decomposition,
+    "regimes": Regimes,
     "solver_tables": SolverTables,
     "speed": Speed,
     "train_tiny": TrainTiny,

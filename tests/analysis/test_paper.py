@@ -11,6 +11,10 @@ from analysis.records import FigureRecord, Measured, Table
 from tests.analysis import tables as made_up
 
 SERIES = {
+    "regimes": {"cells": {
+        "A helps": {"guidance 1, 25 steps": [1.0, 2.0, 1.5], "guidance 9, 25 steps": [-1.0, -2.0, -1.5]},
+        "B helps": {"guidance 9, 25 steps": [-1.0, 2.0, 0.5]},
+    }},
     "realism": {
         "fewer": {"1/2": [20.0, 30.0], "1/3": [15.0, 25.0]},
         "growth": {kind: {key: [0.5, 2.0] for key in ("0", "1/4", "1/2", "3/4")} for kind in ("random", "along")},
