@@ -208,8 +208,9 @@ def solver_tables(series: dict[str, Any]) -> Figure:
     axes[-1, 0].set_xlabel("step; weights of outputs / length of the step")
     axes[-1, 1].set_xlabel("step; weights of latents in x[k+1] − x[k]")
     widest = max(range(len(solvers)), key=lambda row: len(axes[row, 0].lines))
-    for axis, side in zip(axes[widest], ("left", "right"), strict=True):
-        figure.legend(*axis.get_legend_handles_labels(), loc=f"outside upper {side}", ncols=SHOWN_LAGS, fontsize=7)
+    outputs, latents = (axis.get_legend_handles_labels()[0] for axis in axes[widest])
+    figure.legend(handles=outputs, loc="outside upper left", ncols=SHOWN_LAGS, fontsize=7)
+    figure.legend(handles=latents, loc="outside upper right", ncols=SHOWN_LAGS, fontsize=7)
     return figure
 
 

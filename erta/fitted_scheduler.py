@@ -80,6 +80,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = solver.num_steps
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._outputs: list[torch.Tensor | None] = []  # of the last nodes, newest first; None: no later rule needs it
+        self._latents: list[torch.Tensor | None] = []
         self._needed = [_needed(table) for table in (solver.velocity, solver.latent)]
         self._forget()
 
@@ -167,7 +169,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         if k == self._begin_index:
             self._check_shape(sample)
         self._outputs, self._latents = [model_output, *self._outputs], [sample, *self._latents]
-        result = self.advance(k, self._latents, self._outputs)
+        result = self._advance(k, sample)
         # what no later rule needs is let go now: the next forward is where memory is short
         self._outputs, self._latents = (
             [value if needed[k + 1, lag] else None for lag, value in enumerate(values, 1)][: self.solver.memory - 1]
@@ -177,13 +179,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         result = result.to(model_output.dtype)
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
-    def advance(self, step: int, latents: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One step's rule on full latents, newest first, in float32."""
-        solver, x = self.solver, latents[0].float()
+    def _advance(self, step: int, x: torch.Tensor) -> torch.Tensor:
+        """One step's rule, in float32."""
+        solver, x = self.solver, x.float()
         result = x + self._spread(solver.offset[step], x)
-        for table, values in ((solver.velocity[step], outputs), (solver.latent[step], latents)):
+        for table, values in ((solver.velocity[step], self._outputs), (solver.latent[step], self._latents)):
             for coefficients, value in zip(table, values, strict=False):
-                if coefficients.any():
+                if value is not None and coefficients.any():
                     factor = self._spread(coefficients, x)
                     result = (
                         torch.addcmul(result, factor, value.float())
@@ -260,8 +262,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _forget(self) -> None:
-        self._outputs: list[Any] = []
-        self._latents: list[Any] = []
+        self._outputs, self._latents = [], []
         self._spread_out: dict[tuple[bytes, torch.device], torch.Tensor] = {}
 
     def _spread(self, coefficients: np.ndarray, x: torch.Tensor) -> float | torch.Tensor:

@@ -75,7 +75,7 @@ class Trajectories:
         """Those of some prompts."""
         chosen = list(prompts)
         record = {**self.record, **{key: [self.record[key][one] for one in chosen] for key in ("prompts", "seeds")}}
-        arrays = {name: getattr(self, name)[chosen] for name in ("latents", "outputs", "decoded")}
+        arrays: dict[str, Any] = {name: getattr(self, name)[chosen] for name in ("latents", "outputs", "decoded")}
         return replace(self, **arrays, record=record)
 
     def merge(self, other: Trajectories) -> Trajectories:
@@ -83,7 +83,7 @@ class Trajectories:
         check_signature(self.signature, other.signature)
         if not np.array_equal(self.positions, other.positions) or self.decoded.shape[1] != other.decoded.shape[1]:
             raise ErtaError("trajectories of different positions cannot be merged: record them with the same settings")
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.concatenate([getattr(self, name), getattr(other, name)])
             for name in ("latents", "outputs", "decoded")
         }

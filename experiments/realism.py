@@ -121,7 +121,8 @@ def printed_model(cfg: DictConfig) -> str | None:
 
 def printed_order(cfg: DictConfig) -> dict[str, dict[str, dict[str, Any]]]:
     """By level, methods with their printed PSNR and the number of steps that is the same share of this model's."""
-    total, found = cfg.model.num_inference_steps, {}
+    total = cfg.model.num_inference_steps
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in TABLES:
         for block in paper.table(name).blocks:
             if block.printed != printed_model(cfg):

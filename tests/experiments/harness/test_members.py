@@ -109,8 +109,8 @@ def test_a_command_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv(console.PROGRESS_FILE, str(tmp_path / "gone" / "progress.json"))
     with console.progress_bar() as bar:  # mutant: a file that cannot be written ends the command
         bar.advance(bar.add_task("rows", total=4))
-    console.quiet_process()  # as a process that works for the command does
     monkeypatch.setattr(console.out, "quiet", False)
+    console.quiet_process()  # as a process that works for the command does
     assert type(console.progress_bar()).__name__ == "Progress"
 
 
