@@ -105,7 +105,7 @@ def test_points_of_the_figures():
     assert [point is None for point in points] == [True, False, True, True]
     assert points[1] == {
         "title": "Ertacache", "group": "planned", "budget": 3, "psnr_db": 31.0, "low": 30.0, "high": 32.0,
-        "speedup": 2.0, "is_reference": True,
+        "speedup": 2.0, "is_reference": True, "median": 31.0, "worst": 30.0,
     }  # fmt: skip
 
 
