@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from analysis.records import ModelCardRecord
 from erta.site import SITES
 from experiments.models.architectures import describe, forward_inputs, known_class
+from experiments.models.classes import class_named
 from experiments.models.costs import count_flops, flops_without_blocks
 from experiments.output import console, tracking
 from experiments.output.run_folder import describe_made, finish
@@ -43,7 +43,7 @@ def model_card(cfg: DictConfig) -> ModelCardRecord:
     """
     about, steps = describe(cfg), cfg.model.num_inference_steps
     with torch.device("meta"):
-        transformer: nn.Module = getattr(diffusers, about["class"])(**about["transformer"])
+        transformer: nn.Module = class_named(about["class"])(**about["transformer"])
         inputs = forward_inputs(about, transformer.config)
         flops, velocity = count_flops(transformer, inputs)
         parameters = sum(p.numel() for p in transformer.parameters())
