@@ -16,9 +16,9 @@ def arm(setup: Setup) -> Arm:
 
     Site: the block stack's residual. Stored: that residual, the one before for its extrapolation, and the last filtered
     signal, in each guidance branch. Decided online. Where we differ: it is diffusers' own, with no limit on runs of reused
-    steps (its default: 2), so that every budget can be reached. Raises ErtaError for other models than Wan text-to-video:
-    the hook asks the pipeline for sigma and step, which the others do not give it, and then computes everything; and for a
-    diffusers without it.
+    steps (its default: 2), so that every budget can be reached. Raises ErtaError for other models than Wan
+    text-to-video and Open-Sora: the hook asks the pipeline for sigma and step, which the others do not give it, and then
+    computes everything; and for a diffusers without it.
     """
     try:
         from diffusers.hooks import SeaCacheConfig  # not in the oldest diffusers that the rest runs with
@@ -28,7 +28,9 @@ def arm(setup: Setup) -> Arm:
         ) from error
 
     if not architecture_of(find_denoiser(setup.pipe)).is_told_the_step:
-        raise ErtaError("cache=seacache runs on Wan text-to-video only: diffusers' SeaCache would compute everything")
+        raise ErtaError(
+            "cache=seacache runs on Wan text-to-video and Open-Sora only: diffusers' SeaCache would compute everything"
+        )
 
     def config(threshold: float, order: int, max_skip: int, first: int, last: int) -> SeaCacheConfig:
         return SeaCacheConfig(

@@ -98,7 +98,7 @@ def load_into(model: nn.Module, folder: Path, part: str, dtype: torch.dtype, wan
                     state[wanted[name].name] = opened.get_tensor(name).to(dtype)
     except SafetensorError as error:
         raise ErtaError(f"{folder} is damaged or truncated ({error}). Copy it again.") from error
-    if isinstance(model, STDiT3Transformer3DModel):
+    if part == "transformer":
         state["rope.freqs"] = state.get("rope.freqs", TimeRotation(model.config.attention_head_dim).freqs).float()
     model.load_state_dict(state, assign=True)
     model.eval()
