@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from erta.architectures import architecture_of
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from erta.architectures import architecture_of, latent_of
 from erta.errors import ErtaError
 from erta.pipeline import find_denoiser
 from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup
 from experiments.methods.common.diffusers_caches import shipped_arm
 from experiments.methods.common.knob import Knob
+
+
+def clips(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The latents of a forward as SeaCache wants them: (channels, frames, height, width) each."""
+    return list(latent_of(args, kwargs).unbind(0))
 
 
 def arm(setup: Setup) -> Arm:
@@ -27,7 +37,8 @@ def arm(setup: Setup) -> Arm:
             "cache=seacache needs diffusers' SeaCache: pip install 'diffusers>=0.42.1' (make setup does)"
         ) from error
 
-    if not architecture_of(find_denoiser(setup.pipe)).is_told_the_step:
+    transformer = find_denoiser(setup.pipe)
+    if not architecture_of(transformer).is_told_the_step:
         raise ErtaError(
             "cache=seacache runs on Wan text-to-video and Open-Sora only: diffusers' SeaCache would compute everything"
         )
@@ -39,6 +50,9 @@ def arm(setup: Setup) -> Arm:
             max_consecutive_cached=max_skip,
             retention_steps=first,
             cache_end_steps=last,
+            raw_vision_callback=None
+            if isinstance(transformer, WanTransformer3DModel)
+            else clips,  # it knows Wan's itself
         )
 
     return shipped_arm(setup, Knob("threshold", 1e-4, 1e3), config)
