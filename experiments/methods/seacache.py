@@ -43,6 +43,8 @@ def arm(setup: Setup) -> Arm:
             "cache=seacache runs on Wan text-to-video and Open-Sora only: diffusers' SeaCache would compute everything"
         )
 
+    shown = None if isinstance(transformer, WanTransformer3DModel) else clips  # diffusers knows Wan's itself
+
     def config(threshold: float, order: int, max_skip: int, first: int, last: int) -> SeaCacheConfig:
         return SeaCacheConfig(
             threshold=threshold,
@@ -50,9 +52,7 @@ def arm(setup: Setup) -> Arm:
             max_consecutive_cached=max_skip,
             retention_steps=first,
             cache_end_steps=last,
-            raw_vision_callback=None
-            if isinstance(transformer, WanTransformer3DModel)
-            else clips,  # it knows Wan's itself
+            raw_vision_callback=shown,
         )
 
     return shipped_arm(setup, Knob("threshold", 1e-4, 1e3), config)

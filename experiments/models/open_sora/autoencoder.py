@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional
 
@@ -74,6 +75,7 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):
         """Frames are encoded and decoded in tiles."""
         self.spatial.enable_tiling()
 
+    @apply_forward_hook
     def encode(self, clips: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Latents (batch, channels, latent frames, h / 8, w / 8) of clips (batch, 3, frames, h, w), drawn by `generator`."""
 
@@ -86,6 +88,7 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):
             drawn.append(DiagonalGaussianDistribution(self.quant_conv(self.encoder(padded))).sample(generator))
         return (torch.cat(drawn, dim=2) - self.shift) / self.scale
 
+    @apply_forward_hook
     def decode(
         self, latents: torch.Tensor, num_frames: int, return_dict: bool = True
     ) -> DecoderOutput | tuple[torch.Tensor]:

@@ -186,11 +186,11 @@ class STDiT3Block(nn.Module):
         self.cross_attn = CrossAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
         self.mlp = FeedForward(width, int(width * mlp_ratio), width)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.modulate = Modulation(width)
 
     def modulated_input(self, tokens: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """What the self-attention is given."""
-        shift, scale = (self.scale_shift_table + modulation)[:, :2].chunk(2, dim=1)
+        shift, scale, *_ = self.modulate(modulation)
         return self.norm1(tokens) * (1 + scale) + shift
 
     def forward(
@@ -208,7 +208,7 @@ class STDiT3Block(nn.Module):
             tokens: (batch, frames x places, width), frame after frame.
             modulation: (batch, 6, width): shift, scale and gate of the self-attention, then of the feed-forward.
         """
-        _, _, gate, shift, scale, mlp_gate = (self.scale_shift_table + modulation).chunk(6, dim=1)
+        _, _, gate, shift, scale, mlp_gate = self.modulate(modulation)
         grouped = self.modulated_input(tokens, modulation).unflatten(1, (frames, -1))  # b t s c
         if rotation is None:
             seen = self.attn(grouped.flatten(0, 1)).unflatten(0, (-1, frames))
@@ -218,6 +218,17 @@ class STDiT3Block(nn.Module):
         tokens = tokens + gate * seen.flatten(1, 2)
         tokens = tokens + self.cross_attn(tokens, text, mask)
         return tokens + mlp_gate * self.mlp(self.norm2(tokens) * (1 + scale) + shift)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of the self-attention, then of the feed-forward, (batch, 1, width) each: the time's and its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(self, modulation: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.table + modulation).chunk(6, dim=1)
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):

@@ -54,7 +54,7 @@ def velocity_towards_data(
 
 def block(weights: Weights, name: str, heads: int, tokens: list, words: list, six: np.ndarray) -> list:
     """One block: its attention is among the places of a frame, or among the frames of a place."""
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = weights[f"{name}.scale_shift_table"] + six
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = weights[f"{name}.modulate.table"] + six
     frames, places = len(tokens), len(tokens[0])
     given = [[normed(token) * (1 + scale) + shift for token in frame] for frame in tokens]
     seen = [[None] * places for _ in range(frames)]
