@@ -154,7 +154,7 @@ class TimeEncoder(nn.Module):
         self.levels = nn.ModuleList(
             res_blocks(channels, out, layers, groups) for channels, out in zip(before, levels, strict=True)
         )
-        self.halve = nn.ModuleDict(
+        self.halving = nn.ModuleDict(
             {
                 str(level): CausalConv(levels[level], levels[level], 3, time_stride=2)
                 for level, halves in enumerate(downsample)
@@ -169,8 +169,8 @@ class TimeEncoder(nn.Module):
         made = self.conv_in(hidden_states)
         for level, blocks in enumerate(self.levels):
             made = blocks(made)
-            if str(level) in self.halve:
-                made = self.halve[str(level)](made)
+            if str(level) in self.halving:
+                made = self.halving[str(level)](made)
         return self.conv_out(functional.silu(self.norm(self.middle(made))))
 
 
@@ -187,7 +187,7 @@ class TimeDecoder(nn.Module):
         self.levels = nn.ModuleList(
             res_blocks(channels, out, layers, groups) for channels, out in zip(after, levels, strict=True)
         )
-        self.double = nn.ModuleDict(
+        self.doubling = nn.ModuleDict(
             {
                 str(level): CausalConv(levels[level + 1], 2 * levels[level + 1], 3)
                 for level, halves in enumerate(downsample)
@@ -201,7 +201,7 @@ class TimeDecoder(nn.Module):
         made = self.middle(self.conv_in(hidden_states))
         for level in reversed(range(len(self.levels))):
             made = self.levels[level](made)
-            if str(level - 1) in self.double:
-                doubled = self.double[str(level - 1)](made).unflatten(1, (-1, 2))  # b c 2 t h w
+            if str(level - 1) in self.doubling:
+                doubled = self.doubling[str(level - 1)](made).unflatten(1, (-1, 2))  # b c 2 t h w
                 made = doubled.transpose(2, 3).flatten(2, 3)
         return self.conv_out(functional.silu(self.norm(made)))

@@ -169,11 +169,9 @@ def from_hub(transformer: str, dtype: torch.dtype, revision: str | None) -> dict
 
     wanted = ["*.safetensors", "*.json", "*.bin", "*.model"]
     vae, text = (data()[part]["repository"] for part in ("autoencoder", "text_encoder"))
-    folders = [
-        Path(snapshot_download(transformer, revision=revision, allow_patterns=wanted)),
-        *(Path(snapshot_download(name, allow_patterns=wanted)) for name in (vae, text)),
-    ]
-    return assemble(*folders, dtype)
+    transformer_folder = Path(snapshot_download(transformer, revision=revision, allow_patterns=wanted))
+    vae_folder, text_folder = (Path(snapshot_download(name, allow_patterns=wanted)) for name in (vae, text))
+    return assemble(transformer_folder, vae_folder, text_folder, dtype)
 
 
 def how_to_get() -> str:

@@ -73,7 +73,7 @@ def test_doubled_frames_alternate():
     """Of a convolution to twice the channels, even ones make the first of two frames. Mutant: halves one after the other."""
     vae = tiny()
     decoder, seen = vae.decoder, []
-    double = decoder.double["2"]
+    double = decoder.doubling["2"]
     double.register_forward_hook(lambda module, args, output: seen.append(output))
     decoder.levels[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     decoder(torch.randn(1, 4, 5, 2, 2))

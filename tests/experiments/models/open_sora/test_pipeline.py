@@ -34,7 +34,8 @@ def test_times_by_hand():
     assert time_shift(480, 854, 51) == pytest.approx(4.84312, abs=1e-5)
     assert time_shift(240, 426, 102) == pytest.approx(3.42059, abs=1e-5)
     pipe = build_open_sora()
-    sigmas = call_grid(pipe, {"num_inference_steps": 30, "height": 480, "width": 854, "num_frames": 51}).sigmas
+    call = {**OPEN_SORA_CALL, "num_inference_steps": 30, "height": 480, "width": 854, "num_frames": 51}
+    sigmas = call_grid(pipe, call).sigmas
     assert sigmas.shape == (31,) and sigmas[30] == 0
     # 1000 r t / (1 + (r - 1) t) with t = 1, 29/30, 1/2, 1/30
     np.testing.assert_allclose(1000 * sigmas[[0, 1, 15, 29]], [1000, 992.930, 828.859, 143.105], atol=2e-3)
