@@ -234,6 +234,7 @@ OPTIONS = {
     "budcache": ["cache.steps=3", "cache.options.iterations=3"],
     "plan_grid": ["cache.steps=4"],
     "seacache": ["cache.steps=4", "cache.options.first=1", "cache.options.last=1"],
+    "dicache": ["cache.steps=5"],
     "none": [],
 }
 
@@ -266,6 +267,7 @@ def test_every_method_runs_on_it(cache, tmp_path, monkeypatch):
 def test_the_main_job_on_it(command, tmp_path):
     """`python run.py model=open_sora_12 cache=ertacache`, at the paper's threshold."""
     build_open_sora().save_pretrained(tmp_path / "tiny")
-    code, printed = command(*OPEN_SORA, f"model.path={tmp_path / 'tiny'}", "cache=ertacache", "bench=fidelity")
+    scenes = [*OPEN_SORA, "model.height=64", "model.width=64"]  # the checker's size
+    code, printed = command(*scenes, f"model.path={tmp_path / 'tiny'}", "cache=ertacache", "bench=fidelity")
     assert code == 0, printed
     assert len(folders(tmp_path)) == 1 and "0.18" in (folders(tmp_path)[0] / "plan.json").read_text()
