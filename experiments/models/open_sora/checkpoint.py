@@ -180,7 +180,7 @@ def how_to_get() -> str:
     folders = [name.split("/")[1] for name in names]
     fetch = ", ".join(f"`hf download {name} --local-dir {folder}`" for name, folder in zip(names, folders, strict=True))
     return (
-        f"{fetch}; then `python -m experiments.models.open_sora.convert --transformer {folders[0]} --vae {folders[1]} "
+        f"Download them: {fetch}; then `python -m experiments.models.open_sora.convert --transformer {folders[0]} --vae {folders[1]} "
         f"--text-encoder {folders[2]} --out open_sora_12` and model.path=open_sora_12"
     )
 
