@@ -24,6 +24,7 @@ class PrintedRow:
         method: of `conf/cache`; None: it is not run here, and `why` says why.
         level: rows of one level are compared with each other.
         threshold, computed_steps: the printed setting, where it is known.
+        settings: overrides that make it, for a method with options of its own.
     """
 
     title: str
@@ -33,6 +34,7 @@ class PrintedRow:
     cite: str = "ertacache"
     threshold: float | None = None
     computed_steps: int | None = None
+    settings: list[str] = field(default_factory=list)
     speedup: float
     latency_s: float | None = None
     vbench: float | None = None
@@ -52,7 +54,7 @@ class Block:
     """The rows of one model.
 
     Attributes:
-        printed: the model as the file names it; model: as `conf/model` does, None: it waits for a pipeline.
+        printed: the model as the file names it; model: as `conf/model` does.
         steps: of the solver.
         overrides: by method, what it needs on this model.
     """
@@ -60,7 +62,7 @@ class Block:
     printed: str
     title: str
     steps: int
-    model: str | None = None
+    model: str
     overrides: dict[str, list[str]] = field(default_factory=dict)
     note: str | None = None
     rows: list[PrintedRow]
