@@ -2,7 +2,7 @@
 
 The local error of going from step i to step j, with the computed step h before, is what is left when `x[j] - x[i]` of uncached
 trajectories is fitted by `v[i]` and `v[i] - v[h]`. All of it is read off one Gram matrix of what was recorded, so no model is
-called, whatever the budget.
+called, whatever the budget. Norms are summed, not their squares: the errors of a run's steps add up.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def gram(latents: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LocalErrors:
-    """`at[h, i, j]`: squared relative error of a step from i to j after h, (N + 1, N + 1, N + 1); infinite where there is none.
+    """`at[h, i, j]`: relative L2 error of a step from i to j after h, (N + 1, N + 1, N + 1); infinite where there is none.
 
     Where i = 0 there is no step before, and h = 0.
     """
@@ -49,7 +49,7 @@ def local_errors(products: np.ndarray, window: int = WINDOW, over_prompts: str =
     """Local errors from the Gram matrices of prompts (P, 2N + 1, 2N + 1), for steps no more than `window` apart.
 
     Args:
-        over_prompts: `mean` of the prompts' squared errors, or the `worst` prompt's. The fit is one for all of them.
+        over_prompts: `mean` of the prompts' squared errors under the root, or the `worst` prompt's. The fit is one for all of them.
     """
     choice_index("over_prompts", over_prompts, OVER_PROMPTS)
     steps = (products.shape[1] - 1) // 2
@@ -76,7 +76,7 @@ def _residual(products: np.ndarray, over_prompts: str) -> float:
     solution = np.linalg.solve(features, total[1:, 0])
     left = np.concatenate([[1.0], -solution])
     by_prompt = np.maximum(np.einsum("a,pab,b->p", left, products, left), 0)
-    return float(by_prompt.mean() if over_prompts == "mean" else by_prompt.max())
+    return float(np.sqrt(by_prompt.mean() if over_prompts == "mean" else by_prompt.max()))
 
 
 def plan_nodes(

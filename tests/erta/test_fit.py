@@ -84,7 +84,7 @@ def test_local_errors_by_least_squares(recorded):
         wanted = ((x[:, j] - x[:, i]) / size).ravel()
         features = [(v[:, i] / size).ravel(), ((v[:, i] - v[:, h]) / size).ravel()][: 1 + (i > 0)]
         left = wanted - np.stack(features, 1) @ np.linalg.lstsq(np.stack(features, 1), wanted, rcond=None)[0]
-        assert found.at[h, i, j] == pytest.approx(left @ left / len(x), rel=1e-5)
+        assert found.at[h, i, j] == pytest.approx(np.sqrt(left @ left / len(x)), rel=1e-5)
     assert np.isinf(found.at[0, 0, 0]) and np.isinf(found.at[3, 2, 4])
     worst = local_errors(gram(x, v), over_prompts="worst")
     assert worst.at[1, 3, 5] > found.at[1, 3, 5]
