@@ -2,9 +2,10 @@
 
 Site: none, the scheduler's place. Stored: latents and guided outputs of the last two computed steps. Static: the nodes are a
 shortest path over local errors read off recorded trajectories; the coefficients, six numbers a step, are closed-form least
-squares along the solver's own run on calibration prompts (`erta.fit`). No paper: it is ours. Where we differ: from caches, in
-that nothing is reused and the transformer holds nothing; from fitted solvers before it (IIA, 2304.11328; DPM-Solver-v3,
-2310.13268; L2P, 2604.26365), in that nodes and coefficients are fitted in closed form, closed loop, to the full run.
+squares along the solver's own run on calibration prompts (`erta.fit`). No paper: it is a method of ours. Where we differ: from
+caches, in that nothing is reused and the transformer holds nothing; from fitted solvers before it (IIA, 2304.11328;
+DPM-Solver-v3, 2310.13268; L2P, 2604.26365), in that nodes and coefficients are fitted in closed form, closed loop, to the full
+run.
 """
 
 from __future__ import annotations

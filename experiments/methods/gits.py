@@ -2,8 +2,8 @@
 
 Site: none. Stored: nothing. Static: the edge i → j costs the distance of the latent that one Euler step from i reaches at j to
 that of the uncached trajectory, mean over calibration prompts; the cheapest path with exactly `cache.steps` edges is the grid,
-and the pipeline's own solver runs on it. Each edge counts `coefficient` times
-as much as the one before it, as published. Where we differ: L2 distance at a sample of the latent's entries, and our calibration prompts in place of 256.
+and the pipeline's own solver runs on it. Each edge counts `coefficient` times as much as the one before it, as published. Where
+we differ: L2 distance at a sample of the latent's entries, and our calibration prompts in place of 256.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def test_flops_of_open_sora_by_hand():
         model_card(config("model=open_sora_12", "model.num_frames=50"))
 
 
+@pytest.mark.slow
 def test_card_of_two_transformers():
     """A step runs one of them and the cache holds residuals of one. Mutants: both in a forward, one in the parameters."""
     both = model_card(config("model=wan22_a14b"))

@@ -82,6 +82,7 @@ def test_only_some_are_asked_for_and_fewer_prompts():
         chosen(MINE, own(only=["three"]), "k")
 
 
+@pytest.mark.slow
 def test_the_same_list_on_the_papers_models():
     """Every command composes; on one model those of its kind. Mutants: a quick comparison; images on a video model."""
     own = all_paper.members(None, 81)
