@@ -9,7 +9,7 @@ import torch
 
 from erta.architectures import architecture_of
 from erta.errors import ErtaError
-from erta.fitted_scheduler import FittedScheduler, MadeFor
+from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
 from erta.pipeline import find_denoiser
 from erta.plan import Plan
 from erta.policy import sources
@@ -58,7 +58,8 @@ def _made_for(pipe: Any, plan: Plan) -> MadeFor:
     if plan.latent_shape is not None:
         latent = torch.empty((1, *plan.latent_shape), device="meta")
         axis = architecture_of(find_denoiser(pipe)).channel_axis_of(latent) - latent.ndim
-    return MadeFor(channel_axis=axis, takeover=None if plan.takeover is None else sum(plan.mask[: plan.takeover]))
+    takeover = None if plan.takeover is None else sum(plan.mask[: plan.takeover])
+    return MadeFor(channel_axis=axis, takeover=takeover, model=model_of(pipe))
 
 
 def _guided_rectifier(plan: Plan, trajectories: Trajectories | None) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from erta.errors import ErtaError, SignatureMismatch
 from erta.scheduler import nominal_sigmas
+from erta.signature import check_signature, model_signature
 from erta.solver import Solver
 
 SCHEMA = "erta.solver/1"
@@ -36,11 +37,14 @@ class MadeFor:
         latent_shape: of the latents that the pipeline integrates, without the batch axis.
         channel_axis: where their channels are, counted from the end.
         takeover: the node from which a second transformer runs; None: there is one transformer.
+        model: class, configuration and weights of the transformer, as `erta.signature` has them. A scheduler does not see the
+            transformer: it is checked where the pipeline is given, `FittedScheduler.from_pretrained(folder, pipe=pipe)`.
     """
 
     latent_shape: tuple[int, ...] | None = None
     channel_axis: int = -1
     takeover: int | None = None
+    model: dict[str, Any] | None = None
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -231,9 +235,19 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        pipe: Any = None,
+        **kwargs: Any,
     ) -> FittedScheduler:
-        """Read a folder that `save_pretrained` wrote. Raises ErtaError if it is something else, truncated or edited."""
+        """Read a folder that `save_pretrained` wrote.
+
+        Args:
+            pipe: the pipeline that it is for, to be checked against; None: not checked.
+
+        Raises ErtaError if it is something else, truncated or edited; SignatureMismatch if it was made for another model.
+        """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         try:
             config = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
@@ -248,11 +262,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             nodes, shape = tuple(int(node) for node in made_for.pop("nodes")), made_for.pop("latent_shape")
             solver = Solver(nodes=nodes, report=json.loads(metadata["report"]), **tables)
             base = getattr(diffusers, config[BASE]).from_config(config)
-            return cls(solver, base, MadeFor(latent_shape=shape and tuple(shape), **made_for))
+            made = cls(solver, base, MadeFor(latent_shape=shape and tuple(shape), **made_for))
         except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, ErtaError):
                 raise ErtaError(f"cannot use the solver in {folder}: {error}") from error
             raise ErtaError(f"cannot read a solver from {folder}: {error}. Make it again with erta.fit.") from error
+        if pipe is not None and made.made_for.model is not None:
+            check_signature(made.made_for.model, model_of(pipe))
+        return made
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -296,6 +313,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         found, wanted = nominal_sigmas(base), self.solver.nominal_sigmas
         if not np.allclose(found, wanted, atol=SAME_GRID):
             raise SignatureMismatch("sigmas (shifted by the image's size)", _middle(wanted), _middle(found))
+
+
+def model_of(pipe: Any) -> dict[str, Any]:
+    """What tells a pipeline's transformer from others, for `MadeFor`."""
+    found = model_signature(pipe)
+    return {name: found[name] for name in ("model_class", "model_config", "weights")}
 
 
 def _needed(table: np.ndarray) -> np.ndarray:

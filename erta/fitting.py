@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
-from erta.fitted_scheduler import FittedScheduler, MadeFor
+from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
 from erta.grid import computed_sigmas
 from erta.least_squares import (
     MEMORY,
@@ -250,6 +250,7 @@ class _Fitting:
             latent_shape=tuple(signature["latent_shape"]),
             channel_axis=record["channel_axis"],
             takeover=None if takeover is None else sum(node < takeover for node in nodes),
+            model=model_of(self.pipe),
         )
 
     def _frame(self, nodes: tuple[int, ...]) -> Solver:

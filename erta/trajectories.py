@@ -27,7 +27,7 @@ from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError
 from erta.guidance import guidance_scale_of, second_scale_of
 from erta.pipeline import call_arguments, check_bare, find_denoiser, takeover_step
-from erta.scheduler import has_sigmas, nominal_sigmas
+from erta.scheduler import nominal_sigmas
 from erta.signature import check_signature, model_signature
 
 SCHEMA = "erta.trajectories/1"
@@ -151,6 +151,10 @@ def record(
     if not prompts:
         raise ErtaError("trajectories need at least one prompt")
     check_bare(pipe)
+    if not hasattr(pipe.scheduler, "sigmas"):
+        raise ErtaError(
+            f"{type(pipe.scheduler).__name__} does not integrate over sigmas: no solver can be fitted to it"
+        )
     seeds = list(range(seed, seed + len(prompts))) if isinstance(seed, int) else list(seed)
     done: Trajectories | None = None
     for start in range(0, len(prompts), batch_size):
@@ -237,10 +241,6 @@ def _record_call(
     with watched(pipe, look) as scheduler:
         made = pipe(**kwargs)
         takeover = takeover_step(pipe, scheduler.timesteps)
-    if not has_sigmas(scheduler):
-        raise ErtaError(
-            f"{type(pipe.scheduler).__name__} does not integrate over sigmas: no solver can be fitted to it"
-        )
     sigmas = nominal_sigmas(scheduler)
     if len(outputs) != len(sigmas) - 1:
         raise ErtaError(

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler
 
 import erta
 from erta import least_squares
@@ -210,6 +211,7 @@ def test_open_loop_and_the_best_of_both(recorded):
 def test_singular_fits(recorded):
     """One prompt, the same twice, latents that do not move: a finite solver each time, and no prediction from one prompt."""
     pipe = build_pipe("unipc")
+    assert erta.fit(pipe, recorded["unipc"], steps=1).solver.nodes == (0,)
     one = recorded["unipc"].only([0])
     alone = erta.fit(pipe, one, steps=3)
     assert alone.report["predicted"] is None and np.isfinite(alone.solver.velocity).all()
@@ -238,6 +240,10 @@ def test_what_does_not_fit_is_refused(recorded):
         erta.fit(pipe, replace(trajectories, signature=nowhere), steps=3)
     with pytest.warns(UserWarning, match="left out"), pytest.raises(erta.NonFiniteError, match="none is left"):
         erta.record(pipe, PROMPTS[0], **CALL)
+    with pytest.raises(erta.ErtaError, match="CogVideoXDDIMScheduler does not integrate over sigmas"):
+        pipe.scheduler = CogVideoXDDIMScheduler()
+        erta.record(pipe, PROMPTS, **CALL)
+    pipe.scheduler = build_pipe("unipc").scheduler
     for wrong in ({"loop": "half"}, {"terms": 7}, {"ridge": -1.0}):
         with pytest.raises(erta.ErtaError):
             erta.FitOptions(**wrong)

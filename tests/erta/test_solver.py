@@ -174,8 +174,10 @@ def test_saved_and_loaded(tmp_path):
     wanted = run(pipe, num_inference_steps=4)
     pipe.scheduler.save_pretrained(tmp_path / "solver")
     assert sum(path.stat().st_size for path in (tmp_path / "solver").iterdir()) < 50_000
-    pipe.scheduler = erta.FittedScheduler.from_pretrained(tmp_path / "solver")
+    pipe.scheduler = erta.FittedScheduler.from_pretrained(tmp_path / "solver", pipe=pipe)
     assert torch.equal(run(pipe, num_inference_steps=4), wanted)
+    with pytest.raises(erta.SignatureMismatch, match="model_class"):
+        erta.FittedScheduler.from_pretrained(tmp_path / "solver", pipe=build_flux())
     again = type(own).from_config(pipe.scheduler.config)
     assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
         k: v for k, v in own.config.items() if k[0] != "_"
