@@ -186,32 +186,48 @@ def _band(axis: Axes, steps: np.ndarray, quantiles: np.ndarray, place: int, labe
 
 
 def solver_tables(series: dict[str, Any]) -> Figure:
-    """Methods as linear solvers, one below the other: weights of outputs, as shares of the step, and of earlier latents."""
+    """Methods as linear solvers, one below the other: weights of outputs, as shares of the step, and of earlier latents.
+
+    A method on a grid of its own stands at the same noise levels of the finest one's.
+    """
     solvers = series["solvers"]
+    finest = max(solvers.values(), key=lambda solver: solver["nodes"][-1])
     figure = Figure((WIDTH, 0.9 + 1.15 * len(solvers)))
     axes = figure.subplots(len(solvers), 2, sharex=True, squeeze=False)
-    for (outputs, latents), (title, solver) in zip(axes, solvers.items(), strict=True):
-        nodes, lengths = np.array(solver["nodes"]), np.diff(solver["sigmas"])[:, None]
-        tables = ((outputs, np.array(solver["velocity"]) / lengths, "v"), (latents, np.array(solver["latent"]), "x"))
-        for axis, table, name in tables:
-            axis.axhline(0, color=GREY, lw=0.5)
-            for lag in range(min(table.shape[1], SHOWN_LAGS)):
-                line = look(lag)
-                label = f"{name}[k]" if lag == 0 else f"{name}[k − {lag}]"
-                there = np.abs(table[:, lag]) > 1e-9
-                axis.plot(nodes[there], table[there, lag], ms=3, lw=0.8, label=label, **line)
-            axis.vlines(nodes, 0, 0.06, color="black", lw=0.6, transform=axis.get_xaxis_transform())
-            axis.tick_params(labelsize=6)
-        outputs.set_title(title, fontsize=8, loc="left", pad=2)
-        outputs.set_yscale("symlog", linthresh=2)
-        latents.set_yscale("symlog", linthresh=0.1)
+    for row, (title, solver) in zip(axes, solvers.items(), strict=True):
+        nodes = np.interp(-np.array(solver["sigmas"][:-1]), -np.array(finest["sigmas"][:-1]), finest["nodes"])
+        lengths = np.diff(solver["sigmas"])[:, None]
+        for axis, table, name in zip(
+            row, (solver["velocity"] / lengths, np.array(solver["latent"])), "vx", strict=True
+        ):
+            _weights(axis, nodes, table, name)
+        row[0].set_title(title, fontsize=8, loc="left", pad=2)
     axes[-1, 0].set_xlabel("step; weights of outputs / length of the step")
     axes[-1, 1].set_xlabel("step; weights of latents in x[k+1] − x[k]")
-    widest = max(range(len(solvers)), key=lambda row: len(axes[row, 0].lines))
+    widest = max(range(len(solvers)), key=lambda place: len(axes[place, 0].lines))
     outputs, latents = (axis.get_legend_handles_labels()[0] for axis in axes[widest])
     figure.legend(handles=outputs, loc="outside upper left", ncols=SHOWN_LAGS, fontsize=7)
     figure.legend(handles=latents, loc="outside upper right", ncols=SHOWN_LAGS, fontsize=7)
     return figure
+
+
+def _weights(axis: Axes, nodes: np.ndarray, table: np.ndarray, name: str) -> None:
+    """A line for each of the last nodes that is used; ticks at the bottom are the nodes."""
+    axis.axhline(0, color=GREY, lw=0.5)
+    for lag in range(min(table.shape[1], SHOWN_LAGS)):
+        used = np.abs(table[:, lag]) > 1e-9
+        label = f"{name}[k]" if lag == 0 else f"{name}[k − {lag}]"
+        line: dict[str, Any] = {"ms": 3, "lw": 0.8, "label": label, **look(lag)}
+        axis.plot(nodes[used], table[used, lag], **line)
+    axis.vlines(nodes, 0, 0.06, color="black", lw=0.6, transform=axis.get_xaxis_transform())
+    reach = 1.2 * max(np.abs(table[:, :SHOWN_LAGS]).max(), 0.1)
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set_ylim(-reach, reach)
+    place = 1 if reach < 10 else 10 if reach < 100 else 100
+    ticks = [-place, 0, place] if reach > 1 else [-0.1, 0, 0.1]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.tick_params(labelsize=6)
 
 
 def realism(series: dict[str, Any]) -> Figure:
