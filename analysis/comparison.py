@@ -13,6 +13,7 @@ from analysis.records import UNCACHED, Claim, FigureRecord, Row, Rows, RowScores
 from analysis.verdicts import Result, results, verdict
 
 WHOLE = 1e-3  # of a forward
+IDENTICAL_DB = 100.0  # what identical samples count as where a number is needed
 FLIPPED_DB = 30.0  # below it a sample is another outcome, not the same one a little off
 NO_PLACE = (None, None)  # of rows that stand beside all others
 Metric = Callable[[Sample], float | None]

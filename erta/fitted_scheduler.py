@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from erta.errors import ErtaError, SignatureMismatch
+from erta.files import replacing
 from erta.scheduler import nominal_sigmas
 from erta.signature import check_signature, model_signature
 from erta.solver import Solver
@@ -172,16 +173,20 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             raise ErtaError(f"this solver has {self.solver.num_steps} steps, and all of them are done")
         if k == self._begin_index:
             self._check_shape(sample)
-        self._outputs, self._latents = [model_output, *self._outputs], [sample, *self._latents]
-        result = self._advance(k, sample)
+        result = self._next(k, model_output, sample).to(model_output.dtype)
+        self._step_index = k + 1
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def _next(self, k: int, output: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """`x[k+1]`, in float32."""
+        self._outputs, self._latents = [output, *self._outputs], [latent, *self._latents]
+        result = self._advance(k, latent)
         # what no later rule needs is let go now: the next forward is where memory is short
         self._outputs, self._latents = (
             [value if needed[k + 1, lag] else None for lag, value in enumerate(values, 1)][: self.solver.memory - 1]
             for needed, values in zip(self._needed, (self._outputs, self._latents), strict=True)
         )
-        self._step_index = k + 1
-        result = result.to(model_output.dtype)
-        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+        return result
 
     def _advance(self, step: int, x: torch.Tensor) -> torch.Tensor:
         """One step's rule, in float32."""
@@ -223,15 +228,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `scheduler_config.json` and `solver.safetensors` into a folder."""
+        if push_to_hub:
+            raise ErtaError("a solver is written to a folder: upload it with huggingface_hub")
         folder = Path(save_directory)
         self.save_config(folder, push_to_hub=False)
         made_for = {**vars(self.made_for), "nodes": list(self.solver.nodes)}
         metadata = {"schema": SCHEMA, "made_for": json.dumps(made_for), "report": json.dumps(self.report)}
-        partial = folder / f"{SOLVER_FILE}.partial"
-        save_file({name: np.ascontiguousarray(getattr(self.solver, name)) for name in TABLES}, partial, metadata)
-        partial.replace(folder / SOLVER_FILE)
-        if push_to_hub:
-            raise ErtaError("a solver is written to a folder: upload it with huggingface_hub")
+        with replacing(folder / SOLVER_FILE) as partial:
+            save_file({name: np.ascontiguousarray(getattr(self.solver, name)) for name in TABLES}, partial, metadata)
 
     @classmethod
     def from_pretrained(

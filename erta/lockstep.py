@@ -15,7 +15,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from erta.errors import ErtaError
 from erta.fitted_scheduler import FittedScheduler
@@ -41,18 +40,8 @@ class _Asking(FittedScheduler):
 
     ask: Callable[[Asked], torch.Tensor]
 
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
-        sample: torch.Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """See `FittedScheduler`."""
-        self._step_index = (self._step_index or 0) + 1
-        result = self.ask(Asked(model_output, sample)).to(model_output.dtype)
-        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+    def _next(self, k: int, output: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        return self.ask(Asked(output, latent))
 
 
 class _Call(threading.Thread):
@@ -123,10 +112,7 @@ def run_in_step(pipe: Any, scheduler: FittedScheduler, calls: list[dict[str, Any
                     f"the pipeline ended at step {node} of {scheduler.solver.num_steps}: a fit needs whole runs"
                 )
             answers = answer(node, said)
-        made = [thread.go_on(latent) for thread, latent in zip(threads, answers, strict=True)]
-        if any(isinstance(one, Asked) for one in made):
-            raise ErtaError("the pipeline asks for more steps than the scheduler has (two evaluations a step?)")
-        return made
+        return [thread.go_on(latent) for thread, latent in zip(threads, answers, strict=True)]
     finally:
         for thread in threads:
             thread.stop()

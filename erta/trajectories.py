@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError
+from erta.files import replacing
 from erta.guidance import guidance_scale_of, second_scale_of
 from erta.pipeline import call_arguments, check_bare, find_denoiser, takeover_step
 from erta.scheduler import nominal_sigmas
@@ -98,9 +99,8 @@ class Trajectories:
         metadata = {"schema": SCHEMA, "signature": json.dumps(self.signature), "record": json.dumps(self.record)}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}, partial, metadata)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}, partial, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectories:

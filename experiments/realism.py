@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import erta
 from analysis import paper
+from analysis.comparison import IDENTICAL_DB
 from analysis.records import Measured
 from experiments.bench.fidelity import psnr_db
 from experiments.harness import config
@@ -33,8 +34,7 @@ from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.printed import share_of
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
-from experiments.methods.fewer_steps import SAMPLERS
-from experiments.models.load import set_sampler
+from experiments.methods.fewer_steps import scheduler_named
 from experiments.output import console
 from experiments.output.run_folder import check_inputs, describe_inputs
 from experiments.prompts.choose import Prompt, test_prompts
@@ -43,7 +43,6 @@ FEWER = {"1/2": 2, "1/3": 3}
 PLACES = {"0": 0.0, "1/4": 0.25, "1/2": 0.5, "3/4": 0.75}
 TABLES = ("table1_video", "table2_image")
 ABLATION = {"uniform": "uniform", "policy": "policy", "policy + time": "policy_time", "all three": "ertacache"}
-IDENTICAL_DB = 100.0  # what identical samples count as
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -59,7 +58,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     arms = {key: make_arm(setup.with_cache(compose_row(row))) for key, row in rows.items()}
     fewer = {name: Arm(None, {**setup.kwargs, "num_inference_steps": round(total / by)}) for name, by in FEWER.items()}
     check_inputs(folder, describe_inputs(setup.pipe, prompts, next(iter(arms.values())).calibration if arms else None))
-    euler = OmegaConf.create({"model": cfg.model, "sampler": OmegaConf.load(SAMPLERS / "flow_match_euler.yaml")})
+    euler = scheduler_named(setup, "flow_match_euler")
 
     def measure(prompt: Prompt) -> dict[str, Any]:
         uncached = Arm(None, setup.kwargs).sample(setup.pipe, prompt).frames
@@ -73,7 +72,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
             "fewer": {name: fidelity(arm) for name, arm in fewer.items()},
             "order": [fidelity(arm) for arm in arms.values()],
         }
-        set_sampler(setup.pipe, euler)
+        setup.pipe.scheduler = euler
         try:
             line["growth"] = growth(setup, prompt)
         finally:

@@ -17,7 +17,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from analysis import records
-from analysis.comparison import Comparison, Outcome
+from analysis.comparison import IDENTICAL_DB, Comparison, Outcome
 from analysis.records import Measured
 from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.members import Member, run_members
@@ -30,7 +30,6 @@ PAPERS = {
     "the rectification helps": ("ertacache", "policy_time"),
 }
 AGAINST = "ertacache"
-IDENTICAL_DB = 100.0  # what identical samples count as
 
 
 def run(cfg: DictConfig, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -33,8 +34,12 @@ def arm(setup: Setup) -> Arm:
     if name is None:
         return Arm(None, kwargs)
     choice_index("cache.options.sampler", name, tuple(sorted(path.stem for path in SAMPLERS.glob("*.yaml"))))
-    other = OmegaConf.create({"model": setup.cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{name}.yaml")})
+    return scheduler_arm(setup, scheduler_named(setup, name), kwargs["num_inference_steps"], {"sampler": name})
+
+
+def scheduler_named(setup: Setup, sampler: str) -> Any:
+    """The solver of the group `sampler` with the model's shift, as it would stand on the pipeline. Raises what `set_sampler` does."""
+    other = OmegaConf.create({"model": setup.cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{sampler}.yaml")})
     swapped = SimpleNamespace(scheduler=setup.pipe.scheduler)
     set_sampler(swapped, other)
-
-    return scheduler_arm(setup, swapped.scheduler, kwargs["num_inference_steps"], {"sampler": name})
+    return swapped.scheduler
