@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
@@ -210,6 +211,11 @@ class Calibration:
         check_count(count, total, takeover)
         uniform = policy == "uniform"
         return uniform_mask(total, count, takeover) if uniform else budget_mask(rel_l1, count, takeover)
+
+    def digest(self) -> str:
+        """Short digest of all statistics: two calibrations with the same lead to the same plans."""
+        arrays = self.statistics.to_arrays()
+        return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
         """Write tensors and JSON metadata as one safetensors file."""

@@ -20,7 +20,8 @@ from experiments.models.call import call_kwargs
 from experiments.models.load import ASSETS
 from experiments.output import console, tracking
 from experiments.output.clips import to_uint8
-from experiments.output.run_folder import mark_finished, read_json, read_lines, write_json
+from experiments.output.files import read_json, read_lines, write_json
+from experiments.output.run_folder import mark_finished
 from experiments.prompts.choose import Prompt, test_prompts
 from experiments.scenes import agreement, read_clip
 from experiments.training import train_images, train_video

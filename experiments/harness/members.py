@@ -20,7 +20,8 @@ from analysis.comparison import results_of
 from erta.errors import ErtaError
 from experiments.harness.config import CONF
 from experiments.output import console
-from experiments.output.run_folder import STATE_FILE, config_hash, mark_finished, read_json, write_json
+from experiments.output.files import read_json, write_json
+from experiments.output.run_folder import STATE_FILE, config_hash, mark_finished
 
 LOG, TIMES, RESULTS = "log.txt", "times.json", "results.md"
 NEARLY = 0.97  # of a command's bar, as long as it is not finished

@@ -9,7 +9,7 @@ import pytest
 
 import erta
 from erta.errors import ErtaError
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from experiments.prompts.files import FilePrompt, read_prompt_file
 from tests.commands import folders
 
