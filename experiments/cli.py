@@ -171,7 +171,9 @@ def _full_disk(error: BaseException | None) -> str | None:
 
     Libraries wrap it in errors of their own, and numpy only counts what it could not write.
     """
-    while error is not None:
+    seen: set[int] = set()  # errors may stand in a circle
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, OSError):
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return str(error.filename or "")
