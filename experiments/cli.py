@@ -157,6 +157,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, ErtaError):
         return str(error)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
+        if "RayLauncher" in str(error):
+            return "this launcher needs hydra-ray-launcher, in an environment of its own: see experiments/CLUSTER.md"
         reason = f": {_first_lines(error.__cause__, 1)}" if error.__cause__ is not None else ""
         return _unknown_key(str(error)) or _unknown_choice(str(error)) or _first_lines(error, 2) + reason
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -203,6 +205,8 @@ def _unknown_choice(message: str) -> str | None:
     """Hydra's error for a group without such a file, with those that exist."""
     if re.search(r"Could not (load|find) '(hydra/sweeper/)?optuna", message):
         return "this sweeper needs hydra-optuna-sweeper, an extra: pip install -e '.[sweeps]'"
+    if re.search(r"Could not (load|find) '(hydra/launcher/)?submitit", message):
+        return "this launcher needs hydra-submitit-launcher, an extra: pip install -e '.[slurm]'"
     found = re.search(r"Could not find '(\w+)/([^']+)'", message)
     if found is None or found[1] == "hydra" or not (CONF / found[1]).is_dir():
         return None

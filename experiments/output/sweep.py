@@ -163,6 +163,11 @@ def shown_at_its_end() -> Iterator[None]:
     except Refused as refused:
         raise (refused.__cause__ or refused) from None
     except Exception as error:
+        if type(error).__module__.startswith("submitit."):
+            raise ErtaError(
+                "a job ended without a word: it was killed, or its node is gone. What was finished is kept: the same command goes "
+                "on, with wait=true while others of its jobs are still at work."
+            ) from error
         if Begin.folder is None or not _has_failed(Begin.folder):
             raise
         trouble = error  # of Hydra, as its runs failed: they are named
