@@ -111,15 +111,17 @@ def typed(key: str, rest: list[str]) -> Any:
 
 def kinds_of(key: str, node: Any) -> dict[str, str]:
     """Which bad values there are for a key, by the kind of its node."""
-    kind = type(node).__name__
-    if kind == "BooleanNode":
+    of = type(node).__name__
+    if of == "BooleanNode":
         return FLAGS
-    if kind in ("IntegerNode", "FloatNode"):
+    if key == "seed":  # 10^12 is one
+        return {kind: value for kind, value in {**NUMBERS, **FRACTION}.items() if kind != "far too large"}
+    if of in ("IntegerNode", "FloatNode"):
         zero = {} if key in MAY_BE_ZERO else ZERO
-        return {**NUMBERS, **zero, **(FRACTION if kind == "IntegerNode" else {})}
-    if kind == "StringNode":
+        return {**NUMBERS, **zero, **(FRACTION if of == "IntegerNode" else {})}
+    if of == "StringNode":
         return WORDS if key in WORD_KEYS else TEXTS
-    if kind == "ListConfig":
+    if of == "ListConfig":
         is_number = node._metadata.element_type in (int, float)
         return NUMBER_LISTS if is_number else LISTS
     return {}

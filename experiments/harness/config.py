@@ -22,6 +22,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 DEFAULT_SPEEDUP = 2.0
 BUDGETS = ("threshold", "speedup", "steps")
 ROOT_KEYS = ("seed", "resume", "wait")
+TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "1", "0"})
 MP4_BLOCK = 16  # pixels
 
 
@@ -218,6 +219,9 @@ def check_is_read(cfg: DictConfig, overrides: list[str]) -> None:
         key = override.split("=")[0].lstrip("~")
         if key.startswith("experiment.") or key.endswith("._target_") or override.startswith("~"):
             raise ErtaError(f"{override}: this is not set, but chosen with its group, as in experiment=… or cache=…")
+        value = override.partition("=")[2].strip()
+        if isinstance(OmegaConf.select(cfg, key), bool) and value.lower() not in TRUTHS:  # else any number is true
+            raise ErtaError(f"{key} must be true or false, not {value or 'empty'}")
         if not any(_is_in(key, part) for part in (*always, *experiment.reads)):
             choices = [part for part in experiment.reads if _is_in(part, key)]  # a group of which some keys are read
             if not choices:

@@ -17,7 +17,7 @@ from experiments.output.owner import LOCK, OWNER, OwnedError, owner_of, owning
 from experiments.output.run_folder import open_folder
 from tests.commands import config
 
-HOLD = "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
