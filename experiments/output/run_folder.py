@@ -281,7 +281,11 @@ def describe_run(cfg: DictConfig, prompts: list[Prompt]) -> dict[str, Any]:
 
 def _command() -> str:
     """What was typed, without what does not decide the result: where it was written, what W&B was told."""
-    typed = [part for part in sys.argv[1:] if not part.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "wandb."))]
+    typed = [
+        part
+        for part in sys.argv[1:]
+        if not part.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "wandb.", "resume=", "wait="))
+    ]
     return " ".join(["python", Path(sys.argv[0]).name, *typed])
 
 
