@@ -154,7 +154,7 @@ def test_other_code_does_not_continue_a_run_unless_it_is_forced(command, tmp_pat
     state["inputs"]["source"] = "another"
     (tmp_path / "out" / "state.json").write_text(json.dumps(state))
     code, printed = command(*job)
-    assert code == 1 and "source changed since the run in out began" in printed and "resume=force" in printed
+    assert code == 1 and "source changed since the run in" in printed and "resume=force" in printed
     code, printed = command(*job, "resume=force")
     assert code == 0 and json.loads((tmp_path / "out" / "record.json").read_text())["forced"] == ["source"]
 
