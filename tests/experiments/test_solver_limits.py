@@ -63,8 +63,8 @@ def test_through_the_command_line(command, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("solver_limits.prompts=[0]", r"solver_limits.prompts must be numbers ≥ 1"),
-        ("solver_limits.weights=0", "solver_limits.weights must be above 0"),
+        ("solver_limits.prompts=[0]", "solver_limits.prompts must be a list of which each entry is at least 1"),
+        ("solver_limits.weights=0", "solver_limits.weights must be > 0"),
         ("bench.num_prompts=1", "bench.num_prompts=2 or more"),
     ],
 )
