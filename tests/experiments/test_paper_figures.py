@@ -67,7 +67,7 @@ def test_long_video_is_timed_at_every_size(command, tmp_path):
         (("experiment=fig6_channel_errors", "bench.num_prompts=3"), "at least 4 prompts"),
         (("experiment=fig6_channel_errors", "bench.num_prompts=4", "cache=teacache"), "has no plan"),
         (("experiment=fig2b_trajectory_drift", "cache.site=blocks"), "the arms of this figure decide"),
-        (("experiment=threshold_sensitivity", "threshold_sensitivity.thresholds=[-1]"), "must be numbers ≥ 0"),
+        (("experiment=threshold_sensitivity", "threshold_sensitivity.thresholds=[-1]"), "each entry is ≥ 0"),
         (("experiment=threshold_sensitivity", "threshold_sensitivity.thresholds=[]"), "must be numbers ≥ 0"),
         (("experiment=table2_image", "model=wan21_tiny", "bench=fidelity"), "makes videos: take table1_video"),
     ],

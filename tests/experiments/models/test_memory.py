@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FluxTransformer2DModel, WanPipeline, WanTransformer3DModel
 from hydra import compose, initialize_config_dir
 
 import erta
 from erta.errors import ErtaError, InstallError
 from erta.signature import weights_digest
-from experiments.harness import config
+from experiments.harness import checks, config
 from experiments.harness.config import CONF
 from experiments.harness.generate import generate
 from experiments.models import load
@@ -59,24 +59,29 @@ def test_out_of_memory_in_a_calibration_is_named_too(command, monkeypatch):
     def full(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(WanTransformer3DModel, "forward", full)
-    code, printed = command("experiment=calibrate", "model.offload=sequential", "model.num_frames=null")
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", full)
+    code, printed = command("experiment=calibrate", "model=flux_tiny", "model.offload=sequential", quick=False)
     message = printed[printed.index("error:") :]
     assert code == 1 and "out of GPU memory" in message and "model.vae_tiling=true" in message
     assert "model.offload" not in message and "frames" not in message
 
 
-@pytest.mark.parametrize("offload", config.OFFLOADS)
+@pytest.mark.parametrize("offload", checks.OFFLOADS)
 def test_offload_is_the_pipelines_own(weights, monkeypatch, offload):
     """Mutants: one offload for the other, a pipeline moved to the GPU as a whole before."""
     done = []
     for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
-        monkeypatch.setattr(WanPipeline, name, lambda self, name=name: done.append(name))
+        monkeypatch.setattr(WanPipeline, name, lambda self, gpu_id, name=name: done.append((name, gpu_id)))
     monkeypatch.setattr(WanPipeline, "to", lambda self, device: done.append(device) or self)
     monkeypatch.setattr(load.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(load.torch.cuda, "current_device", lambda: 3)  # a rank's own
     pipe = load.load_pipeline(configured(f"model.path={weights}", f"model.offload={offload}"))
     assert isinstance(pipe, WanPipeline)
-    wanted = {"none": "cuda", "model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
+    wanted = {
+        "none": "cuda",
+        "model": ("enable_model_cpu_offload", 3),
+        "sequential": ("enable_sequential_cpu_offload", 3),
+    }
     assert done == [wanted[offload]]
 
 

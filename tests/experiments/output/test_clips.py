@@ -39,6 +39,6 @@ def test_a_clip_that_a_full_disk_cut_off_is_an_error_and_no_file(tmp_path, monke
             with pytest.raises(OSError, match=message):
                 clips.write_lossless(clip(), path)
             assert not path.exists()
-    monkeypatch.setattr(imageio.v2, "mimwrite", lambda *a, **k: path.write_bytes(content))
+    monkeypatch.setattr(imageio.v2, "mimwrite", lambda to, *a, **k: to.write_bytes(content))
     clips.write_lossless(clip(), path)
     assert path.read_bytes() == content
