@@ -12,9 +12,7 @@ with u the outputs that the cached run used, v(xc) and v(x) the model's on the c
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +23,12 @@ from torch import nn
 from erta.architectures import Architecture, architecture_of
 from erta.coefficients import Coefficients
 from erta.errors import ErtaError
-from erta.guidance import branches_of, guidance_scale_of, guide, second_scale_of, split
+from erta.guidance import branches_of, combining_scale_of, guide, second_scale_of, split
 from erta.hooks import observed
-from erta.pipeline import SESSION, call_arguments, find_denoiser, find_denoisers, latent_call
+from erta.pipeline import Session, call_arguments, find_denoiser, latent_call
 from erta.plan import Plan
-from erta.scheduler import step_index
-from erta.session import cached
+from erta.scheduler import first_index
+from erta.session import cached, planned_session
 from erta.site import SeenForward, Site, make_site
 
 DIRECTION_STRIDE = 100_000  # between the seeds of the directions
@@ -165,7 +163,7 @@ def reuse_error_by_channel(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0,
         sums.append(error.mean(dim=[d for d in range(error.ndim) if d != axis]))
 
     with cached(pipe, plan):
-        pipe.__dict__[SESSION].show_reuse(note)
+        planned_session(pipe).show_reuse(note)
         pipe(**latent_call(prompt, seed, pipeline_kwargs))
     if not sums:
         raise ErtaError("this plan reuses nothing, so there is no error to look at")
@@ -185,31 +183,22 @@ class _Run:
     def integrate(self, noise: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
         """The solver alone over given outputs: linear in noise and outputs together."""
         scheduler, x = copy.deepcopy(self.scheduler), noise
-        for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        for timestep, output in zip(scheduler.timesteps[first_index(scheduler) :], outputs, strict=True):
             x = scheduler.step(output, timestep, x, return_dict=False)[0]
         return x.double()
 
 
-@contextmanager
-def _recorded(pipe: Any, run: _Run) -> Iterator[None]:
-    """Note what the pipeline's scheduler is given at every step."""
-    scheduler, own_step = pipe.scheduler, pipe.scheduler.step
+def _record(session: Session, run: _Run) -> None:
+    """Note what the scheduler of the session's calls is given at every step."""
 
-    @functools.wraps(own_step)  # pipelines inspect its signature
-    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def note(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         if run.scheduler is None:
-            del scheduler.step
             run.scheduler = copy.deepcopy(scheduler)
-            scheduler.step = step
+            del run.scheduler.step  # the solver's own, which notes nothing
             run.noise = sample.double()
         run.outputs.append(model_output.double())
-        return own_step(model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        del scheduler.step
+    session.show_step = note
 
 
 class _OpenLoop:
@@ -246,8 +235,8 @@ def _run_uncached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[st
     def site_of(transformer: nn.Module) -> Site:
         return make_site(plan.site, transformer, plan.reuse)
 
-    step = functools.partial(step_index, pipe.scheduler)
-    with observed(find_denoisers(pipe), open_loop.observe, site_of, step), _recorded(pipe, run):
+    with observed(pipe, open_loop.observe, site_of) as session:
+        _record(session, run)
         run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
     run.open_loop_errors = open_loop.guided()
     return run
@@ -262,9 +251,10 @@ def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str,
         true.setdefault(step, {}).update(parts)
 
     with cached(pipe, plan) as trace:
-        pipe.__dict__[SESSION].show_reuse(note)
-        with _recorded(pipe, run):
-            run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
+        session = planned_session(pipe)
+        session.show_reuse(note)
+        _record(session, run)
+        run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
     for step, output in enumerate(run.outputs):
         run.truth.append(guide(true[step], scales[trace.stages[step]]) if step in true else output)
     return run
@@ -273,7 +263,7 @@ def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str,
 def _guidance_scales(pipe: Any, prompt: str, kwargs: dict[str, Any]) -> _Scales:
     """Of the first and the second transformer."""
     arguments = call_arguments(type(pipe), pipe, (), {**kwargs, "prompt": prompt})
-    return guidance_scale_of(arguments), second_scale_of(arguments)
+    return combining_scale_of(arguments), second_scale_of(arguments)
 
 
 def _final_latents(result: Any) -> torch.Tensor:

@@ -1,38 +1,105 @@
-"""Guidance branches: what a pipeline calls them, which of them share a forward, how they are combined."""
+"""Guidance branches: what a pipeline calls them, which of them share a forward, how they are combined.
+
+Many pipelines name the branch of a forward (their `cache_context`). Of those that do not, two things can be seen: a batch of
+twice the samples holds both branches, and a second forward at one step is the second branch. Such branches are called after
+what was seen of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from erta.errors import ErtaError
+from erta.errors import ErtaError, SignatureMismatch
 
 BATCHED = "cond_uncond"  # of pipelines that run both branches as one batch (CogVideoX, LTX)
 BATCH_ORDER = ("uncond", "cond")
-SINGLE_BRANCH = "single"  # of pipelines that set no cache context
+SINGLE_BRANCH = "single"  # of pipelines that set no cache context: the first forward of a step, or its only one
+SECOND_CALL = "second call"  # the second one at that step
+BOTH_HALVES = "both halves"  # one forward whose batch is twice the samples
+HALVES = ("first half", "second half")
+PAIRS = (("cond", "uncond"), ("pred_cond", "pred_uncond"))  # as pipelines name them
+LARGEST_MISFIT = 0.5  # of branches weighted to what was made of them, relative: beyond, it was made in another way
 
 
 def guidance_scale_of(arguments: dict[str, Any]) -> float | None:
-    """The scale of a pipeline call, from its arguments with defaults filled in.
-
-    Raises ErtaError for true guidance beside an embedded one (FLUX with a negative prompt): not built yet.
-    """
-    negative = any(arguments.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))
-    if negative and (arguments.get("true_cfg_scale") or 1) > 1:
-        raise ErtaError("true_cfg_scale with a negative prompt is not supported: leave one of them out")
+    """The scale of a pipeline call that goes by this name, from its arguments with defaults filled in."""
     return arguments.get("guidance_scale")
+
+
+def true_scale_of(arguments: dict[str, Any]) -> float | None:
+    """The scale of true guidance beside an embedded one (FLUX, QwenImage); None where the call does not use it."""
+    scale = arguments.get("true_cfg_scale")
+    negative = any(arguments.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))
+    return float(scale) if negative and scale is not None and scale > 1 else None
+
+
+def combining_scale_of(arguments: dict[str, Any]) -> float | None:
+    """The scale by which a call combines its branches."""
+    true = true_scale_of(arguments)
+    return guidance_scale_of(arguments) if true is None else true
 
 
 def second_scale_of(arguments: dict[str, Any]) -> float | None:
     """The scale under a pipeline's second transformer: `guidance_scale_2`, or that of the first if it is not given."""
     scale = arguments.get("guidance_scale_2")
-    return guidance_scale_of(arguments) if scale is None else scale
+    return combining_scale_of(arguments) if scale is None else scale
+
+
+def unnamed_context(place: int, rows: int, samples: int | None, branches: Sequence[str] | None) -> str:
+    """What a forward without a cache context is called.
+
+    Args:
+        place: 0 for the first such forward of a step.
+        rows: of its batch.
+        samples: that the call makes; None where it is not known.
+        branches: that a plan knows; None in a run without one, where the batch alone can tell.
+
+    Raises SignatureMismatch where the batch is not the plan's, ErtaError where no plan could tell the branches apart.
+    """
+    halved = rows == 2 * samples if branches is None and samples is not None else bool({*HALVES} & {*(branches or ())})
+    if samples is not None and rows != samples * (2 if halved else 1):
+        if branches is not None:
+            planned = f"{len(branches)} branches, {2 * samples if halved else samples} rows"
+            raise SignatureMismatch("the batch of a forward", planned, f"{rows} rows")
+        raise ErtaError(
+            f"one sample gave a batch of {rows}: its guidance branches cannot be told apart. Calibrate with guidance off."
+        )
+    if place > 1 or (halved and place > 0):
+        raise ErtaError(
+            f"forward {place + 1} of one step is not of a known guidance branch (two are told apart). Run with guidance off."
+        )
+    if halved:
+        return BOTH_HALVES
+    return SECOND_CALL if place else SINGLE_BRANCH
+
+
+def samples_of(arguments: dict[str, Any]) -> int | None:
+    """How many samples a pipeline call makes: prompts times images (or videos) of each. None if that cannot be seen."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if isinstance(prompt, str):
+        prompts = 1
+    elif prompt is not None or embeds is not None:
+        prompts = len(prompt if prompt is not None else embeds)
+    else:
+        return None
+    for name, count in arguments.items():
+        if is_count_per_prompt(name):
+            prompts *= count or 1
+    return prompts
+
+
+def is_count_per_prompt(name: str) -> bool:
+    """Whether a pipeline's argument is how many samples a prompt gives: `num_images_per_prompt` and the like."""
+    return name.startswith("num_") and name.endswith("_per_prompt")
 
 
 def branches_of(context: str, guidance_scale: float | None) -> tuple[str, ...]:
-    """The guidance branches that a forward under a pipeline's `cache_context` computes, in batch order."""
+    """The guidance branches that a forward under a cache context (or what was seen in place of one) computes, in batch order."""
+    if context == BOTH_HALVES:
+        return HALVES
     if context != BATCHED:
         return (context,)
     return BATCH_ORDER if guidance_scale is not None and guidance_scale > 1 else ("cond",)
@@ -43,13 +110,47 @@ def split(value: torch.Tensor, branches: tuple[str, ...]) -> dict[str, torch.Ten
     return dict(zip(branches, value.chunk(len(branches)), strict=True))
 
 
+def is_known_pair(values: Iterable[str]) -> bool:
+    """Whether these are the names that diffusers gives to two guidance branches."""
+    return any(set(pair) == set(values) for pair in PAIRS)
+
+
 def guide(values: dict[str, torch.Tensor], guidance_scale: float | None) -> torch.Tensor:
     """What is integrated: `uncond + scale (cond - uncond)`. Raises ErtaError for branches it does not know."""
     if len(values) == 1:
         return next(iter(values.values()))
-    if set(values) != set(BATCH_ORDER) or guidance_scale is None:
+    if not is_known_pair(values) or guidance_scale is None:
         raise ErtaError(f"it is not known how the guidance branches {sorted(values)} are combined")
-    return values["uncond"] + guidance_scale * (values["cond"] - values["uncond"])
+    cond, uncond = (values[branch] for pair in PAIRS if set(pair) == set(values) for branch in pair)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def weights_of(values: dict[str, torch.Tensor], made: torch.Tensor) -> tuple[float, ...] | None:
+    """The weights of two branches in what a pipeline made of them, by least squares; None if that is no sum of them.
+
+    Pipelines differ in the order of their branches, in signs and in what they call the scale; what they give the solver does
+    not. Norms that some set anew (`cfg_normalization`) leave a misfit.
+    """
+    if len(values) != 2 or any(value.numel() != made.numel() for value in values.values()):
+        return None
+    first, second = (value.double().flatten() for value in values.values())
+    target, change = made.double().flatten(), second - first
+    basis = torch.stack([first, change])
+    products = basis @ basis.T
+    if not torch.isfinite(products).all():
+        return float("nan"), float("nan")  # what is not finite is somebody else's to say
+    if torch.linalg.matrix_rank(products) < 2:  # equal branches, or none at all
+        return (float(first @ target / products[0, 0]), 0.0) if products[0, 0] > 0 else None
+    along, across = torch.linalg.solve(products, basis @ target)
+    misfit = (target - along * first - across * change).norm() / target.norm().clamp_min(
+        torch.finfo(torch.float64).tiny
+    )
+    return None if misfit > LARGEST_MISFIT else (float(along - across), float(across))
+
+
+def weighted(values: dict[str, torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:
+    """The branches, in their order, weighted."""
+    return sum((weight * value for weight, value in zip(weights, values.values(), strict=True)), start=torch.zeros(()))
 
 
 def expand(contexts: Iterable[str], guidance_scale: float | None) -> set[str]:

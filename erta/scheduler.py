@@ -1,15 +1,19 @@
 """The plan's time grid, put under an unmodified pipeline through its scheduler.
 
-A planned scheduler is a copy of the pipeline's own with one method overridden: `set_timesteps` checks that
-the run is the one that was planned, then writes the plan's sigmas and timesteps. All else, the solver's
-arithmetic above all, stays the scheduler's own.
+A planned scheduler is a copy of the pipeline's own, of the same class, with one method overridden: `set_timesteps` checks
+that the run is the one that was planned, then writes the plan's sigmas and timesteps. All else, the solver's arithmetic
+above all, stays the scheduler's own.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,36 @@ from erta.plan import Plan
 
 
 def step_index(scheduler: Any) -> int:
-    """The step that the scheduler will carry out next. Counting calls would go wrong with two transformers."""
+    """The place in its grid of the step that the scheduler will carry out next. Counting calls goes wrong with two transformers."""
     index = scheduler.step_index
     if index is None:
         index = scheduler.begin_index  # before the first step
     return 0 if index is None else int(index)
+
+
+def first_index(scheduler: Any) -> int:
+    """The place in its grid where the run begins: not 0 where a pipeline runs a part of it (image-to-image, by its strength)."""
+    return int(getattr(scheduler, "begin_index", None) or 0)
+
+
+def settle_start(scheduler: Any, num_timesteps: int | None) -> None:
+    """Tell a scheduler before its first step that the pipeline runs only its last `num_timesteps`, if nobody did.
+
+    Some pipelines of a part of a schedule leave it to the scheduler to find its place by the timestep of the first step, which
+    is after the first forward. The place is the same.
+    """
+    skipped = 0 if num_timesteps is None else len(scheduler.timesteps) - num_timesteps
+    if skipped <= 0 or getattr(scheduler, "begin_index", None) is not None:
+        return
+    if "step_index" in vars(scheduler):  # see `counting`
+        scheduler.step_index = scheduler.begin_index = skipped
+    elif scheduler.step_index is None:
+        scheduler.set_begin_index(skipped)
+
+
+def current_step(scheduler: Any) -> int:
+    """The step that comes next, from 0, of those that the run makes."""
+    return step_index(scheduler) - first_index(scheduler)
 
 
 def has_sigmas(scheduler: Any) -> bool:
@@ -48,16 +77,42 @@ def nominal_sigmas(scheduler: Any) -> np.ndarray:
     return np.append(times.numpy(), np.float32(0))
 
 
+def grid_of_run(scheduler: Any) -> np.ndarray:
+    """The part of `nominal_sigmas` that the run integrates: from where it begins."""
+    return nominal_sigmas(scheduler)[first_index(scheduler) :]
+
+
+def check_one_forward_a_step(scheduler: Any) -> None:
+    """Raise ErtaError for a solver that asks for more than one output a step, or whose grid does not fall (Heun, KDPM2)."""
+    sigmas = grid_of_run(scheduler)
+    if (np.diff(sigmas) >= 0).any():
+        raise ErtaError(
+            f"{type(scheduler).__name__} does not go down its grid one forward a step (Heun-like solvers take two), so no "
+            "plan can be made for it: use flow-match Euler, UniPC or DPM-Solver++"
+        )
+
+
+def check_start(scheduler: Any, plan: Plan) -> None:
+    """Raise SignatureMismatch if a run begins at another place of its grid than the plan's."""
+    begin = first_index(scheduler)
+    if begin != plan.begin:
+        total = len(nominal_sigmas(scheduler)) - 1
+        planned = f"{plan.num_steps} of {plan.begin + plan.num_steps} steps"
+        raise SignatureMismatch(
+            "the part of the steps that runs (strength)", planned, f"{total - begin} of {total} steps"
+        )
+
+
 def counting(scheduler: Any) -> Any:
     """The scheduler itself if it counts its steps, else a copy that does (CogVideoX's keep no index)."""
     if hasattr(scheduler, "step_index"):
         return scheduler
-    base = type(scheduler)
+    counted, base = copy.deepcopy(scheduler), type(scheduler)
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         base.set_timesteps(self, *args, **kwargs)
-        self.step_index = 0
+        self.step_index, self.begin_index = 0, None
 
     @functools.wraps(base.step)  # pipelines inspect its signature
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,10 +120,39 @@ def counting(scheduler: Any) -> Any:
         self.step_index += 1
         return result
 
-    counted = copy.deepcopy(scheduler)
-    methods = {"set_timesteps": set_timesteps, "step": step, "step_index": 0, "__module__": base.__module__}
-    counted.__class__ = type(base.__name__, (base,), methods)
+    counted.step_index, counted.begin_index = 0, None
+    _override(counted, set_timesteps, step)
     return counted
+
+
+def _override(scheduler: Any, *methods: Any) -> None:
+    """Give one scheduler object methods of ours. Its class stays: pipelines ask for it (Bria compares it). Copies keep them."""
+    for method in methods:
+        setattr(scheduler, method.__name__, types.MethodType(method, scheduler))
+
+
+@contextmanager
+def steps_shown(scheduler: Any, show: Callable[[Any, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Inside the `with`, `show(scheduler, model_output, sample)` sees what the scheduler is given at every step, before it."""
+    before = scheduler.__dict__.get("step")
+    own = getattr(scheduler.step, "__func__", None) or (lambda self, *args, **kwargs: before(*args, **kwargs))
+
+    signature = inspect.signature(own)
+
+    @functools.wraps(own)  # pipelines inspect its signature
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is scheduler:  # and not a copy that the pipeline made of it (LTX-2, for the sound)
+            given = signature.bind(self, *args, **kwargs).arguments
+            show(self, given["model_output"], given["sample"])
+        return own(self, *args, **kwargs)
+
+    _override(scheduler, step)
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if before is not None:
+            scheduler.step = before
 
 
 def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
@@ -76,17 +160,16 @@ def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
 
     Raises InstallError if the corrector is to be switched off at reused steps and the solver has none to switch.
     """
-    scheduler = counting(scheduler)
-    base = type(scheduler)
+    planned = copy.deepcopy(counting(scheduler))
+    own = planned.set_timesteps
 
-    @functools.wraps(base.set_timesteps)  # pipelines inspect the signature for `sigmas`
+    @functools.wraps(own.__func__)  # pipelines inspect the signature for `sigmas`
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        base.set_timesteps(self, *args, **kwargs)
+        own.__func__(self, *args, **kwargs)
         _check_grid_is_planned(self, plan)
         _write_grid(self, plan)
 
-    planned = copy.deepcopy(scheduler)
-    planned.__class__ = type(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
+    _override(planned, set_timesteps)
     if not plan.corrector_at_reused and plan.num_computed < plan.num_steps:
         _switch_off_corrector(planned, plan)
     return planned
@@ -94,15 +177,16 @@ def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
 
 def _check_grid_is_planned(scheduler: Any, plan: Plan) -> None:
     found = nominal_sigmas(scheduler)
-    if len(found) - 1 != plan.num_steps:
-        raise SignatureMismatch("num_inference_steps", plan.num_steps, len(found) - 1)
-    if plan.nominal_sigmas is not None and not np.array_equal(found, np.asarray(plan.nominal_sigmas, np.float32)):
-        raise SignatureMismatch("sigmas", _ends(plan.nominal_sigmas), _ends(found))
+    if len(found) - 1 != plan.begin + plan.num_steps:
+        raise SignatureMismatch("num_inference_steps", plan.begin + plan.num_steps, len(found) - 1)
+    runs = found[plan.begin :]
+    if plan.nominal_sigmas is not None and not np.array_equal(runs, np.asarray(plan.nominal_sigmas, np.float32)):
+        raise SignatureMismatch("sigmas", _ends(plan.nominal_sigmas), _ends(runs))
 
 
 def _write_grid(scheduler: Any, plan: Plan) -> None:
     """Overwrite sigmas and timesteps where they change: equal entries keep the original bits."""
-    nominal = nominal_sigmas(scheduler)
+    nominal = nominal_sigmas(scheduler)[plan.begin :]
     changed = np.asarray(plan.sigmas, np.float32) != nominal
     if not changed.any():
         return
@@ -112,10 +196,10 @@ def _write_grid(scheduler: Any, plan: Plan) -> None:
     sigmas, timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
     for step in np.flatnonzero(changed).tolist():
         value = float(np.float32(plan.sigmas[step]))
-        sigmas[step] = value
+        sigmas[plan.begin + step] = value
         if step < plan.num_steps:
             exact = value * train_steps
-            timesteps[step] = exact if timesteps.dtype.is_floating_point else math.floor(exact + 1e-4)
+            timesteps[plan.begin + step] = exact if timesteps.dtype.is_floating_point else math.floor(exact + 1e-4)
     scheduler.sigmas, scheduler.timesteps = sigmas, timesteps
 
 
@@ -126,7 +210,7 @@ def _switch_off_corrector(scheduler: Any, plan: Plan) -> None:
             f"{type(scheduler).__name__} has no corrector to switch off at reused steps: leave corrector_at_reused=True"
         )
     # UniPC skips the corrector at step k + 1 for every k listed
-    reused = [step - 1 for step, computed in enumerate(plan.mask) if not computed]
+    reused = [plan.begin + step - 1 for step, computed in enumerate(plan.mask) if not computed]
     scheduler.disable_corrector = sorted({*listed, *reused})
 
 

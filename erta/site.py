@@ -12,16 +12,62 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from erta.architectures import Architecture, BlockStack, architecture_of, blocks_of, latent_of
+from erta.architectures import Architecture, BlockStack, architecture_of, blocks_of, latent_of, raw_latent
 from erta.errors import InstallError
 
 SITES = ("output", "blocks")
 Forward = Callable[..., Any]
 
 
-class OutputSite:
+@dataclass(frozen=True)
+class Parts:
+    """What a transformer gave: the velocity as one tensor, and what else there was, which reused steps repeat as it is."""
+
+    velocity: torch.Tensor
+    beside: torch.Tensor | None = None
+
+
+class _OnTransformer:
+    """What both sites know of a transformer: the form of its output."""
+
+    architecture: Architecture
+
+    def parts(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+        """The parts of an output to a call with these arguments."""
+        first = output[0]
+        velocity = torch.stack(first) if isinstance(first, list) else first
+        beside = self.architecture.beside_velocity
+        if beside == "output":
+            return Parts(velocity, output[1])
+        axis = self.architecture.channel_axis_of(velocity)
+        if beside == "channels" and velocity.shape[axis] == 2 * latent_of(args, kwargs).shape[axis]:
+            return Parts(*velocity.chunk(2, axis))
+        return Parts(velocity)
+
+    def answer(self, velocity: torch.Tensor, beside: torch.Tensor | None, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """An output of the form that these arguments ask for."""
+        sample: Any = velocity
+        if beside is not None and self.architecture.beside_velocity == "channels":
+            sample = torch.cat([velocity, beside], self.architecture.channel_axis_of(velocity))
+        if isinstance(raw_latent(args, kwargs), list):
+            sample = list(velocity.unbind())
+        if self.architecture.beside_velocity == "output":
+            return _answer_of_two(sample, beside, kwargs)
+        return Transformer2DModelOutput(sample=sample) if kwargs.get("return_dict", True) else (sample,)
+
+
+def _answer_of_two(sample: torch.Tensor, beside: Any, kwargs: dict[str, Any]) -> Any:
+    if not kwargs.get("return_dict", True):
+        return sample, beside
+    raise InstallError(
+        "a transformer with two outputs can be cached where its pipeline asks for return_dict=False only"
+    )
+
+
+class OutputSite(_OnTransformer):
     """The paper's residual, `r = v - x` of the whole transformer; a reused step runs nothing and returns `x + r`.
 
     With `reuse="velocity"` the velocity itself is kept and returned.
@@ -35,13 +81,10 @@ class OutputSite:
     def compute(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The model's output as it is, and what to keep of it."""
         output = forward(*args, **kwargs)
-        velocity = output[0]
-        kept = (
-            velocity
-            if self.reuse == "velocity"
-            else velocity - like_output(latent_of(args, kwargs), velocity, self.architecture)
-        )
-        return output, kept
+        velocity = self.parts(output, args, kwargs).velocity
+        if self.reuse == "velocity":
+            return output, velocity
+        return output, velocity - like_output(latent_of(args, kwargs), velocity, self.architecture)
 
     def predict(
         self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], kept: torch.Tensor
@@ -73,7 +116,7 @@ class _Stand(nn.Module):
         return tuple(streams)
 
 
-class BlocksSite:
+class BlocksSite(_OnTransformer):
     """Residual of the block stack, tokens after it minus tokens before it (as TeaCache-like code keeps it).
 
     A reused step runs the embeddings, adds the residual in place of the blocks, and runs the time-dependent
@@ -87,7 +130,7 @@ class BlocksSite:
 
     def __init__(self, transformer: nn.Module) -> None:
         self.stack = stack = blocks_of(transformer, "site=blocks", "use site=output, or ")
-        self.transformer = transformer
+        self.transformer, self.architecture = transformer, architecture_of(transformer)
         self.before, self.after, self.instead = (_Stand(stack) for _ in range(3))
         blocks = [list(transformer.get_submodule(name)) for name in stack.lists]
         blocks[0].insert(0, self.before)
@@ -154,20 +197,21 @@ Site = OutputSite | BlocksSite
 
 
 def make_site(name: str, transformer: nn.Module, reuse: str = "residual") -> Site:
-    """The site called `name`, one of `SITES`.
-
-    Raises InstallError for a transformer whose output holds more than the velocity, and at `blocks` for unknown blocks.
-    """
-    architecture = architecture_of(transformer)
-    if architecture.beside_velocity is not None:
-        raise InstallError(
-            f"the output of {architecture.name} holds {architecture.beside_velocity} beside the velocity, which a reused "
-            "step cannot give: this pipeline cannot be cached"
-        )
-    return OutputSite(architecture, reuse) if name == "output" else BlocksSite(transformer)
+    """The site called `name`, one of `SITES`. Raises InstallError at `blocks` for a transformer whose blocks are not known."""
+    return OutputSite(architecture_of(transformer), reuse) if name == "output" else BlocksSite(transformer)
 
 
 def like_output(x: torch.Tensor, velocity: torch.Tensor, architecture: Architecture) -> torch.Tensor:
-    """The part of the input that the output answers to: its first channels (image-to-video appends others)."""
+    """The part of the input that the output answers to: its first channels (image-to-video appends others).
+
+    Raises InstallError where the output has no such part of the input, so that no residual can be taken.
+    """
     axis = architecture.channel_axis_of(velocity)
-    return x if x.shape[axis] == velocity.shape[axis] else x.narrow(axis, 0, velocity.shape[axis])
+    has_more = x.ndim == velocity.ndim and x.shape[axis] > velocity.shape[axis]
+    like = x.narrow(axis, 0, velocity.shape[axis]) if has_more else x
+    if like.shape != velocity.shape:
+        raise InstallError(
+            f"{architecture.name} answers an input of {tuple(x.shape)} with {tuple(velocity.shape)}, so that it is not known "
+            "which part of it is the velocity: add an entry to erta/architectures.py"
+        )
+    return like

@@ -12,13 +12,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from erta.architectures import Architecture
 from erta.errors import ErtaError, NonFiniteError
-from erta.guidance import SINGLE_BRANCH, branches_of, guide, split
+from erta.guidance import branches_of, guide, is_known_pair, split, weighted, weights_of
 from erta.rectifier import Moments
 from erta.site import SeenForward
 
@@ -105,7 +106,8 @@ class TrajectoryObserver:
 
     Keeps the residuals of `window` steps and nothing else of the trajectory. At the `output` site predictions
     are made when they are needed; at `blocks` they need the forward at hand, so `eager` makes them at once.
-    `takeover` is the first step that ran in a second transformer, under `guidance_scale_2`; None if none did.
+    `takeover` is the first step that ran in a second transformer, under `guidance_scale_2`; None if none did. `combines_by` is
+    the scale that the branches are combined by, where that is another than `guidance_scale` (true guidance).
     """
 
     def __init__(
@@ -115,10 +117,11 @@ class TrajectoryObserver:
         architecture: Architecture,
         eager: bool = False,
         guidance_scale_2: float | None = None,
+        combines_by: float | None = None,
     ) -> None:
         self.window, self.guidance_scale, self.eager = window, guidance_scale, eager
         self.architecture = architecture
-        self.guidance_scale_2 = guidance_scale_2
+        self.combines_by = (combines_by if combines_by is not None else guidance_scale, guidance_scale_2)  # by stage
         self.takeover: int | None = None
         self.branches: list[str] = []
         self.latent_shape: tuple[int, ...] | None = None
@@ -126,6 +129,7 @@ class TrajectoryObserver:
         self._pending: dict[str, _Seen] = {}
         self._step, self._stage = -1, 0
         self._last_guided: torch.Tensor | None = None
+        self._model_output: torch.Tensor | None = None
         self._per_channel, self._channels = 1.0, 1
         self._pairs: list[tuple[int, int, int, torch.Tensor, torch.Tensor]] = []  # branch, step, gap, ratios, sums
         self._phi: list[tuple[int, int, torch.Tensor]] = []
@@ -140,7 +144,10 @@ class TrajectoryObserver:
         if step != self._step:
             self._close_step()
             if step != self._step + 1:
-                raise ErtaError(f"calibration saw step {step} after step {self._step}: steps must come in order")
+                raise ErtaError(
+                    f"the pipeline went from step {max(self._step, 0)} to step {step}: it runs its steps in several passes (chunks of "
+                    "a long video), or begins in the middle without telling its scheduler. That cannot be planned"
+                )
             self._step = step
             if forward.stage > self._stage:  # the first transformer's residuals are never paired with the second's
                 self._stage, self.takeover = forward.stage, step
@@ -149,12 +156,8 @@ class TrajectoryObserver:
             raise ErtaError(f"calibration saw both transformers at step {step}, or the first after the second")
         if context in self._pending:
             raise ErtaError(f"calibration saw branch {context!r} twice at step {step}")
-        if context == SINGLE_BRANCH and velocity.shape[0] != 1:
-            raise ErtaError(
-                f"one sample gave a batch of {velocity.shape[0]}: this pipeline runs its guidance branches in one batch "
-                "and does not name them, so they cannot be told apart. Calibrate it with guidance off."
-            )
         if context not in self._residuals:
+            self._check_branches(switched=self._step > 0)
             self.branches += branches_of(context, self.guidance_scale)
             self._residuals[context] = deque(maxlen=self.window)
         self.latent_shape = tuple(forward.x.shape[1:])
@@ -164,11 +167,38 @@ class TrajectoryObserver:
             predictions.append(partial(_identity, make()) if self.eager else make)
         self._pending[context] = _Seen(velocity, forward.residual, predictions)
 
+    def stepped(self, scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+        """Take what the solver was given at the step whose forwards were observed: how the branches were combined."""
+        if self._pending:
+            self._model_output = model_output.detach()
+
+    def _combination(self, velocities: dict[str, torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+        """How this step's branches are combined: by the scale, or, where that is not known, as was seen to be done."""
+        scale = self.combines_by[self._stage]
+        if len(velocities) == 1 or (is_known_pair(velocities) and scale is not None):
+            return partial(guide, guidance_scale=scale)
+        weights = None if self._model_output is None else weights_of(velocities, self._model_output)
+        if weights is None:
+            raise ErtaError(
+                f"it cannot be seen how this pipeline combines its guidance branches {sorted(velocities)}. Calibrate with guidance "
+                "off"
+            )
+        return partial(weighted, weights=weights)
+
+    def _check_branches(self, switched: bool) -> None:
+        if switched:
+            raise ErtaError(
+                f"guidance was switched on or off at step {self._step}: a plan has the same branches at every step"
+            )
+
     def finish(self, num_steps: int) -> PairStatistics:
         """Statistics of the trajectory that ended. Raises ErtaError if it is incomplete or not finite."""
         self._close_step()
         if self._step + 1 != num_steps:
-            raise ErtaError(f"calibration saw {self._step + 1} of {num_steps} steps")
+            raise ErtaError(
+                f"the pipeline ran {self._step + 1} of the {num_steps} steps of its grid: it was interrupted, or runs a part of "
+                "them (a strength below 1) and does not tell its scheduler which. That cannot be planned"
+            )
         finite = torch.stack(self._finite).cpu().numpy()
         if not finite.all():
             raise NonFiniteError(f"the transformer's output is not finite at step {int(np.flatnonzero(~finite)[0])}")
@@ -177,12 +207,13 @@ class TrajectoryObserver:
     def _close_step(self) -> None:
         if not self._pending:
             return
+        self._check_branches(switched=self._pending.keys() != self._residuals.keys())
         velocities: dict[str, torch.Tensor] = {}
         for context, seen in self._pending.items():
             velocities |= self._split(context, seen.velocity.float())
         self._finite.append(torch.stack([torch.isfinite(value).all() for value in velocities.values()]).all())
-        scale = self.guidance_scale_2 if self._stage else self.guidance_scale
-        guided = guide(velocities, scale)
+        combine = self._combination(velocities)
+        guided = combine(velocities)
         axis = self.architecture.channel_axis_of(guided)
         self._channels = guided.shape[axis]
         self._per_channel = guided.numel() / self._channels
@@ -197,11 +228,11 @@ class TrajectoryObserver:
                     sums = channel_moments(v_cached, v_cached - velocities[branch], axis)
                     self._pairs.append((self.branches.index(branch), self._step, gap, change, sums))
                 predicted |= parts
-            self._add_phi(gap, guided, guide(predicted, scale))
+            self._add_phi(gap, guided, combine(predicted))
         self._last_guided = guided
         for context, seen in self._pending.items():
             self._residuals[context].append(seen.residual)
-        self._pending = {}
+        self._pending, self._model_output = {}, None
 
     def _add_phi(self, gap: int, guided: torch.Tensor, predicted: torch.Tensor) -> None:
         """Ratios of the guided output's cache error to `||v||` and to `||v - v_before||`, both L1."""

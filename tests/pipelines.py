@@ -19,6 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+import erta
+from erta.scheduler import nominal_sigmas
 from experiments.scenes.tokenizer import build_tokenizer
 from experiments.training.text import TEXT_DIM, build_text_encoder
 from experiments.training.video_vae import build_vae
@@ -76,6 +78,16 @@ def run(pipe: WanPipeline, prompt: str = PROMPTS[0], seed: int = 3, **changes) -
     """Final latents of one generation."""
     kwargs = {**CALL, **changes}
     return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **kwargs).frames
+
+
+SOME = (True, True, False, True, False, False, True, False)
+
+
+def bare_plan(pipe, mask=SOME, **changes) -> erta.Plan:
+    """A plan on the scheduler's own grid, without a calibration."""
+    pipe.scheduler.set_timesteps(len(mask))
+    sigmas = nominal_sigmas(pipe.scheduler)
+    return erta.Plan(mask=mask, sigmas=sigmas, nominal_sigmas=sigmas, **changes)
 
 
 SITE_MASK = (True, True, False, True, False, False)

@@ -79,17 +79,6 @@ def test_one_entry_makes_a_class_known_everywhere(monkeypatch):
     assert flops_without_blocks(bare, sizes) > 0 and len(bare.blocks) == 0
 
 
-def test_an_output_with_more_than_the_velocity_is_refused(monkeypatch):
-    """Mutant: the part beside it dropped in silence at reused steps."""
-    pipe = made_up_pipe()
-    monkeypatch.setitem(
-        ARCHITECTURES, "MadeUpTransformer", Architecture("MadeUpTransformer", beside_velocity="a map of depth")
-    )
-    with pytest.raises(erta.InstallError, match="holds a map of depth beside the velocity"):
-        erta.calibrate(pipe, PROMPTS[:1], **CALL)
-    assert "forward" not in pipe.transformer.__dict__
-
-
 def test_channels_of_packed_and_unpacked_latents():
     """Mutant: CogVideoX's channels looked for at axis 1."""
     cog, flux = ARCHITECTURES["CogVideoXTransformer3DModel"], ARCHITECTURES["FluxTransformer2DModel"]
