@@ -35,7 +35,7 @@ from erta.policy import (
 )
 from erta.prompts import single_calls
 from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
-from erta.scheduler import first_index, grid_of_run, has_sigmas
+from erta.scheduler import first_index, grid_of_run, has_movable_sigmas
 from erta.signature import argument_signature, check_signature, model_signature
 from erta.site import SITES, make_site
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
@@ -334,7 +334,7 @@ def _calibrate_one(pipe: Any, prompt: str, call: dict[str, Any], seed: int, site
         "latent_shape": list(observer.latent_shape or ()),
         "branches": observer.branches,
         "site": site,
-        "grid": "sigmas" if has_sigmas(scheduler) else "timesteps",
+        "grid": "sigmas" if has_movable_sigmas(scheduler) else "timesteps",
     }
     if 1 in transformers:
         signature["guidance_scale_2"] = None if second is None else float(second)

@@ -62,6 +62,15 @@ def has_sigmas(scheduler: Any) -> bool:
     return sigmas is not None and timesteps is not None and len(sigmas) == len(timesteps) + 1
 
 
+def has_movable_sigmas(scheduler: Any) -> bool:
+    """Whether the time that the model is told is its sigma, so that a step can be moved: flow matching, and not noise levels."""
+    if not has_sigmas(scheduler):
+        return False
+    sigmas = torch.as_tensor(scheduler.sigmas).detach().double().cpu()[:-1]
+    times = torch.as_tensor(scheduler.timesteps).detach().double().cpu()
+    return bool(((sigmas * scheduler.config.num_train_timesteps - times).abs() <= 1).all())  # some round them
+
+
 def nominal_sigmas(scheduler: Any) -> np.ndarray:
     """The grid of a scheduler after `set_timesteps`, float32 (num_steps + 1,), strictly decreasing.
 
@@ -190,7 +199,7 @@ def _write_grid(scheduler: Any, plan: Plan) -> None:
     changed = np.asarray(plan.sigmas, np.float32) != nominal
     if not changed.any():
         return
-    if not has_sigmas(scheduler):
+    if not has_movable_sigmas(scheduler):
         raise InstallError(f"{type(scheduler).__name__} has no sigmas to move: plan without adjusting the grid")
     train_steps = scheduler.config.num_train_timesteps
     sigmas, timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()

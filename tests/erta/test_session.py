@@ -180,22 +180,25 @@ def test_an_interrupted_pipeline_returns_what_it_has():
     """
     pipe = build_pipe()
 
-    def interrupt(pipe, step, timestep, values):
-        pipe._interrupt = step >= stop
-        return values
+    def interrupt(last):
+        def callback(pipe, step, timestep, values):
+            pipe._interrupt = step >= last
+            return values
 
-    plain = {stop: run(pipe, callback_on_step_end=interrupt) for stop in (0, 4)}
+        return {"callback_on_step_end": callback}
+
+    plain = {stop: run(pipe, **interrupt(stop)) for stop in (0, 4)}
     with erta.cached(pipe, bare_plan(pipe)) as trace:
         whole = run(pipe)
         assert not trace.interrupted
         for stop, computed in ((0, 1), (4, 3)):
-            stopped = run(pipe, callback_on_step_end=interrupt)
+            stopped = run(pipe, **interrupt(stop))
             assert trace.interrupted and trace.forwards == {"cond": computed, "uncond": computed}
             assert trace.summary().startswith(f"interrupted after {stop + 1} of 8 steps")
             assert torch.equal(stopped, plain[stop]) == (stop == 0)
         assert torch.equal(run(pipe), whole) and not trace.interrupted and trace.calls == 4
     with erta.cached(pipe, bare_plan(pipe, ALL)) as trace:
-        assert torch.equal(run(pipe, callback_on_step_end=interrupt), plain[stop]) and trace.interrupted
+        assert torch.equal(run(pipe, **interrupt(stop)), plain[stop]) and trace.interrupted
         del pipe.transformer.__dict__["forward"]
         with pytest.raises(erta.ExecutionMismatch, match="without the cache"):
             run(pipe)

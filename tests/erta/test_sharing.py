@@ -99,7 +99,7 @@ def test_a_callback_is_the_users_own():
         return {}
 
     class Official(PipelineCallback):
-        tensor_inputs = ["latents"]
+        tensor_inputs = ("latents",)
 
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
             return look(pipeline, step_index, timestep, callback_kwargs)
