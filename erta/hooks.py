@@ -257,9 +257,8 @@ class HookedSession(Session, Generic[AnyHook]):
             hook.reset()
 
     def first_forward(self) -> None:
-        """Now the scheduler has its grid. Raises what `check_one_forward_a_step` raises."""
+        """Now the scheduler has its grid. To be extended: raise ErtaError for one that does not do."""
         settle_start(self.scheduler, getattr(self.owner(), "_num_timesteps", None))
-        check_one_forward_a_step(self.scheduler)
 
     def scheduler_of_call(self, own: Any) -> Any:
         """What a call runs with in place of the pipeline's own scheduler."""
@@ -271,10 +270,17 @@ class HookedSession(Session, Generic[AnyHook]):
             hook.reset()
 
 
+class ObservedSession(HookedSession[ObserverHook]):
+    """The session of an uncached run that is looked at."""
+
+    def first_forward(self) -> None:
+        """See `HookedSession`. Raises what `check_one_forward_a_step` raises."""
+        super().first_forward()
+        check_one_forward_a_step(self.scheduler)
+
+
 @contextmanager
-def observed(
-    pipe: Any, observer: Observer, site_of: Callable[[nn.Module], Site]
-) -> Iterator[HookedSession[ObserverHook]]:
+def observed(pipe: Any, observer: Observer, site_of: Callable[[nn.Module], Site]) -> Iterator[ObservedSession]:
     """Calls of `pipe` inside the `with` are uncached and shown to `observer`. Raises what `attach` raises."""
 
     def scheduler() -> Any:
@@ -284,7 +290,7 @@ def observed(
         stage: ObserverHook(observer, site_of(transformer), scheduler, stage)
         for stage, transformer in find_denoisers(pipe).items()
     }
-    session = HookedSession(pipe, pipe.scheduler, UncheckedTrace(), hooks)
+    session = ObservedSession(pipe, pipe.scheduler, UncheckedTrace(), hooks)
     session.put_on(pipe)
     with leaving(lambda: session.take_off(pipe)):
         yield session
