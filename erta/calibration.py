@@ -35,7 +35,7 @@ from erta.policy import (
 )
 from erta.prompts import single_calls
 from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
-from erta.scheduler import first_index, grid_of_run, has_movable_sigmas
+from erta.scheduler import first_index, has_movable_sigmas
 from erta.signature import argument_signature, check_signature, model_signature
 from erta.site import SITES, make_site
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
@@ -322,8 +322,7 @@ def _calibrate_one(pipe: Any, prompt: str, call: dict[str, Any], seed: int, site
         session.show_step = observer.stepped
         started = time.perf_counter()
         pipe(**call)
-        scheduler = session.scheduler
-    sigmas = grid_of_run(scheduler)
+        scheduler, sigmas = session.scheduler, session.sigmas
     statistics = observer.finish(len(sigmas) - 1)
     signature = {
         **model_signature(pipe),

@@ -125,27 +125,30 @@ def guide(values: dict[str, torch.Tensor], guidance_scale: float | None) -> torc
     return uncond + guidance_scale * (cond - uncond)
 
 
-def weights_of(values: dict[str, torch.Tensor], made: torch.Tensor) -> tuple[float, ...] | None:
+def weights_of(
+    values: dict[str, torch.Tensor], made: torch.Tensor, sample: torch.Tensor | None = None
+) -> tuple[float, ...] | None:
     """The weights of two branches in what a pipeline made of them, by least squares; None if that is no sum of them.
 
     Pipelines differ in the order of their branches, in signs and in what they call the scale; what they give the solver does
-    not. Norms that some set anew (`cfg_normalization`) leave a misfit.
+    not. It may hold the `sample` too (Cosmos, which predicts the clean one). Norms that some set anew (`cfg_normalization`)
+    leave a misfit.
     """
     if len(values) != 2 or any(value.numel() != made.numel() for value in values.values()):
         return None
     first, second = (value.double().flatten() for value in values.values())
-    target, change = made.double().flatten(), second - first
-    basis = torch.stack([first, change])
-    products = basis @ basis.T
-    if not torch.isfinite(products).all():
+    target, parts = made.double().flatten(), [first, second - first]
+    if sample is not None and sample.numel() == made.numel():
+        parts.append(sample.double().flatten())
+    basis = torch.stack(parts)
+    if not torch.isfinite(basis).all():
         return float("nan"), float("nan")  # what is not finite is somebody else's to say
-    if torch.linalg.matrix_rank(products) < 2:  # equal branches, or none at all
-        return (float(first @ target / products[0, 0]), 0.0) if products[0, 0] > 0 else None
-    along, across = torch.linalg.solve(products, basis @ target)
-    misfit = (target - along * first - across * change).norm() / target.norm().clamp_min(
-        torch.finfo(torch.float64).tiny
-    )
-    return None if misfit > LARGEST_MISFIT else (float(along - across), float(across))
+    sizes = basis.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    unit = basis / sizes
+    weights = torch.linalg.pinv(unit @ unit.T, rtol=1e-10, hermitian=True) @ (unit @ target)
+    misfit = (target - weights @ unit).norm() / target.norm().clamp_min(1e-300)
+    along, across = (weights / sizes[:, 0])[:2].tolist()
+    return None if misfit > LARGEST_MISFIT else (along - across, across)
 
 
 def weighted(values: dict[str, torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:

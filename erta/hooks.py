@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,7 +30,7 @@ from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
 from erta.guidance import branches_of, unnamed_context
 from erta.pipeline import Session, find_denoisers, leaving
 from erta.plan import Plan
-from erta.scheduler import check_one_forward_a_step, counting, current_step, settle_start
+from erta.scheduler import check_one_forward_a_step, counting, current_step, first_index, settle_start
 from erta.site import BlocksSite, SeenForward, Site
 from erta.trace import CallTrace, Stopwatch, Trace, UncheckedTrace
 
@@ -271,12 +272,21 @@ class HookedSession(Session, Generic[AnyHook]):
 
 
 class ObservedSession(HookedSession[ObserverHook]):
-    """The session of an uncached run that is looked at."""
+    """The session of an uncached run that is looked at. `sigmas` is the grid that the last call ran, (num_steps + 1,)."""
+
+    def __init__(self, pipe: Any, hooks: Mapping[int, ObserverHook]) -> None:
+        super().__init__(pipe, pipe.scheduler, UncheckedTrace(), hooks)
+        self.sigmas = np.empty(0)
+        self.show_grid = self._note_grid
+
+    def _note_grid(self, sigmas: np.ndarray) -> None:
+        self.sigmas = sigmas
 
     def first_forward(self) -> None:
         """See `HookedSession`. Raises what `check_one_forward_a_step` raises."""
         super().first_forward()
-        check_one_forward_a_step(self.scheduler)
+        self.sigmas = self.sigmas[first_index(self.scheduler) :]
+        check_one_forward_a_step(self.scheduler, self.sigmas)
 
 
 @contextmanager
@@ -290,7 +300,7 @@ def observed(pipe: Any, observer: Observer, site_of: Callable[[nn.Module], Site]
         stage: ObserverHook(observer, site_of(transformer), scheduler, stage)
         for stage, transformer in find_denoisers(pipe).items()
     }
-    session = ObservedSession(pipe, pipe.scheduler, UncheckedTrace(), hooks)
+    session = ObservedSession(pipe, hooks)
     session.put_on(pipe)
     with leaving(lambda: session.take_off(pipe)):
         yield session

@@ -7,7 +7,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import nn
 
 from erta.errors import InstallError
-from erta.scheduler import steps_shown
+from erta.scheduler import ShowGrid, ShowStep, watched
 from erta.trace import CallTrace
 
 SESSION = "_erta_session"
@@ -61,7 +61,8 @@ class Session:
     def __init__(self, pipe: Any, scheduler: Any, trace: CallTrace) -> None:
         self.pipe_class, self.own_scheduler = _own_class(pipe), pipe.scheduler
         self.scheduler, self.trace = scheduler, trace
-        self.show_step: Callable[[Any, torch.Tensor, torch.Tensor], None] | None = None  # see `steps_shown`
+        self.show_step: ShowStep | None = None  # see `watched`
+        self.show_grid: ShowGrid | None = None
         self.owner = weakref.ref(pipe)
         self._one_call = threading.Lock()
 
@@ -100,7 +101,7 @@ class Session:
         try:
             self.before_call(pipe, call_arguments(self.pipe_class, pipe, args, kwargs))
             self.trace.begin()
-            with nullcontext() if self.show_step is None else steps_shown(self.scheduler, self.show_step):
+            with watched(self.scheduler, self.show_step, self.show_grid):
                 result = self._own_call(pipe, args, kwargs)
             self.trace.finish(interrupted=bool(getattr(pipe, "_interrupt", False)))
             return result

@@ -13,7 +13,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -86,14 +86,8 @@ def nominal_sigmas(scheduler: Any) -> np.ndarray:
     return np.append(times.numpy(), np.float32(0))
 
 
-def grid_of_run(scheduler: Any) -> np.ndarray:
-    """The part of `nominal_sigmas` that the run integrates: from where it begins."""
-    return nominal_sigmas(scheduler)[first_index(scheduler) :]
-
-
-def check_one_forward_a_step(scheduler: Any) -> None:
+def check_one_forward_a_step(scheduler: Any, sigmas: np.ndarray) -> None:
     """Raise ErtaError for a solver that asks for more than one output a step, or whose grid does not fall (Heun, KDPM2)."""
-    sigmas = grid_of_run(scheduler)
     if (np.diff(sigmas) >= 0).any():
         raise ErtaError(
             f"{type(scheduler).__name__} does not go down its grid one forward a step (Heun-like solvers take two), so no "
@@ -140,28 +134,60 @@ def _override(scheduler: Any, *methods: Any) -> None:
         setattr(scheduler, method.__name__, types.MethodType(method, scheduler))
 
 
+ShowStep = Callable[[Any, torch.Tensor, torch.Tensor], None]
+ShowGrid = Callable[[np.ndarray], None]
+
+
 @contextmanager
-def steps_shown(scheduler: Any, show: Callable[[Any, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
-    """Inside the `with`, `show(scheduler, model_output, sample)` sees what the scheduler is given at every step, before it."""
-    before = scheduler.__dict__.get("step")
-    own = getattr(scheduler.step, "__func__", None) or (lambda self, *args, **kwargs: before(*args, **kwargs))
+def watched(scheduler: Any, show_step: ShowStep | None, show_grid: ShowGrid | None) -> Iterator[None]:
+    """Look at what a scheduler does inside the `with`.
 
-    signature = inspect.signature(own)
+    Args:
+        show_step: called with (scheduler, model_output, sample) before every step.
+        show_grid: called with `nominal_sigmas` as soon as the scheduler has a grid: some pipelines write into it (Cosmos 2).
+    """
 
-    @functools.wraps(own)  # pipelines inspect its signature
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is scheduler:  # and not a copy that the pipeline made of it (LTX-2, for the sound)
-            given = signature.bind(self, *args, **kwargs).arguments
-            show(self, given["model_output"], given["sample"])
-        return own(self, *args, **kwargs)
+    def showing_step(own: Any) -> Any:
+        signature = inspect.signature(own)
 
-    _override(scheduler, step)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if show_step is not None and self is scheduler:  # and not a copy by the pipeline (LTX-2, for the sound)
+                given = signature.bind(self, *args, **kwargs).arguments
+                show_step(self, given["model_output"], given["sample"])
+            return own(self, *args, **kwargs)
+
+        return step
+
+    def showing_grid(own: Any) -> Any:
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+            own(self, *args, **kwargs)
+            if show_grid is not None and self is scheduler:
+                show_grid(nominal_sigmas(self))
+
+        return set_timesteps
+
+    with ExitStack() as stack:
+        if show_step is not None:
+            stack.enter_context(_wrapped(scheduler, "step", showing_step))
+        if show_grid is not None:
+            stack.enter_context(_wrapped(scheduler, "set_timesteps", showing_grid))
+        yield
+
+
+@contextmanager
+def _wrapped(scheduler: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """A method of one scheduler object in what `wrap` makes of it; pipelines that look see the same signature."""
+    before, bound = scheduler.__dict__.get(name), getattr(scheduler, name)
+    own = getattr(bound, "__func__", None) or functools.wraps(bound)(
+        lambda self, *args, **kwargs: bound(*args, **kwargs)
+    )
+    _override(scheduler, functools.wraps(own)(wrap(own)))
     try:
         yield
     finally:
-        del scheduler.step
+        del scheduler.__dict__[name]
         if before is not None:
-            scheduler.step = before
+            scheduler.__dict__[name] = before
 
 
 def planned_scheduler(scheduler: Any, plan: Plan) -> Any:

@@ -129,7 +129,7 @@ class TrajectoryObserver:
         self._pending: dict[str, _Seen] = {}
         self._step, self._stage = -1, 0
         self._last_guided: torch.Tensor | None = None
-        self._model_output: torch.Tensor | None = None
+        self._model_output: tuple[torch.Tensor, torch.Tensor] | None = None  # and the sample
         self._per_channel, self._channels = 1.0, 1
         self._pairs: list[tuple[int, int, int, torch.Tensor, torch.Tensor]] = []  # branch, step, gap, ratios, sums
         self._phi: list[tuple[int, int, torch.Tensor]] = []
@@ -170,14 +170,14 @@ class TrajectoryObserver:
     def stepped(self, scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         """Take what the solver was given at the step whose forwards were observed: how the branches were combined."""
         if self._pending:
-            self._model_output = model_output.detach()
+            self._model_output = model_output.detach(), sample.detach()
 
     def _combination(self, velocities: dict[str, torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         """How this step's branches are combined: by the scale, or, where that is not known, as was seen to be done."""
         scale = self.combines_by[self._stage]
         if len(velocities) == 1 or (is_known_pair(velocities) and scale is not None):
             return partial(guide, guidance_scale=scale)
-        weights = None if self._model_output is None else weights_of(velocities, self._model_output)
+        weights = None if self._model_output is None else weights_of(velocities, *self._model_output)
         if weights is None:
             raise ErtaError(
                 f"it cannot be seen how this pipeline combines its guidance branches {sorted(velocities)}. Calibrate with guidance "
