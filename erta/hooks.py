@@ -30,7 +30,7 @@ from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
 from erta.guidance import branches_of, unnamed_context
 from erta.pipeline import Session, find_denoisers, leaving
 from erta.plan import Plan
-from erta.scheduler import check_one_forward_a_step, counting, current_step, first_index, settle_start
+from erta.scheduler import check_one_forward_a_step, counting, first_index, settle_start, step_index
 from erta.site import BlocksSite, SeenForward, Site
 from erta.trace import CallTrace, Stopwatch, Trace, UncheckedTrace
 
@@ -51,7 +51,7 @@ class BranchHook(Answers):
         self.site, self.scheduler = site, scheduler
         self.kept: dict[str, torch.Tensor | None] = {}
         self.beside: dict[str, torch.Tensor | None] = {}
-        self._step, self._place = -1, 0
+        self._step, self._place, self._begin = -1, 0, 0
 
     @property
     def exchanges_blocks(self) -> bool:  # type: ignore[override]
@@ -65,10 +65,11 @@ class BranchHook(Answers):
 
     def place(self, context: str | None, x: torch.Tensor) -> tuple[int, str]:
         """The step and the guidance branch of a forward. Raises what `unnamed_context` raises."""
-        if self._step < 0:
+        scheduler, before = self.scheduler(), self._step
+        if before < 0:
             self.started()
-        step, before = current_step(self.scheduler()), self._step
-        self._step = step
+            self._begin = first_index(scheduler)
+        step = self._step = step_index(scheduler) - self._begin
         if context is not None:
             return step, context
         self._place = self._place + 1 if step == before else 0
@@ -276,16 +277,19 @@ class ObservedSession(HookedSession[ObserverHook]):
 
     def __init__(self, pipe: Any, hooks: Mapping[int, ObserverHook]) -> None:
         super().__init__(pipe, pipe.scheduler, UncheckedTrace(), hooks)
-        self.sigmas = np.empty(0)
+        self._grid = np.empty(0)
         self.show_grid = self._note_grid
 
     def _note_grid(self, sigmas: np.ndarray) -> None:
-        self.sigmas = sigmas
+        self._grid = sigmas
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        return self._grid[first_index(self.scheduler) :]
 
     def first_forward(self) -> None:
         """See `HookedSession`. Raises what `check_one_forward_a_step` raises."""
         super().first_forward()
-        self.sigmas = self.sigmas[first_index(self.scheduler) :]
         check_one_forward_a_step(self.scheduler, self.sigmas)
 
 

@@ -51,11 +51,6 @@ def settle_start(scheduler: Any, num_timesteps: int | None) -> None:
         scheduler.set_begin_index(skipped)
 
 
-def current_step(scheduler: Any) -> int:
-    """The step that comes next, from 0, of those that the run makes."""
-    return step_index(scheduler) - first_index(scheduler)
-
-
 def has_sigmas(scheduler: Any) -> bool:
     """Whether a scheduler, after `set_timesteps`, integrates over sigmas, one a step and the end."""
     sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +21,7 @@ from erta.site import make_site
 from erta.trace import Trace
 
 
-class cached:
+class cached(AbstractContextManager[Trace]):
     """Run `pipe` under `plan` inside the `with`; afterwards, or after an exception, it is as before.
 
     Only calls of this pipeline object are cached. Others that share its transformer, made before or inside the `with` or in
