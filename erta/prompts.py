@@ -44,13 +44,18 @@ def single_calls(
         if prompts is not None:
             raise ErtaError("give the prompts once: as the second argument, or as prompt=")
         prompts = given.pop("prompt")
-    embeds = given.get("prompt_embeds")
+    name = next((name for name in given if name.startswith("prompt_embeds") and "mask" not in name), "prompt_embeds")
+    embeds = given.get(name)
     if prompts is not None and embeds is not None:
         raise ErtaError("give prompts or prompt_embeds, not both")
     if prompts is not None:
         return [(text, {**given, "prompt": text}) for text in prompt_list(prompts)]
     if embeds is None or not len(embeds):
         raise ErtaError("calibration needs at least one prompt: give texts, or prompt_embeds=")
+    if name != "prompt_embeds" and len(embeds) > 1:
+        raise ErtaError(
+            f"it is not known how {name} goes with the other embeddings: calibrate one prompt at a time, and merge"
+        )
     return [(_name(embeds[row]), _row_of(given, row, len(embeds))) for row in range(len(embeds))]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import diffusers
 import pytest
 
-from tests.erta.matrix import PAGE, ROWS, WORKS, verdict_of
+from tests.erta.matrix import PAGE, WORKS, verdict_of
+from tests.erta.matrix_rows import ROWS
 
 
 def cells(name: str) -> list[str]:
