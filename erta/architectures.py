@@ -264,6 +264,7 @@ ENTRIES = (
     Architecture("LuminaNextDiT2DModel", beside_velocity="channels"),
     Architecture("SanaTransformer2DModel", beside_velocity="channels"),
     Architecture("LTX2VideoTransformer3DModel", beside_velocity="output"),
+    Architecture("Kandinsky5Transformer3DModel", channel_axis=4),  # (b, frames, height, width, channels)
     Architecture("ConsisIDTransformer3DModel", channel_axis=2),  # (b, frames, channels, height, width)
 )
 ARCHITECTURES = {entry.name: entry for entry in ENTRIES}
