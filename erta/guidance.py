@@ -128,27 +128,27 @@ def guide(values: dict[str, torch.Tensor], guidance_scale: float | None) -> torc
 def weights_of(
     values: dict[str, torch.Tensor], made: torch.Tensor, sample: torch.Tensor | None = None
 ) -> tuple[float, ...] | None:
-    """The weights of two branches in what a pipeline made of them, by least squares; None if that is no sum of them.
+    """The weights of branches in what a pipeline made of them, by least squares; None if that is no sum of them.
 
     Pipelines differ in the order of their branches, in signs and in what they call the scale; what they give the solver does
     not. It may hold the `sample` too (Cosmos, which predicts the clean one). Norms that some set anew (`cfg_normalization`)
     leave a misfit.
     """
-    if len(values) != 2 or any(value.numel() != made.numel() for value in values.values()):
+    if any(value.numel() != made.numel() for value in values.values()):
         return None
-    first, second = (value.double().flatten() for value in values.values())
-    target, parts = made.double().flatten(), [first, second - first]
+    first, *others = (value.double().flatten() for value in values.values())
+    target, parts = made.double().flatten(), [first, *(other - first for other in others)]
     if sample is not None and sample.numel() == made.numel():
         parts.append(sample.double().flatten())
     basis = torch.stack(parts)
     if not torch.isfinite(basis).all():
-        return float("nan"), float("nan")  # what is not finite is somebody else's to say
+        return (float("nan"),) * len(values)  # what is not finite is somebody else's to say
     sizes = basis.norm(dim=1, keepdim=True).clamp_min(1e-300)
     unit = basis / sizes
     weights = torch.linalg.pinv(unit @ unit.T, rtol=1e-10, hermitian=True) @ (unit @ target)
     misfit = (target - weights @ unit).norm() / target.norm().clamp_min(1e-300)
-    along, across = (weights / sizes[:, 0])[:2].tolist()
-    return None if misfit > LARGEST_MISFIT else (along - across, across)
+    along, *across = (weights / sizes[:, 0])[: len(values)].tolist()
+    return None if misfit > LARGEST_MISFIT else (along - sum(across), *across)
 
 
 def weighted(values: dict[str, torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:

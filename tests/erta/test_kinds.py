@@ -215,6 +215,9 @@ def test_weights_are_read_off_what_the_pipeline_made():
     for weights in ((-3.0, 4.0), (4.0, -3.0), (3.0, -4.0)):
         found = weights_of(values, (weights[0] * first + weights[1] * second).squeeze(0))
         assert found == pytest.approx(weights, abs=1e-5)
+    third, sample = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    made = 5 * first - 3 * second - third + 0.5 * sample
+    assert weights_of({**values, "third": third}, made, sample) == pytest.approx((5.0, -3.0, -1.0), abs=1e-5)
     assert weights_of(values, torch.randn(1, 4, 8, 8)) is None  # made in another way
     assert weights_of(values, torch.randn(1, 2, 8, 8)) is None
     assert weights_of({"a": first, "b": first}, 2 * first) == pytest.approx((2.0, 0.0), abs=1e-5)
