@@ -9,90 +9,28 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    CogVideoXDDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from torch import nn
 
-from experiments.training.video_vae import build_vae
+from tests.erta.matrix_parts import (
+    checker,
+    ddim,
+    dpm,
+    dynamic_euler,
+    edm,
+    euler,
+    flow_dpm,
+    guider,
+    image_vae,
+    picture_and_sound,
+    unguided,
+    unipc,
+    video_vae,
+)
 
 STEPS, TOKENS, WIDTH, POOLED = 6, 5, 24, 20
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def euler() -> Any:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
-
-
-def dynamic_euler() -> Any:
-    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-
-
-def unipc() -> Any:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-
-
-def dpm() -> Any:
-    return DPMSolverMultistepScheduler()
-
-
-def flow_dpm() -> Any:
-    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-
-
-def ddim() -> Any:
-    return CogVideoXDDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
-
-
-def edm() -> Any:
-    return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, prediction_type="epsilon")
-
-
-def image_vae() -> dict[str, Any]:
-    """A VAE of images in 4 channels, an eighth of their size."""
-    torch.manual_seed(1)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(
-        block_out_channels=(8,) * 4, latent_channels=4, norm_num_groups=4, sample_size=64, scaling_factor=0.36,
-        shift_factor=0.1, **blocks,
-    )  # fmt: skip
-    return {"vae": vae.eval()}
-
-
-def video_vae() -> dict[str, Any]:
-    """A VAE of videos in 16 channels."""
-    return {"vae": build_vae(0).eval()}
-
-
-class Checker(nn.Module):
-    """Finds nothing wrong."""
-
-    def check_text_safety(self, text: str) -> bool:
-        return True
-
-
-def checker() -> dict[str, Any]:
-    return {"safety_checker": Checker()}
-
-
-def guider() -> dict[str, Any]:
-    from diffusers.guiders import ClassifierFreeGuidance
-
-    return {"guider": ClassifierFreeGuidance(guidance_scale=4.0)}
-
-
-def unguided() -> dict[str, Any]:
-    from diffusers.guiders import ClassifierFreeGuidance
-
-    return {"guider": ClassifierFreeGuidance(guidance_scale=1.0)}
 
 
 def given_by_name() -> dict[str, Any]:
@@ -370,6 +308,14 @@ MORE_ROWS = (
              rope_axes_dim=(4, 4, 8), target_size=64, task_type="t2v"),
         call={**SECOND_TEXT, **dict.fromkeys(SECOND_EMBEDS_MASKS, torch.ones(1, TOKENS))},
         off={}, parts=guider, parts_off=unguided,
+    ),
+    Row(
+        "LTX2Pipeline", "LTX2VideoTransformer3DModel",
+        dict(in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
+             audio_in_channels=128, audio_out_channels=128, audio_num_attention_heads=2, audio_attention_head_dim=12,
+             audio_cross_attention_dim=24, num_layers=1, caption_channels=WIDTH),
+        call={"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0},
+        off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0}, scheduler=dynamic_euler, parts=picture_and_sound,
     ),
     Row(
         "SanaVideoPipeline", "SanaVideoTransformer3DModel",
