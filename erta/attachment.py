@@ -83,7 +83,7 @@ class SharedHook(ContextHook):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sessions: dict[Session | None, Answers] = {}
+        self.sessions: dict[Session, Answers] = {}
         self.exclusive = False  # while a session exchanges the blocks, one forward runs at a time
         self.lock = threading.RLock()
         self.attached_as: Any = None  # the forward under which it was attached
@@ -110,15 +110,19 @@ class SharedHook(ContextHook):
                 return self._forward(module, args, kwargs)
         return self._forward(module, args, kwargs)
 
+    def _answering(self) -> Answers | None:
+        session = ANSWERING.get()
+        return None if session is None else self.sessions.get(session)
+
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hook = self.sessions.get(ANSWERING.get())
+        hook = self._answering()
         if hook is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         return hook.answer(module, self.fn_ref.original_forward, self.contexts.name, args, kwargs)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Pipelines reset the hooks of their transformer at their end: what another one is about stays."""
-        hook = self.sessions.get(ANSWERING.get())
+        hook = self._answering()
         if hook is not None:
             hook.reset()
         return module

@@ -189,7 +189,7 @@ def leaving(take_off: Callable[[], None]) -> Iterator[None]:
 def _outside(callback: Callable[..., Any]) -> Callable[..., Any]:
     """A user's callback, inside which forwards and calls are the user's own."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        return _Outside([callback])  # type: ignore[list-item]
+        return _Outside([callback])
 
     @functools.wraps(callback)
     def run(*args: Any, **kwargs: Any) -> Any:
