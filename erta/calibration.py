@@ -323,6 +323,8 @@ def _calibrate_one(pipe: Any, prompt: str, call: dict[str, Any], seed: int, site
         started = time.perf_counter()
         pipe(**call)
         scheduler, sigmas = session.scheduler, session.sigmas
+    if not len(sigmas):
+        raise ErtaError(f"{type(pipe).__name__} denoised without setting a grid of steps: there is nothing to plan on")
     statistics = observer.finish(len(sigmas) - 1)
     signature = {
         **model_signature(pipe),

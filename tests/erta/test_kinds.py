@@ -86,7 +86,7 @@ def build_pixart() -> PixArtAlphaPipeline:
         in_channels=4, cross_attention_dim=24, out_channels=8,
     ).eval()  # fmt: skip
     with torch.no_grad():
-        transformer.proj_out.weight.normal_()
+        transformer.proj_out.weight.normal_(std=0.2)
     scheduler = DPMSolverMultistepScheduler()
     absent = ("vae", "text_encoder", "tokenizer")
     pipe = PixArtAlphaPipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(absent))
