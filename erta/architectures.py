@@ -6,7 +6,8 @@ one on every class whose output is of the form of its input, with the channels o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,6 +158,18 @@ def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if len({getattr(one, "shape", None) for one in latent}) > 1 or not isinstance(latent[0], torch.Tensor):
         raise InstallError("this call gives its transformer latents of several shapes: that cannot be cached")
     return torch.stack(latent)
+
+
+HOOK_NAME = "erta_cache"  # of ours, in diffusers' registry of a transformer's hooks
+
+
+@contextmanager
+def at_rest(transformer: nn.Module) -> Iterator[None]:
+    """Inside the `with`, no forward of another thread has the transformer's blocks exchanged (`site=blocks`)."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook(HOOK_NAME)
+    with nullcontext() if hook is None else hook.lock:
+        yield
 
 
 def raw_latent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,12 +15,11 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from torch import nn
 
+from erta.architectures import HOOK_NAME, at_rest
 from erta.errors import InstallError
 from erta.guidance import SINGLE_BRANCH
 from erta.pipeline import ANSWERING, Session
 from erta.signature import offloaded_weight
-
-HOOK_NAME = "erta_cache"
 
 
 class Answers(ABC):
@@ -228,10 +227,11 @@ WeightsForm = dict[str, tuple[str, tuple[int, ...], bool]]
 
 def weights_form(module: nn.Module) -> WeightsForm:
     """Kind and shape of every parameter, by name: what changes when a model is quantised or gets adapters."""
-    return {
-        name: (type(parameter).__name__, tuple(parameter.shape), parameter.is_floating_point())
-        for name, parameter in module.named_parameters()
-    }
+    with at_rest(module):
+        return {
+            name: (type(parameter).__name__, tuple(parameter.shape), parameter.is_floating_point())
+            for name, parameter in module.named_parameters()
+        }
 
 
 def check_weights_form(module: nn.Module, before: WeightsForm) -> None:
@@ -244,6 +244,7 @@ def check_weights_form(module: nn.Module, before: WeightsForm) -> None:
             f"the transformer's weights changed since erta was installed ({name} {what}): it was quantised, or got or lost "
             "adapters. Call erta.uninstall(pipe), calibrate, and install a new plan"
         )
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            offloaded_weight(module, name)
+    with at_rest(module):
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                offloaded_weight(module, name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from erta.architectures import at_rest
 from erta.errors import InstallError, SignatureMismatch
 from erta.guidance import guidance_scale_of, second_scale_of, true_scale_of
 from erta.pipeline import boundary_ratio, find_denoiser, find_denoisers
@@ -102,7 +103,9 @@ def adapters_in_use(transformer: nn.Module) -> str:
     """
     found: dict[str, set[float]] = {}
     where = hashlib.sha256()
-    for name, module in transformer.named_modules():
+    with at_rest(transformer):
+        modules = [*transformer.named_modules()]
+    for name, module in modules:
         scaling, active = getattr(module, "scaling", None), getattr(module, "active_adapters", None)
         if not isinstance(scaling, dict) or not isinstance(active, (list, tuple, set)):
             continue
@@ -130,7 +133,9 @@ def weights_digest(module: nn.Module) -> str:
     offload it reads accelerate's copy on the CPU. Raises InstallError for a meta parameter that nothing stands behind.
     """
     digest, samples = hashlib.sha256(), []
-    for name, parameter in sorted(module.named_parameters()):
+    with at_rest(module):
+        parameters = sorted(module.named_parameters())
+    for name, parameter in parameters:
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         if parameter.device.type == "meta":
             parameter = offloaded_weight(module, name)

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from erta.architectures import Architecture, BlockStack, architecture_of, blocks_of, latent_of, raw_latent
+from erta.architectures import Architecture, BlockStack, architecture_of, at_rest, blocks_of, latent_of, raw_latent
 from erta.errors import InstallError
 
 SITES = ("output", "blocks")
@@ -132,7 +132,8 @@ class BlocksSite(_OnTransformer):
         self.stack = stack = blocks_of(transformer, "site=blocks", "use site=output, or ")
         self.transformer, self.architecture = transformer, architecture_of(transformer)
         self.before, self.after, self.instead = (_Stand(stack) for _ in range(3))
-        blocks = [list(transformer.get_submodule(name)) for name in stack.lists]
+        with at_rest(transformer):
+            blocks = [list(transformer.get_submodule(name)) for name in stack.lists]
         blocks[0].insert(0, self.before)
         blocks[-1].append(self.after)
         self.watched = {name: nn.ModuleList(items) for name, items in zip(stack.lists, blocks, strict=True)}

@@ -42,6 +42,8 @@ def build_video_to_video() -> WanVideoToVideoPipeline:
     parts = build_pipe("unipc").components
     names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     pipe = WanVideoToVideoPipeline(**{name: parts[name] for name in names})
+    pipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial  # which this pipeline takes for granted
+    pipe.vae_scale_factor_temporal = pipe.vae.config.scale_factor_temporal
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

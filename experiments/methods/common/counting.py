@@ -18,8 +18,8 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
-from erta.architectures import latent_of
-from erta.attachment import HOOK_NAME, ContextHook
+from erta.architectures import HOOK_NAME, latent_of
+from erta.attachment import ContextHook
 from erta.errors import InstallError
 from erta.online import OnlineTrace, tensors_in
 from erta.pipeline import Session, check_bare, single_denoiser
