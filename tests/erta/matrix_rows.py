@@ -118,7 +118,7 @@ TEXT_ROWS = (
     ),
     Row(
         "BriaPipeline", "BriaTransformer2DModel",
-        dict(in_channels=16, num_layers=1, num_single_layers=1, **AXES, **TEXT),
+        dict(in_channels=16, num_layers=1, num_single_layers=1, **AXES, **TEXT), parts=image_vae,
     ),
     Row(
         "Flux2Pipeline", "Flux2Transformer2DModel",
