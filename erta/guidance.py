@@ -79,12 +79,10 @@ def unnamed_context(place: int, rows: int, samples: int | None, branches: Sequen
 def samples_of(arguments: dict[str, Any]) -> int | None:
     """How many samples a pipeline call makes: prompts times images (or videos) of each. None if that cannot be seen."""
     prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-    if isinstance(prompt, str):
-        prompts = 1
-    elif prompt is not None or embeds is not None:
-        prompts = len(prompt if prompt is not None else embeds)
-    else:
+    given = embeds if prompt is None else prompt
+    if given is None:
         return None
+    prompts = 1 if isinstance(given, str) else len(given)
     for name, count in arguments.items():
         if is_count_per_prompt(name):
             prompts *= count or 1
