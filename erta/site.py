@@ -40,10 +40,12 @@ class _OnTransformer:
         first = output[0]
         velocity = torch.stack(first) if isinstance(first, list) else first
         beside = self.architecture.beside_velocity
+        if beside is None:
+            return Parts(velocity)
         if beside == "output":
             return Parts(velocity, output[1])
         axis = self.architecture.channel_axis_of(velocity)
-        if beside == "channels" and velocity.shape[axis] == 2 * latent_of(args, kwargs).shape[axis]:
+        if velocity.shape[axis] == 2 * latent_of(args, kwargs).shape[axis]:
             return Parts(*velocity.chunk(2, axis))
         return Parts(velocity)
 

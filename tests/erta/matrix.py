@@ -34,8 +34,12 @@ class Verdict:
 
 
 def verdict_of(row: Row) -> Verdict:
-    """Build the row's pipeline and try it, with guidance and, if that is refused, without."""
+    """Build the row's pipeline and try it, with guidance and, if that is refused, without.
+
+    Raises what a pipeline raises without the library: then the row is wrong.
+    """
     pipe, call = row.build()
+    uncached(pipe, call)
     try:
         return Verdict(WORKS, ", ".join(attempt(pipe, call)))
     except Exception as error:
@@ -55,12 +59,17 @@ def one_line(error: Exception) -> str:
     return named if len(named) < 160 else f"{named[:159]}…"
 
 
+def uncached(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
+    """Final latents, under whatever is on the pipeline."""
+    with torch.no_grad():
+        return pipe(generator=torch.Generator().manual_seed(3), output_type="latent", **call)[0]
+
+
 def attempt(pipe: Any, call: dict[str, Any]) -> list[str]:
     """All checks of one pipeline; its branches. Raises what the library, or the pipeline, raises, AssertionError if wrong."""
 
     def latents() -> torch.Tensor:
-        with torch.no_grad():
-            return pipe(generator=torch.Generator().manual_seed(3), output_type="latent", **call)[0]
+        return uncached(pipe, call)
 
     plain, kind = latents(), type(pipe)
     assert torch.isfinite(plain).all() and torch.equal(latents(), plain), "the pipeline does not repeat itself"

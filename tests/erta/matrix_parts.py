@@ -14,7 +14,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import FrozenDict
-from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 
 from experiments.training.video_vae import build_vae
@@ -64,7 +63,13 @@ def video_vae() -> dict[str, Any]:
     return {"vae": build_vae(0).eval()}
 
 
-class Checker(nn.Module):
+class Part(nn.Module):
+    """A part without weights, where the others are."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+class Checker(Part):
     """Finds nothing wrong."""
 
     def check_text_safety(self, text: str) -> bool:
@@ -75,21 +80,20 @@ def checker() -> dict[str, Any]:
     return {"safety_checker": Checker()}
 
 
-class Passing(nn.Module):
+class Passing(Part):
     """Gives the text's embeddings to picture and sound as they are."""
 
     def forward(self, embeds: torch.Tensor, mask: torch.Tensor, padding_side: str) -> tuple[torch.Tensor, ...]:
         return embeds, embeds, mask
 
 
-class Latents(nn.Module):
+class Latents(Part):
     """What a pipeline asks of a VAE that it does not run."""
 
     def __init__(self, channels: int, **about: Any) -> None:
         super().__init__()
         self.register_buffer("latents_mean", torch.zeros(channels))
         self.register_buffer("latents_std", torch.ones(channels))
-        self.dtype = torch.float32
         self.config = FrozenDict(about)
         for name, value in about.items():
             setattr(self, name, value)
@@ -103,11 +107,3 @@ def picture_and_sound() -> dict[str, Any]:
         "vae": Latents(16, scaling_factor=1.0, spatial_compression_ratio=32, temporal_compression_ratio=8),
         "audio_vae": Latents(128, mel_compression_ratio=4, temporal_compression_ratio=4, **sound),
     }
-
-
-def guider() -> dict[str, Any]:
-    return {"guider": ClassifierFreeGuidance(guidance_scale=4.0)}
-
-
-def unguided() -> dict[str, Any]:
-    return {"guider": ClassifierFreeGuidance(guidance_scale=1.0)}
