@@ -6,7 +6,7 @@ arguments are filled in by its signature, with embeddings in place of text; a ro
 
 from __future__ import annotations
 
-import inspect
+import ast
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,18 +119,19 @@ def verdicts(rows: tuple[Row, ...] = ROWS) -> dict[str, Verdict]:
 
 
 def untried() -> list[str]:
-    """Pipeline classes of the installed diffusers that have a transformer and no row here."""
-    known = {row.pipeline for row in ROWS}
-    names = [name for name in dir(diffusers) if name.endswith("Pipeline") and name not in known]
-    return sorted(name for name in names if has_transformer(getattr(diffusers, name)))
-
-
-def has_transformer(kind: Any) -> bool:
-    """Whether a pipeline class is made with a transformer."""
-    try:
-        return "transformer" in inspect.signature(kind.__init__).parameters
-    except (TypeError, ValueError):
-        return False
+    """Pipeline classes of the installed diffusers that have a transformer and no row here, by their source."""
+    found = set()
+    for path in Path(diffusers.__file__).parent.glob("pipelines/*/pipeline_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Pipeline"):
+                made_with = [
+                    argument.arg
+                    for method in node.body
+                    if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+                    for argument in method.args.args
+                ]
+                found |= {node.name} if "transformer" in made_with else set()
+    return sorted(found - {row.pipeline for row in ROWS})
 
 
 def page(found: dict[str, Verdict]) -> str:
