@@ -13,6 +13,8 @@ from analysis.records import UNCACHED, Claim, FigureRecord, Row, Rows, RowScores
 from analysis.verdicts import Result, results, verdict
 
 WHOLE = 1e-3  # of a forward
+IDENTICAL_DB = 100.0  # what identical samples count as where a number is needed
+FLIPPED_DB = 30.0  # below it a sample is another outcome, not the same one a little off
 NO_PLACE = (None, None)  # of rows that stand beside all others
 Metric = Callable[[Sample], float | None]
 Place = tuple[str | None, int | None]  # see `records.Row.place`
@@ -58,6 +60,7 @@ class Outcome:
     setup: RowSetup | None = None
     reason: str | None = None
     scores: RowScores | None = None
+    uncached_scene: list[dict[str, bool] | None] = field(default_factory=list)
 
     def by_prompt(self, metric: str) -> np.ndarray:
         """A metric by prompt, mean over its noises, (prompts,); NaN where one is not known.
@@ -85,6 +88,33 @@ class Outcome:
         """Mean of what the samples know."""
         known = self.known(metric)
         return float(np.mean(known)) if known else None
+
+    @property
+    def psnr_median(self) -> float | None:
+        """Median PSNR over samples, identical ones above all others; None if half of them are identical."""
+        return _finite(np.median(self._psnr_or_inf()))
+
+    @property
+    def psnr_worst(self) -> float | None:
+        """The lowest PSNR; None if all samples are identical."""
+        return _finite(self._psnr_or_inf().min())
+
+    @property
+    def flips(self) -> float:
+        """Share of samples that turned into another outcome: below 30 dB, or their scene is read otherwise than the uncached one's.
+
+        A mean of decibels hides them: samples that stay (60 dB) and samples that flip (20 dB) are two populations.
+        """
+        scenes = self.uncached_scene or [None] * len(self.samples)
+        flipped = [
+            (sample.psnr_db is not None and sample.psnr_db < FLIPPED_DB)
+            or (sample.scene is not None and scene is not None and sample.scene != scene)
+            for sample, scene in zip(self.samples, scenes, strict=True)
+        ]
+        return float(np.mean(flipped))
+
+    def _psnr_or_inf(self) -> np.ndarray:
+        return np.array([np.inf if sample.psnr_db is None else sample.psnr_db for sample in self.samples])
 
     @property
     def forwards(self) -> float:
@@ -140,7 +170,10 @@ class Comparison:
             else:
                 samples = [mine[index] for index in range(total)]
                 scores = rows.scores.get(row.key)
-                self.outcomes.append(Outcome(row, rows.record.noises, samples, rows.setups.get(row.key), scores=scores))
+                scenes, setup = rows.record.uncached_scene, rows.setups.get(row.key)
+                self.outcomes.append(
+                    Outcome(row, rows.record.noises, samples, setup, scores=scores, uncached_scene=scenes)
+                )
         self.uncached_scores = rows.scores.get(UNCACHED)
 
     @property
@@ -227,6 +260,10 @@ def results_of(made: Rows | FigureRecord) -> list[Result]:
     return Comparison(made).results() if isinstance(made, Rows) else results(made)
 
 
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
 def printed(metric: str, better: Row, worse: Row) -> str:
     """What is printed for two rows in one metric, and the difference; nothing if it is not."""
     if metric not in better.paper or metric not in worse.paper:
@@ -236,7 +273,7 @@ def printed(metric: str, better: Row, worse: Row) -> str:
 
 
 def as_point(outcome: Outcome, comparison: Comparison) -> dict[str, Any] | None:
-    """What the figures show of a row, as arguments of `analysis.plots.Point`; None for what has no PSNR or no budget."""
+    """What the figures show of a row, as arguments of `analysis.row_plots.Point`; None for what has no PSNR or no budget."""
     row, interval = outcome.row, outcome.interval("psnr_db") if outcome.samples else None
     if interval is None or row.place == NO_PLACE or outcome.reused_nothing(comparison.full_forwards):
         return None
@@ -250,4 +287,6 @@ def as_point(outcome: Outcome, comparison: Comparison) -> dict[str, Any] | None:
         "high": interval.high,
         "speedup": outcome.speedup,
         "is_reference": row.label == comparison.record.table.reference,
+        "median": outcome.psnr_median,
+        "worst": outcome.psnr_worst,
     }

@@ -24,6 +24,7 @@ class PrintedRow:
         method: of `conf/cache`; None: it is not run here, and `why` says why.
         level: rows of one level are compared with each other.
         threshold, computed_steps: the printed setting, where it is known.
+        settings: overrides that make it, for a method with options of its own.
     """
 
     title: str
@@ -33,6 +34,7 @@ class PrintedRow:
     cite: str = "ertacache"
     threshold: float | None = None
     computed_steps: int | None = None
+    settings: list[str] = field(default_factory=list)
     speedup: float
     latency_s: float | None = None
     vbench: float | None = None
@@ -52,7 +54,7 @@ class Block:
     """The rows of one model.
 
     Attributes:
-        printed: the model as the file names it; model: as `conf/model` does, None: it waits for a pipeline.
+        printed: the model as the file names it; model: as `conf/model` does.
         steps: of the solver.
         overrides: by method, what it needs on this model.
     """
@@ -60,7 +62,7 @@ class Block:
     printed: str
     title: str
     steps: int
-    model: str | None = None
+    model: str
     overrides: dict[str, list[str]] = field(default_factory=dict)
     note: str | None = None
     rows: list[PrintedRow]
@@ -89,6 +91,12 @@ def table(name: str) -> PrintedTable:
 def figure(name: str) -> str:
     """What a figure of the paper shows, in a sentence."""
     return data()["figures"][name]
+
+
+def fewer_steps(printed_model: str | None) -> dict[str, Any] | None:
+    """What fewer steps are printed to cost on a model: {speedup, psnr_db, cite, …}; None if it is not printed."""
+    rows = data()["best_published"].get(printed_model, [])
+    return next((row for row in rows if row["method"].startswith("fewer_steps")), None)
 
 
 def title(experiment: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables of `analysis/README.md`, made from the committed rows: `python -m analysis.readme`.
+"""What is made from the committed rows: `analysis/tables/`, and the tables of `analysis/README.md`: `python -m analysis.readme`.
 
 Between `<!-- generated: NAME VIEW -->` and `<!-- /generated -->` stands what `NAME.json.gz` of `analysis/data` says: its claims
 with their verdicts (`verdicts`), its rows (`rows`), or both (`all`), with the command, date, commit and device. Everything
@@ -62,17 +62,25 @@ def main(arguments: list[str]) -> int:
     """The command line: exit code 1 if, with `--check`, the page is not what the rows say, or a file cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m analysis.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something would change")
-    given, before = parser.parse_args(arguments), PAGE.read_text(encoding="utf-8")
+    given = parser.parse_args(arguments)
     try:
-        after = generated(before)
+        made = {PAGE: records.utf8(generated(PAGE.read_text(encoding="utf-8")))}
+        made |= {HERE / "tables" / f"{name}.md": tables.as_text(rows) for name, rows in kept().items()}
     except records.RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if given.check:
-        print(f"{PAGE} {'is up to date' if after == before else 'is not what the rows say: python -m analysis.readme'}")
-        return int(after != before)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    changed = [path for path, text in made.items() if not path.is_file() or path.read_bytes() != text]
+    for path in changed:
+        print(f"{path} is not what the rows say: python -m analysis.readme" if given.check else path)
+        if not given.check:
+            path.write_bytes(made[path])
+    return int(given.check and bool(changed))
+
+
+def kept() -> dict[str, records.Rows | records.FigureRecord]:
+    """Everything in `analysis/data` that has a table, by name."""
+    found = {path.name.removesuffix(".json.gz"): path for path in sorted((HERE / "data").glob("*.json.gz"))}
+    return {name: records.read_table(path) for name, path in found.items() if not name.startswith("decomposition")}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Figures over several runs, from the frame of `analysis.runs`: each as PNG and PDF, one function a figure.
 
-The style is that of `analysis.plots`. What differs in colour differs in marker, line or hatching too, so that it can be told apart
+The style is that of `analysis.style`. What differs in colour differs in marker, line or hatching too, so that it can be told apart
 in grey.
 """
 
@@ -20,9 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis import plots
-from analysis.plots import COMPUTED, GREY, GROUPS, REUSED, WIDTH, Point
-from analysis.style import COLOURS, DASHES, MARKERS, save
+from analysis.row_plots import GROUPS, Point, dot_plot_figure, pareto_figure
+from analysis.style import COLOURS, COMPUTED, DASHES, GREY, MARKERS, REUSED, WIDTH, save
 
 REFERENCE = "ertacache"
 NAMED = 7  # lines with a colour and a name; the others are grey
@@ -55,9 +54,9 @@ def figures(frame: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
         if found:
             yield f"psnr_by_budget_{name}", psnr_by_budget_figure(found, steps)
             if len({point.budget for point in found}) <= MOST_PANELS:
-                yield f"methods_{name}", plots.dot_plot_figure(found, steps)
+                yield f"methods_{name}", dot_plot_figure(found, steps)
         if len([point for point in found if point.speedup is not None]) > 1:
-            yield f"pareto_{name}", plots.pareto_figure(found)
+            yield f"pareto_{name}", pareto_figure(found)
     timed = frame.dropna(subset=["speedup_denoise", "speedup_possible"])
     if len(timed):
         yield "speedup", speedup_figure(timed)

@@ -277,7 +277,11 @@ class SpeedRecord(_Made):
 
 @dataclass(kw_only=True)
 class ModelCardRecord(_Made):
-    """`experiment=model_card`: counted without weights; by site where a number depends on it, None where not known."""
+    """`experiment=model_card`: counted without weights; by site where a number depends on it, None where not known.
+
+    Attributes:
+        velocity_dtype: of what is kept at `output`, where that is not `cache_dtype`.
+    """
 
     kind: Literal["model_card"] = "model_card"
     transformer: str
@@ -289,6 +293,7 @@ class ModelCardRecord(_Made):
     flops_per_step: int
     flops_per_sample: int
     cache_dtype: str
+    velocity_dtype: str | None = None
     cache_bytes: dict[str, int | None]
     reused_step_share: dict[str, float | None]
     calibration_generations: dict[str, float | None]

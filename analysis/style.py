@@ -1,4 +1,4 @@
-"""What all figures over several runs have in common: how lines are told apart, in grey too, and how a figure is written."""
+"""What all figures have in common: sizes and colours, how lines are told apart, in grey too, and how a figure is written."""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+WIDTH = 9.0
+COMPUTED, REUSED, GREY, BAND = "#0072B2", "#E69F00", "#8d99ae", "#F6EFC4"
 # Okabe and Ito (2008), without the yellow that a white page swallows
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333", "#56B4E9", "#D55E00")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
-matplotlib.rcParams["pdf.fonttype"] = 42  # text stays text
+matplotlib.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.labelsize": 9,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 160,  # of the layout too
+        "pdf.fonttype": 42,  # text stays text
+    }
+)
 
 
 def look(place: int) -> dict[str, str]:

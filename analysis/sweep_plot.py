@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from analysis.plots import COMPUTED, GREY, MARKER_PX, REUSED, WIDTH, Point, name_points
-from analysis.style import COLOURS, DASHES, MARKERS
+from analysis.row_plots import MARKER_PX, Point, name_points
+from analysis.style import COLOURS, COMPUTED, DASHES, GREY, MARKERS, REUSED, WIDTH
 
 LABELS = ("seed",)  # keys whose numbers are names, not amounts
 WIDE_RANGE = 8  # largest over smallest value from which on an axis is logarithmic

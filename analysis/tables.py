@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from analysis import figures, paper, records, verdicts
-from analysis.comparison import FORMS, METRICS, Comparison, Outcome
+from analysis.comparison import FLIPPED_DB, FORMS, METRICS, Comparison, Outcome
 from analysis.intervals import Interval
 
 HERE = Path(__file__).parent
@@ -93,6 +93,9 @@ COLUMNS = {
     "speedup": Column("speed-up, measured", _speedup, lambda c: "1.00x"),
     "psnr_db": Column("PSNR dB", _psnr, lambda c: "reference"),
     "psnr_db_std": Column("PSNR dB, ± std", _psnr_std, lambda c: "reference"),
+    "psnr_median": Column("median", lambda o, *_: _number(o.psnr_median, ".1f")),
+    "psnr_worst": Column("worst", lambda o, *_: _number(o.psnr_worst, ".1f")),
+    "flips": Column("flips", lambda o, *_: f"{o.flips:.0%}"),
     "gain": Column("against {reference} (95 %)", _gain),
     "ssim": Column("SSIM", lambda o, *_: f"{o.mean('ssim'):.4f}"),
     "lpips": Column("LPIPS", lambda o, *_: _number(o.mean("lpips"), ".4f")),
@@ -116,6 +119,9 @@ COLUMNS = {
 }
 
 
+SPREAD = ("psnr_median", "psnr_worst", "flips")  # follow every mean of PSNR: two populations hide in it
+
+
 @dataclass(frozen=True)
 class Section:
     """The rows of one place: lines of cells, their paired differences, and what was not sampled and why."""
@@ -131,7 +137,11 @@ class Section:
 def sections(comparison: Comparison) -> list[Section]:
     """A section for each site and budget, below the uncached run and the rows without a budget (the noise floor)."""
     table, made = comparison.record.table, []
-    columns = [COLUMNS[name] for name in table.columns]
+    columns = [
+        COLUMNS[name]
+        for given in table.columns
+        for name in (given, *(SPREAD if given in ("psnr_db", "psnr_db_std") else ()))
+    ]
     headings = ["method", *(column.heading.format(reference=comparison.reference_title) for column in columns)]
     full = comparison.full_forwards
     metrics = [metric for metric in FORMS if metric in METRICS or any(o.known(metric) for o in comparison.outcomes)]
@@ -197,8 +207,9 @@ def as_markdown(rows: records.Rows) -> str:
         f"# {about}",
         f"`{record.command}`; sampled at commit {commits}, {where}.",
         "Forwards are counted, in equivalents of whole ones. Speed-ups are medians over pairs timed in turns, one sample "
-        f"after the other. Differences are paired by prompt and noise, row minus {reference}, with their 95 % intervals; "
-        "that of the speed-up is the mean over the timed pairs.",
+        f"after the other. A flip is a sample below {FLIPPED_DB:g} dB, or one whose scene is read otherwise than the uncached "
+        f"sample's. Differences are paired by prompt and noise, row minus {reference}, with their 95 % intervals; that of the "
+        "speed-up is the mean over the timed pairs.",
     ]
     for section in sections(comparison):
         text += [f"## {section.title}", markdown(section.headings, section.lines)]
@@ -241,7 +252,7 @@ def show(
 def write(folder: Path, rows: records.Rows) -> list[Path]:
     """`table.md` in `folder`, and the table's figures; the files that were written."""
     path = folder / TABLE
-    path.write_bytes(records.utf8(as_markdown(rows)))
+    path.write_bytes(as_text(rows))
     return [path, *figures.of_rows(rows, folder)]
 
 
@@ -258,8 +269,13 @@ def figure_as_markdown(record: records.FigureRecord) -> str:
 def write_figure(folder: Path, record: records.FigureRecord) -> list[Path]:
     """`table.md` in `folder`, and the figure; the files that were written."""
     path = folder / TABLE
-    path.write_bytes(records.utf8(figure_as_markdown(record)))
+    path.write_bytes(as_text(record))
     return [path, *figures.of_figure(record, folder)]
+
+
+def as_text(made: records.Rows | records.FigureRecord) -> bytes:
+    """The table of rows or of a figure as a file."""
+    return records.utf8(as_markdown(made) if isinstance(made, records.Rows) else figure_as_markdown(made))
 
 
 def write_any(folder: Path, made: records.Rows | records.FigureRecord) -> list[Path]:

@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from erta.calibration import Calibration, calibrate
     from erta.closed_loop import refit
+    from erta.collapsing import collapse
     from erta.diagnosis import Decomposition, decompose, propagation_gain, reuse_error_by_channel
     from erta.errors import BudgetError, ErtaError, ExecutionMismatch, InstallError, NonFiniteError, SignatureMismatch
+    from erta.fitted_scheduler import FittedScheduler
+    from erta.fitting import FitOptions, fit
     from erta.interpolation import interpolate
     from erta.plan import Plan, PlanOptions, Rectification
     from erta.session import cached, install, uninstall
+    from erta.solver import Solver
     from erta.trace import Trace
+    from erta.trajectories import Trajectories, record
 
 _HOME = {
     "BudgetError": "errors",
@@ -27,19 +32,26 @@ _HOME = {
     "Decomposition": "diagnosis",
     "ErtaError": "errors",
     "ExecutionMismatch": "errors",
+    "FitOptions": "fitting",
+    "FittedScheduler": "fitted_scheduler",
     "InstallError": "errors",
     "NonFiniteError": "errors",
     "Plan": "plan",
     "PlanOptions": "plan",
     "Rectification": "plan",
     "SignatureMismatch": "errors",
+    "Solver": "solver",
     "Trace": "trace",
+    "Trajectories": "trajectories",
     "cached": "session",
     "calibrate": "calibration",
+    "collapse": "collapsing",
     "decompose": "diagnosis",
+    "fit": "fitting",
     "install": "session",
     "interpolate": "interpolation",
     "propagation_gain": "diagnosis",
+    "record": "trajectories",
     "refit": "closed_loop",
     "reuse_error_by_channel": "diagnosis",
     "uninstall": "session",
@@ -51,19 +63,26 @@ __all__ = [
     "Decomposition",
     "ErtaError",
     "ExecutionMismatch",
+    "FitOptions",
+    "FittedScheduler",
     "InstallError",
     "NonFiniteError",
     "Plan",
     "PlanOptions",
     "Rectification",
     "SignatureMismatch",
+    "Solver",
     "Trace",
+    "Trajectories",
     "cached",
     "calibrate",
+    "collapse",
     "decompose",
+    "fit",
     "install",
     "interpolate",
     "propagation_gain",
+    "record",
     "refit",
     "reuse_error_by_channel",
     "uninstall",

@@ -72,7 +72,8 @@ class Architecture:
     Attributes:
         channel_axis: of an unpacked latent; packed tokens (b, n, c) have theirs last, whatever is said here.
         blocks: its stack of blocks; None: not known, so there is no `site=blocks`.
-        components: kinds of cacheable modules, each with a pattern of module names: `attention`, `cross`, `mlp`, …
+        components: kinds of cacheable modules, each with a pattern of module names: `attention`, `cross`, `mlp`, …;
+            `temporal` is self-attention over the frames where that over space is another module.
         self_attention: the pattern of modules that are self-attention and nothing else.
         unread: by kind, modules that a module of that kind alone reads: where it is reused they need not run.
         signal: TeaCache's: the input of block 0 after its modulation by the timestep, or the time embedding.
@@ -208,6 +209,13 @@ def _hunyuan_video_signal(transformer: Any, kwargs: dict[str, Any]) -> torch.Ten
     return transformer.transformer_blocks[0].norm1(transformer.x_embedder(kwargs["hidden_states"]), emb=embedding)[0]
 
 
+def _stdit3_signal(transformer: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The tokens that the first spatial attention is given, modulated by time and frame rate: (batch, tokens, width)."""
+    given = (kwargs[name] for name in ("hidden_states", "timestep", "fps", "height", "width"))
+    tokens, _, modulation = transformer.embed(*given)
+    return transformer.blocks[0].spatial.modulated_input(tokens, modulation)
+
+
 def _flux_inputs(sizes: CallSizes, config: Any) -> dict[str, torch.Tensor]:
     tokens = sizes.height // 2 * (sizes.width // 2)
     return {
@@ -224,6 +232,10 @@ def _hunyuan_video_inputs(sizes: CallSizes, config: Any) -> dict[str, torch.Tens
         "pooled_projections": torch.empty(1, config.pooled_projection_dim),
         "guidance": torch.empty(1),
     }
+
+
+def _stdit3_inputs(sizes: CallSizes, config: Any) -> dict[str, torch.Tensor]:
+    return {"fps": torch.empty(1), "height": torch.empty(1), "width": torch.empty(1)}
 
 
 ENTRIES = (
@@ -270,6 +282,21 @@ ENTRIES = (
         signal=_hunyuan_video_signal,
         inputs=_hunyuan_video_inputs,
         published=("hunyuan_video",),
+    ),
+    Architecture(
+        "STDiT3Transformer3DModel",  # Open-Sora 1.2, of experiments/models/open_sora
+        blocks=BlockStack(("blocks",)),  # pairs of a spatial and a temporal block
+        components={
+            "attention": r"blocks\.\d+\.spatial\.attn",
+            "temporal": r"blocks\.\d+\.temporal\.attn",
+            "cross": r"blocks\.\d+\.(spatial|temporal)\.cross_attn",
+            "mlp": r"blocks\.\d+\.(spatial|temporal)\.mlp",
+        },
+        self_attention=r"^blocks\.\d+\.(spatial|temporal)\.attn$",
+        signal=_stdit3_signal,
+        inputs=_stdit3_inputs,
+        is_told_the_step=True,
+        published=("open_sora_12",),
     ),
     Architecture("PixArtTransformer2DModel", beside_velocity="channels"),
     Architecture("LatteTransformer3DModel", beside_velocity="channels"),

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from erta.architectures import architecture_of
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
+from erta.files import replacing
 from erta.grid import adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import combining_scale_of, guidance_scale_of, second_scale_of
 from erta.hooks import observed
@@ -216,9 +217,8 @@ class Calibration:
         metadata = {"schema": SCHEMA, "signature": json.dumps(self.signature), "record": json.dumps(self.record)}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file({k: np.ascontiguousarray(v) for k, v in self.statistics.to_arrays().items()}, partial, metadata)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({k: np.ascontiguousarray(v) for k, v in self.statistics.to_arrays().items()}, partial, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

@@ -30,6 +30,7 @@ from erta.plan import Plan
 from erta.scheduler import first_index
 from erta.session import cached, planned_session
 from erta.site import SeenForward, Site, make_site
+from erta.trajectories import steps_shown
 
 DIRECTION_STRIDE = 100_000  # between the seeds of the directions
 _Scales = tuple[float | None, float | None]
@@ -105,10 +106,11 @@ def propagation_gain(
     *,
     seed: int = 0,
     directions: int = 1,
+    along: bool = False,
     relative_size: float = 1e-3,
     **pipeline_kwargs: Any,
 ) -> np.ndarray:
-    """How much a small random error in the latent after each of `after_steps` has grown at the end, uncached.
+    """How much a small error in the latent after each of `after_steps` has grown at the end, uncached.
 
     Finite differences: one run for each step and direction, with an error of `relative_size` of the latent's norm. How much
     it grows depends on the prompt and on the direction by orders of magnitude: one of each is no measurement.
@@ -116,10 +118,27 @@ def propagation_gain(
     Under UniPC it is something else: its corrector computes the latent anew from that of the step before, so that what was put
     into this one is dropped, and only what the model made of it goes on. Under Euler's rule, the whole of it goes on.
 
+    Args:
+        after_steps: -1 is before the first step: the error is in the noise.
+        directions: random ones, the same for every prompt.
+        along: in place of random ones, the one direction of the trajectory's own last move (after -1: of its first).
+
     Returns the growth, (steps, directions).
     """
+    moves: list[torch.Tensor] = []  # latents, from the noise on
 
-    def final(changed: int | None, direction: int = 0) -> tuple[torch.Tensor, float]:
+    def look(output: torch.Tensor, latent: torch.Tensor, after: torch.Tensor) -> None:
+        moves.extend([latent, after] if not moves else [after])
+
+    def error_in(latents: torch.Tensor, step: int, direction: int) -> torch.Tensor:
+        if along:
+            error = moves[max(step, 0) + 1] - moves[max(step, 0)]
+        else:
+            noise = torch.Generator().manual_seed(step + DIRECTION_STRIDE * direction)
+            error = torch.randn(latents.shape, generator=noise).to(latents)
+        return error * (relative_size * latents.norm() / error.norm())
+
+    def disturbed_end(changed: int, direction: int) -> tuple[torch.Tensor, float]:
         size = 0.0
 
         def disturb(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -127,23 +146,25 @@ def propagation_gain(
             if step != changed:
                 return {}
             latents = values["latents"]
-            noise = torch.Generator().manual_seed(step + DIRECTION_STRIDE * direction)
-            error = torch.randn(latents.shape, generator=noise).to(latents)
-            changed_latents = latents + error * (relative_size * latents.norm() / error.norm())
-            size = float((changed_latents - latents).float().norm())  # after rounding to the latents' dtype
-            return {"latents": changed_latents}
+            other = latents + error_in(latents, step, direction)
+            size = float((other - latents).float().norm())  # after rounding to the latents' dtype
+            return {"latents": other}
 
         call = {**pipeline_kwargs, "callback_on_step_end": disturb}
+        if changed < 0:
+            other = moves[0] + error_in(moves[0], -1, direction)
+            size, call = float((other - moves[0]).float().norm()), {**pipeline_kwargs, "latents": other}
         latents = _final_latents(pipe(**latent_call(prompt, seed, call)))
-        if changed is not None and size == 0:
+        if size == 0:
             raise ErtaError(f"there is no step {changed} to disturb, or {relative_size:g} is lost in rounding")
         return latents, size
 
-    undisturbed, _ = final(None)
-    gains = np.empty((len(after_steps), directions))
+    with steps_shown(pipe, look):
+        undisturbed = _final_latents(pipe(**latent_call(prompt, seed, pipeline_kwargs)))
+    gains = np.empty((len(after_steps), 1 if along else directions))
     for place, step in enumerate(after_steps):
-        for direction in range(directions):
-            disturbed, size = final(step, direction)
+        for direction in range(gains.shape[1]):
+            disturbed, size = disturbed_end(step, direction)
             gains[place, direction] = float((disturbed - undisturbed).norm()) / size
     return gains
 

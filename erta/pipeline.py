@@ -16,7 +16,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import nn
 
 from erta.errors import InstallError
-from erta.scheduler import ShowGrid, ShowStep, watched
+from erta.scheduler import ShowGrid, ShowResult, ShowStep, watched
 from erta.trace import CallTrace
 
 SESSION = "_erta_session"
@@ -63,6 +63,7 @@ class Session:
         self.scheduler, self.trace = scheduler, trace
         self.show_step: ShowStep | None = None  # see `watched`
         self.show_grid: ShowGrid | None = None
+        self.show_result: ShowResult | None = None
         self.owner = weakref.ref(pipe)
         self._one_call = threading.Lock()
 
@@ -101,7 +102,7 @@ class Session:
         try:
             self.before_call(pipe, call_arguments(self.pipe_class, pipe, args, kwargs))
             self.trace.begin()
-            with watched(self.scheduler, self.show_step, self.show_grid):
+            with watched(self.scheduler, self.show_step, self.show_grid, self.show_result):
                 result = self._own_call(pipe, args, kwargs)
             self.trace.finish(interrupted=bool(getattr(pipe, "_interrupt", False)))
             return result

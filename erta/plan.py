@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from erta.errors import ErtaError, choice_index
+from erta.files import replacing
 from erta.grid import TIME_FORMS, check_grid, computed_sigmas
 from erta.policy import Mask, segments
 from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS
@@ -196,10 +197,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with replacing(Path(path)) as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -21,6 +21,7 @@ import torch
 
 from erta.errors import ErtaError, InstallError, SignatureMismatch
 from erta.plan import Plan
+from erta.policy import Mask
 
 
 def step_index(scheduler: Any) -> int:
@@ -131,25 +132,35 @@ def _override(scheduler: Any, *methods: Any) -> None:
 
 ShowStep = Callable[[Any, torch.Tensor, torch.Tensor], None]
 ShowGrid = Callable[[np.ndarray], None]
+ShowResult = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def watched(scheduler: Any, show_step: ShowStep | None, show_grid: ShowGrid | None) -> Iterator[None]:
+def watched(
+    scheduler: Any, show_step: ShowStep | None, show_grid: ShowGrid | None, show_result: ShowResult | None = None
+) -> Iterator[None]:
     """Look at what a scheduler does inside the `with`.
 
     Args:
         show_step: called with (scheduler, model_output, sample) before every step.
         show_grid: called with `nominal_sigmas` as soon as the scheduler has a grid: some pipelines write into it (Cosmos 2).
+        show_result: called with (model_output, sample, next sample) after every step.
     """
 
     def showing_step(own: Any) -> Any:
         signature = inspect.signature(own)
 
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if show_step is not None and self is scheduler:  # and not a copy by the pipeline (LTX-2, for the sound)
-                given = signature.bind(self, *args, **kwargs).arguments
-                show_step(self, given["model_output"], given["sample"])
-            return own(self, *args, **kwargs)
+            if self is not scheduler:  # but a copy by the pipeline (LTX-2, for the sound)
+                return own(self, *args, **kwargs)
+            given = signature.bind(self, *args, **kwargs).arguments
+            output, sample = given["model_output"], given["sample"]
+            if show_step is not None:
+                show_step(self, output, sample)
+            result = own(self, *args, **kwargs)
+            if show_result is not None:
+                show_result(output, sample, result[0] if isinstance(result, tuple) else result.prev_sample)
+            return result
 
         return step
 
@@ -162,7 +173,7 @@ def watched(scheduler: Any, show_step: ShowStep | None, show_grid: ShowGrid | No
         return set_timesteps
 
     with ExitStack() as stack:
-        if show_step is not None:
+        if show_step is not None or show_result is not None:
             stack.enter_context(_wrapped(scheduler, "step", showing_step))
         if show_grid is not None:
             stack.enter_context(_wrapped(scheduler, "set_timesteps", showing_grid))
@@ -197,11 +208,11 @@ def planned_scheduler(scheduler: Any, plan: Plan) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own.__func__(self, *args, **kwargs)
         _check_grid_is_planned(self, plan)
-        _write_grid(self, plan)
+        write_grid(self, plan.sigmas, plan.begin)
 
     _override(planned, set_timesteps)
     if not plan.corrector_at_reused and plan.num_computed < plan.num_steps:
-        _switch_off_corrector(planned, plan)
+        switch_off_corrector(planned, plan.mask, plan.begin)
     return planned
 
 
@@ -214,10 +225,28 @@ def _check_grid_is_planned(scheduler: Any, plan: Plan) -> None:
         raise SignatureMismatch("sigmas", _ends(plan.nominal_sigmas), _ends(runs))
 
 
-def _write_grid(scheduler: Any, plan: Plan) -> None:
-    """Overwrite sigmas and timesteps where they change: equal entries keep the original bits."""
-    nominal = nominal_sigmas(scheduler)[plan.begin :]
-    changed = np.asarray(plan.sigmas, np.float32) != nominal
+def with_grid(scheduler: Any, nominal: np.ndarray) -> Any:
+    """A copy of a scheduler whose steps are those of a grid (num_steps + 1,). Raises ErtaError for one without sigmas.
+
+    For schedulers whose grid a pipeline sets by the size of the image (FLUX): the grid is known, the shift is not.
+    """
+    copied = copy.deepcopy(scheduler)
+    copied.set_timesteps(len(nominal) - 1, **({"mu": 1.0} if copied.config.get("use_dynamic_shifting") else {}))
+    if not has_sigmas(copied):
+        raise ErtaError(
+            f"{type(scheduler).__name__} does not integrate over sigmas: there is no solver to take from it"
+        )
+    write_grid(copied, nominal)
+    return copied
+
+
+def write_grid(scheduler: Any, grid: np.ndarray, begin: int = 0) -> None:
+    """Overwrite sigmas and timesteps where they change: equal entries keep the original bits.
+
+    `grid` is (num_steps + 1,), of the steps from `begin` on. Raises InstallError for a scheduler without sigmas.
+    """
+    grid = np.asarray(grid, np.float32)
+    changed = grid != nominal_sigmas(scheduler)[begin:]
     if not changed.any():
         return
     if not has_movable_sigmas(scheduler):
@@ -225,22 +254,23 @@ def _write_grid(scheduler: Any, plan: Plan) -> None:
     train_steps = scheduler.config.num_train_timesteps
     sigmas, timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
     for step in np.flatnonzero(changed).tolist():
-        value = float(np.float32(plan.sigmas[step]))
-        sigmas[plan.begin + step] = value
-        if step < plan.num_steps:
+        value = float(grid[step])
+        sigmas[begin + step] = value
+        if begin + step < len(timesteps):
             exact = value * train_steps
-            timesteps[plan.begin + step] = exact if timesteps.dtype.is_floating_point else math.floor(exact + 1e-4)
+            timesteps[begin + step] = exact if timesteps.dtype.is_floating_point else math.floor(exact + 1e-4)
     scheduler.sigmas, scheduler.timesteps = sigmas, timesteps
 
 
-def _switch_off_corrector(scheduler: Any, plan: Plan) -> None:
+def switch_off_corrector(scheduler: Any, mask: Mask, begin: int = 0) -> None:
+    """UniPC without its corrector at reused steps; the mask is of those from `begin` on. Raises InstallError for a solver that has none to switch."""
     listed = getattr(scheduler, "disable_corrector", None)
     if listed is None:
         raise InstallError(
             f"{type(scheduler).__name__} has no corrector to switch off at reused steps: leave corrector_at_reused=True"
         )
     # UniPC skips the corrector at step k + 1 for every k listed
-    reused = [plan.begin + step - 1 for step, computed in enumerate(plan.mask) if not computed]
+    reused = [begin + step - 1 for step, computed in enumerate(mask) if not computed]
     scheduler.disable_corrector = sorted({*listed, *reused})
 
 

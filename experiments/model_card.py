@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from analysis.records import ModelCardRecord
 from erta.site import SITES
 from experiments.models.architectures import describe, forward_inputs, known_class
+from experiments.models.classes import class_named
 from experiments.models.costs import count_flops, flops_without_blocks
 from experiments.output import console, tracking
 from experiments.output.run_folder import describe_made, finish
@@ -43,12 +43,13 @@ def model_card(cfg: DictConfig) -> ModelCardRecord:
     """
     about, steps = describe(cfg), cfg.model.num_inference_steps
     with torch.device("meta"):
-        transformer: nn.Module = getattr(diffusers, about["class"])(**about["transformer"])
+        transformer: nn.Module = class_named(about["class"])(**about["transformer"])
         inputs = forward_inputs(about, transformer.config)
         flops, velocity = count_flops(transformer, inputs)
         parameters = sum(p.numel() for p in transformer.parameters())
         head_flops = flops_without_blocks(transformer, inputs)
-    itemsize = getattr(torch, cfg.model.dtype).itemsize
+    dtypes = {"output": about.get("velocity_dtype", cfg.model.dtype), "blocks": cfg.model.dtype}
+    itemsize = {site: getattr(torch, dtype).itemsize for site, dtype in dtypes.items()}
     kept = {"output": velocity.numel(), "blocks": _token_elements(about, transformer.config)}
     forwards = about["forwards"] if cfg.model.guidance_scale > 1 else 1
     window = min(cfg.calibration.window, steps - 1)
@@ -67,7 +68,8 @@ def model_card(cfg: DictConfig) -> ModelCardRecord:
         flops_per_step=forwards * flops,
         flops_per_sample=steps * forwards * flops,
         cache_dtype=cfg.model.dtype,
-        cache_bytes={site: None if kept[site] is None else forwards * kept[site] * itemsize for site in SITES},
+        velocity_dtype=about.get("velocity_dtype"),
+        cache_bytes={site: None if kept[site] is None else forwards * kept[site] * itemsize[site] for site in SITES},
         reused_step_share={"output": 0.0, "blocks": None if head_flops is None else head_flops / flops},
         calibration_generations={site: None if passes[site] is None else 1 + passes[site] for site in SITES},
     )
@@ -81,6 +83,7 @@ def shown(card: ModelCardRecord) -> list[list[str]]:
         return ", ".join(f"{site} {value:{form}}" for site, value in known.items())
 
     megabytes = {site: None if count is None else count / 1e6 for site, count in card.cache_bytes.items()}
+    at_output = "" if card.velocity_dtype is None else f" (output {card.velocity_dtype})"
     count, billions = card.transformers, card.parameters / 1e9
     each = f" in {count} of {billions / count:.3f}, one of which runs at a step" if count > 1 else ""
     return [
@@ -90,7 +93,10 @@ def shown(card: ModelCardRecord) -> list[list[str]]:
         ["forwards a step", str(card.forwards_per_step)],
         ["TFLOPs a step", f"{card.flops_per_step / 1e12:.4g}"],
         ["TFLOPs a sample", f"{card.flops_per_sample / 1e12:.4g}"],
-        [f"cache, {card.cache_dtype}", ", ".join(f"{s} {v:.3g} MB" for s, v in megabytes.items() if v is not None)],
+        [
+            f"cache, {card.cache_dtype}{at_output}",
+            ", ".join(f"{s} {v:.3g} MB" for s, v in megabytes.items() if v is not None),
+        ],
         ["FLOPs of a reused step", by_site("reused_step_share", ".3%")],
         ["calibration of a prompt, generations", by_site("calibration_generations", ".3f")],
     ]

@@ -21,6 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import erta
 from erta.scheduler import nominal_sigmas
+from experiments.models.open_sora.autoencoder import AutoencoderKLOpenSora
+from experiments.models.open_sora.pipeline import OpenSoraPipeline
+from experiments.models.open_sora.sizes import rectified_flow
+from experiments.models.open_sora.transformer import STDiT3Transformer3DModel
 from experiments.scenes.tokenizer import build_tokenizer
 from experiments.training.text import TEXT_DIM, build_text_encoder
 from experiments.training.video_vae import build_vae
@@ -213,6 +217,34 @@ def build_cogvideox(scheduler) -> CogVideoXPipeline:
 COG_CALL = dict(
     num_inference_steps=len(SITE_MASK), guidance_scale=3.0, height=64, width=64, num_frames=9, max_sequence_length=16
 )
+
+
+TINY_STDIT3 = dict(num_layers=2, num_attention_heads=2, attention_head_dim=12, text_dim=24, text_length=16, freq_dim=32)
+TINY_VAE = dict(image_channels=(8, 8, 8, 8), image_layers=1, time_channels=4, time_layers=2, groups=2)
+OPEN_SORA_CALL = dict(
+    num_inference_steps=len(SITE_MASK), guidance_scale=4.0, height=32, width=56, num_frames=17, max_sequence_length=16
+)
+
+
+def build_open_sora() -> OpenSoraPipeline:
+    """A tiny random OpenSoraPipeline: both branches in one batch, pairs of blocks, half of the head not used."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    transformer = STDiT3Transformer3DModel(**TINY_STDIT3).eval()
+    with torch.no_grad():
+        transformer.head.proj.weight.mul_(4)
+    pipe = OpenSoraPipeline(
+        tokenizer=tokenizer,
+        text_encoder=tiny_t5(tokenizer),
+        transformer=transformer,
+        vae=AutoencoderKLOpenSora(**TINY_VAE).eval(),
+        scheduler=rectified_flow(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+EVERY_MODEL = {**MODELS, "open_sora": (build_open_sora, OPEN_SORA_CALL)}
 
 
 def build_two(solver: str = "unipc", boundary: float | None = 0.85, seed: int = 7) -> WanPipeline:

@@ -1,6 +1,6 @@
 """Charts of the results page: Plotly figures as JSON, and the same as a picture for readers without JavaScript.
 
-Colours are those of `analysis.plots`; the page's script makes them lighter on a dark page.
+Colours are those of `analysis.style`; the page's script makes them lighter on a dark page.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from plotly.subplots import make_subplots
 
 from analysis import plots
 from analysis.page.film import data_uri
-from analysis.plots import COMPUTED, GREY, REUSED, Point
 from analysis.records import DecompositionRecord
+from analysis.row_plots import GROUPS, Point, front, pareto_figure
+from analysis.style import COMPUTED, GREY, REUSED
 
 MARKERS = {"o": "circle", "^": "triangle-up", "s": "square", "D": "diamond"}
 SIZES = (13.0, 8.0)  # of a marker, from the largest budget to the smallest
@@ -58,8 +59,8 @@ def pareto(points: list[Point]) -> Chart:
     timed = [point for point in points if point.speedup is not None]
     budgets = sorted({point.budget for point in timed}, reverse=True)
     sizes = dict(zip(budgets, np.linspace(*SIZES, len(budgets)), strict=True))
-    best = plots.front(timed)
-    front = go.Scatter(
+    best = front(timed)
+    beaten_by_none = go.Scatter(
         x=[point.speedup for point in best],
         y=[point.psnr_db for point in best],
         mode="lines",
@@ -68,7 +69,7 @@ def pareto(points: list[Point]) -> Chart:
         hoverinfo="skip",
     )
     figure = go.Figure(
-        [front, *(_kind(key, timed, sizes) for key in plots.GROUPS if any(p.group == key for p in timed))]
+        [beaten_by_none, *(_kind(key, timed, sizes) for key in GROUPS if any(p.group == key for p in timed))]
     )
     for point in timed:
         if point.is_reference:
@@ -78,11 +79,11 @@ def pareto(points: list[Point]) -> Chart:
     figure.update_layout(**LAYOUT, height=460)
     figure.update_xaxes(**AXIS, title="measured speed-up of denoising", ticksuffix="×")
     figure.update_yaxes(**AXIS, title="PSNR against uncached, dB")
-    return Chart(figure.to_json(), "PSNR against measured speed-up", lambda: plots.pareto_figure(points))
+    return Chart(figure.to_json(), "PSNR against measured speed-up", lambda: pareto_figure(points))
 
 
 def _kind(key: str, points: list[Point], sizes: dict[int, float]) -> go.Scatter:
-    group, mine = plots.GROUPS[key], [point for point in points if point.group == key]
+    group, mine = GROUPS[key], [point for point in points if point.group == key]
     return go.Scatter(
         x=[point.speedup for point in mine],
         y=[point.psnr_db for point in mine],

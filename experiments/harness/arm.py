@@ -11,6 +11,7 @@ import numpy as np
 from hydra.utils import get_method
 
 import erta
+from erta.solver import Solver
 from erta.trace import CallTrace
 from experiments.harness.generate import Sample, generate
 from experiments.harness.kept import search_seconds
@@ -31,6 +32,7 @@ class Arm:
         searched_s: seconds that searches and measurements of the method's own took, also if an earlier run made them.
         reuse_share: what part of a forward a plan's reused steps run all the same (see `Setup.reuse_share`).
         changes_solver: `attach` puts on another solver, so the grid is another one.
+        solver: the linear solver that `attach` amounts to, if it is one; a plan is collapsed where it is asked for.
     """
 
     plan: erta.Plan | None
@@ -41,6 +43,7 @@ class Arm:
     searched_s: float = 0.0
     reuse_share: float = 0.0
     changes_solver: bool = False
+    solver: Solver | None = None
 
     @property
     def calibration_s(self) -> float:

@@ -50,6 +50,18 @@ class Decomposition:
 
 
 @dataclass
+class Regimes:
+    guidances: list[float] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)  # of conf/cache
+    timed: int = 1  # samples of each row that are timed in turns with uncached ones
+
+
+@dataclass
+class SolverTables:
+    methods: list[str] = field(default_factory=list)  # of conf/cache, each a linear solver
+
+
+@dataclass
 class Speed:
     pairs: int = 3  # of generations, uncached and cached
 
@@ -72,6 +84,8 @@ OWN_KEYS = {
     "long_video": LongVideo,
     "members": Members,
     "decomposition": Decomposition,
+    "regimes": Regimes,
+    "solver_tables": SolverTables,
     "speed": Speed,
     "train_tiny": TrainTiny,
 }

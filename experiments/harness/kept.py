@@ -46,9 +46,14 @@ def kept(
         found = {"seconds": time.perf_counter() - started, "made": made}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
-    if (spent := _SPENT.get()) is not None:
-        spent[path.name] = found["seconds"]
+    note_spent(path.name, found["seconds"])
     return found["made"]
+
+
+def note_spent(name: str, seconds: float) -> None:
+    """Count seconds, once under each name, for whoever asks with `search_seconds`."""
+    if (spent := _SPENT.get()) is not None:
+        spent[name] = seconds
 
 
 def _digest(setup: Setup, made_with: list[Any]) -> str:

@@ -8,7 +8,6 @@ from analysis.paper import Block, PrintedRow, PrintedTable
 from analysis.records import Claim
 from experiments.harness.rows import Row
 
-WAITS = "waits: there is no pipeline of {title} here"
 NO_LESS_SPEEDUP = 0.9  # a closer row that is this much slower is no better
 
 
@@ -16,16 +15,6 @@ def rows_of(table: PrintedTable, model: str, num_steps: int) -> list[Row]:
     """The blocks printed for `model`; of a model that none is printed for, it stands in for all, at the same share of steps."""
     own = [block for block in table.blocks if block.model == model]
     return [_row(block, row, num_steps, bool(own)) for block in own or table.blocks for row in block.rows]
-
-
-def waiting_rows(table: PrintedTable) -> list[Row]:
-    """The blocks whose model has no pipeline, as rows that say so."""
-    return [
-        Row(row.title, "none", block=_name(block, row), paper=_numbers(row), why_not=WAITS.format(title=block.title))
-        for block in table.blocks
-        if block.model is None
-        for row in block.rows
-    ]
 
 
 def claims_of(table: PrintedTable) -> list[Claim]:
@@ -51,9 +40,15 @@ def _row(block: Block, row: PrintedRow, num_steps: int, is_own: bool) -> Row:
     needs = tuple(block.overrides.get(row.method, ())) if is_own else ()
     if is_own and row.threshold is not None:
         return Row(row.title, row.method, (*needs, f"cache.threshold={row.threshold:g}"), block=name, paper=numbers)
+    if is_own and row.settings:
+        return Row(row.title, row.method, (*needs, *row.settings), block=name, paper=numbers)
+    return Row(row.title, row.method, needs, share_of(block, row, num_steps), block=name, paper=numbers)
+
+
+def share_of(block: Block, row: PrintedRow, num_steps: int) -> int:
+    """The number of computed steps of `num_steps` that is the printed row's share of its own."""
     share = row.computed_steps / block.steps if row.computed_steps is not None else 1 / row.speedup
-    count = min(max(round(share * num_steps), 1), num_steps)
-    return Row(row.title, row.method, needs, count, block=name, paper=numbers)
+    return min(max(round(share * num_steps), 1), num_steps)
 
 
 def _name(block: Block, row: PrintedRow) -> str:

@@ -135,7 +135,7 @@ def _work(
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     console.quiet_libraries()
-    console.out.quiet = True
+    console.quiet_process()
     torch.set_num_threads(threads)
     HydraConfig.instance().cfg = hydra_cfg
     config.register()

@@ -19,7 +19,8 @@ def arm(setup: Setup) -> Arm:
     Site: the outputs of self-attention modules. Stored: the last two a module and guidance branch. Static: inside `window`
     they are computed at every so many steps. Where we differ: it is diffusers' own; the other half, which foretells the
     unconditional branch by frequencies, wants both branches in one batch. Wan's pipeline runs them one after the other and
-    FLUX has none, so there it is left out, as diffusers does for distilled models; each branch keeps its own outputs here.
+    FLUX has none, so there it is left out, as diffusers does for distilled models, and so it is on Open-Sora, which would have
+    it; each branch keeps its own outputs here.
     The window is CogVideoX's in shares of the steps. Raises ErtaError for other transformers.
     """
     known, bounds = architecture_of(find_denoiser(setup.pipe)), timesteps_between(setup)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +11,7 @@ from erta.errors import choice_index
 from experiments.harness.arm import Arm
 from experiments.harness.config import CONF
 from experiments.harness.setup import Setup
+from experiments.methods.common.solvers import scheduler_arm
 from experiments.models.load import set_sampler
 
 SAMPLERS = CONF / "sampler"
@@ -35,16 +34,12 @@ def arm(setup: Setup) -> Arm:
     if name is None:
         return Arm(None, kwargs)
     choice_index("cache.options.sampler", name, tuple(sorted(path.stem for path in SAMPLERS.glob("*.yaml"))))
-    other = OmegaConf.create({"model": setup.cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{name}.yaml")})
+    return scheduler_arm(setup, scheduler_named(setup, name), kwargs["num_inference_steps"], {"sampler": name})
+
+
+def scheduler_named(setup: Setup, sampler: str) -> Any:
+    """The solver of the group `sampler` with the model's shift, as it would stand on the pipeline. Raises what `set_sampler` does."""
+    other = OmegaConf.create({"model": setup.cfg.model, "sampler": OmegaConf.load(SAMPLERS / f"{sampler}.yaml")})
     swapped = SimpleNamespace(scheduler=setup.pipe.scheduler)
     set_sampler(swapped, other)
-
-    @contextmanager
-    def attach(pipe: Any) -> Iterator[None]:
-        own, pipe.scheduler = pipe.scheduler, swapped.scheduler
-        try:
-            yield
-        finally:
-            pipe.scheduler = own
-
-    return Arm(None, kwargs, attach=attach, report={"sampler": name}, changes_solver=True)
+    return swapped.scheduler

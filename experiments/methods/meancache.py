@@ -19,6 +19,8 @@ from erta.errors import ErtaError
 from erta.guidance import guide
 from erta.online import Call, OnlineRule, online
 from erta.policy import Mask
+from erta.scheduler import with_grid
+from erta.solver import Computed, Predict, linear_solver
 from experiments.harness.arm import Arm
 from experiments.harness.kept import kept
 from experiments.harness.setup import Setup
@@ -48,7 +50,23 @@ def arm(setup: Setup) -> Arm:
     mask = best_path(np.where(costs < 0, np.inf, np.abs(costs) ** power), setup.step_count())
     rule = MeanCache(mask, sigmas, scale)
     report = {"policy": setup.cfg.cache.name, "mask": [int(step) for step in mask]}
-    return Arm(None, setup.kwargs, attach=lambda pipe: online(pipe, rule, reuse="velocity"), report=report)
+    solver = linear_solver(with_grid(setup.pipe.scheduler, sigmas), mask, predict=foretold(sigmas), report=report)
+    return Arm(
+        None, setup.kwargs, attach=lambda pipe: online(pipe, rule, reuse="velocity"), report=report, solver=solver
+    )
+
+
+def foretold(sigmas: np.ndarray) -> Predict:
+    """What `MeanCache` gives at a reused step, of the guided output: for the solver that it amounts to."""
+
+    def predict(step: int, x: torch.Tensor, computed: list[Computed]) -> torch.Tensor:
+        if len(computed) < 2:
+            return computed[-1].v
+        r, t = computed[-2:]
+        slope = mean_slope(t.x, r.x, t.v, float(sigmas[t.step] - sigmas[r.step]))
+        return t.v + float(sigmas[step] - sigmas[t.step]) * slope
+
+    return predict
 
 
 def mean_slope(z_t: Any, z_r: Any, v_t: Any, between: float) -> Any:

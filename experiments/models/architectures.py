@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from erta.architectures import ARCHITECTURES, Architecture, CallSizes
 from erta.errors import ErtaError
 from experiments.models.load import ASSETS
+from experiments.models.open_sora.sizes import latent_frames
 from experiments.output import console
 from experiments.output.run_folder import read_json
 
@@ -49,9 +50,10 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     if about is None:
         published = [model for entry in ARCHITECTURES.values() for model in entry.published]
         raise ErtaError(f"no architecture of model={model.name} is known; {PUBLISHED.name} has {', '.join(published)}")
-    frames = model.num_frames or 1
     latent = about["latent"]
-    size = ((frames - 1) // latent["time"] + 1, model.height // latent["space"], model.width // latent["space"])
+    space, num_frames = latent["space"], model.num_frames or 1
+    frames = latent_frames(num_frames) if "micro_frames" in latent else (num_frames - 1) // latent["time"] + 1
+    size = (frames, model.height // space, model.width // space)
     return {**about, "size": size}
 
 

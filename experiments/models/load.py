@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 import erta
 from erta.errors import ErtaError
 from erta.pipeline import find_denoisers
+from experiments.models.classes import class_named
 from experiments.scenes.captions import words_of
 
 ASSETS = Path(erta.__file__).parent / "assets"
@@ -27,10 +28,9 @@ def load_pipeline(cfg: DictConfig) -> Any:
     missing or damaged, and for tiles or a compilation that this model does not know.
     """
     model = cfg.model
-    folder = _local_folder(model)
+    folder, pipeline_class = _local_folder(model), class_named(model.pipeline)
     if folder is not None:
         check_folder(folder)
-    pipeline_class = getattr(diffusers, model.pipeline)
     try:
         pipe = pipeline_class.from_pretrained(
             str(folder) if folder is not None else model.hub_id,
@@ -38,10 +38,13 @@ def load_pipeline(cfg: DictConfig) -> Any:
             local_files_only=folder is not None,
             **({"revision": model.revision} if folder is None and model.revision is not None else {}),
         )
+    except ErtaError:
+        raise  # says what is wrong itself
     except (OSError, ValueError, SafetensorError) as error:
         if folder is not None:
             raise ErtaError(f"{folder} does not load as a {model.pipeline}: {_first_line(error)}") from error
-        raise ErtaError(_missing_weights(model)) from error
+        where = getattr(pipeline_class, "where_weights_are", None)
+        raise ErtaError(_missing_weights(model, where() if where is not None else None)) from error
     if model.guidance_scale_2 is not None and getattr(pipe, "transformer_2", None) is None:
         raise ErtaError(f"model.guidance_scale_2 is for pipelines with two transformers, and {model.name} has one")
     set_sampler(pipe, cfg)
@@ -171,16 +174,18 @@ def _local_folder(model: DictConfig) -> Path | None:
     return ASSETS / model.name if model.embedded else None
 
 
-def _missing_weights(model: DictConfig) -> str:
+def _missing_weights(model: DictConfig, where: str | None = None) -> str:
+    """What was looked for, and what to do; `where`: a pipeline's own word on that."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     pinned = f" --revision {model.revision}" if model.revision is not None else ""
     other = ", or take what is in the cache (model.revision=null)" if pinned else ""
+    how = where or (
+        f"Download them with `hf download {model.hub_id}{pinned} --local-dir {model.name}` and add model.path={model.name}{other}"
+    )
     return (
         f"no weights for model={model.name}: {model.hub_id}{f' at {model.revision[:7]}' if pinned else ''} is neither in "
-        f"{HF_HUB_CACHE} nor reachable on the hub.\n"
-        f"Download them with `hf download {model.hub_id}{pinned} --local-dir {model.name}` and add model.path={model.name}{other}, "
-        "or try the embedded model: python run.py model=wan21_tiny"
+        f"{HF_HUB_CACHE} nor reachable on the hub.\n{how}, or try the embedded model: python run.py model=wan21_tiny"
     )
 
 

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from erta.errors import ErtaError
 from experiments.models.architectures import describe
+from experiments.models.classes import class_named
 from experiments.models.load import place, set_sampler
 from experiments.scenes.tokenizer import build_tokenizer
 
@@ -31,7 +32,7 @@ def untrained_pipeline(cfg: DictConfig) -> Any:
     dtype = getattr(torch, cfg.model.dtype)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = _in_dtype(lambda: getattr(diffusers, name)(**about["transformer"]), dtype).eval()
+        transformer = _in_dtype(lambda: class_named(name)(**about["transformer"]), dtype).eval()
     for key, parameter in transformer.named_parameters():  # as from_pretrained keeps them
         if any(part in key.split(".") for part in transformer._keep_in_fp32_modules or ()):
             parameter.data = parameter.data.float()

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -57,9 +58,17 @@ class _ReportedProgress(Progress):
         task = self.tasks[self.task_ids.index(task_id)]
         said = {"description": task.description, "completed": task.completed, "total": task.total}
         path = os.environ[PROGRESS_FILE]
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            json.dump(said, file)
-        os.replace(f"{path}.partial", path)
+        partial = f"{path}.{os.getpid()}.partial"
+        with suppress(OSError):  # how far a command is is not worth the command
+            with open(partial, "w", encoding="utf-8") as file:
+                json.dump(said, file)
+            os.replace(partial, path)
+
+
+def quiet_process() -> None:
+    """For a process that works for another one of the same command: it says nothing, and does not say how far it is."""
+    out.quiet = True
+    os.environ.pop(PROGRESS_FILE, None)
 
 
 def end_with_parent() -> None:

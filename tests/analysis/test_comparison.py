@@ -105,7 +105,7 @@ def test_points_of_the_figures():
     assert [point is None for point in points] == [True, False, True, True]
     assert points[1] == {
         "title": "Ertacache", "group": "planned", "budget": 3, "psnr_db": 31.0, "low": 30.0, "high": 32.0,
-        "speedup": 2.0, "is_reference": True,
+        "speedup": 2.0, "is_reference": True, "median": 31.0, "worst": 30.0,
     }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_blocks_are_compared_within_and_printed_numbers_stand_beside():
     (found,) = Comparison(rows).results()
     assert found.claim == "ours is closer (A)" and found.paper == "23.00 against 16.00 (+7.00)"
     text = tables.as_markdown(rows)
-    assert "## A\n" in text and "| Ours | 30.50 | 23.00 |" in text and "printed in the paper" in text
+    assert "## A\n" in text and "| Ours | 30.50 | 30.5 | 30.0 | 0% | 23.00 |" in text and "printed in the paper" in text
 
 
 def test_scores_of_a_benchmark_are_columns_and_decide():
@@ -206,3 +206,16 @@ def test_scores_of_a_benchmark_are_columns_and_decide():
     assert cells(rows, "Ours") == {"method": "Ours", "FID": "0.5000", "CLIP score": "32.00"}
     assert cells(rows, "Theirs")["FID"] == ""
     assert Comparison(rows).results()[0].delta == "CLIP score +1.00 [+1.00, +1.00]"
+
+
+def test_flips_median_and_worst_stand_beside_the_mean():
+    """Two outcomes below 30 dB or read otherwise, of four; identical ones are above all. Mutants: a flip by the mean, the scene
+    of the asked-for in place of the uncached one's, identical samples as 0 dB."""
+    wrong = {"all": False}
+    made = [one(20.0), one(50.0, scene=wrong), one(60.0, scene=wrong), one(None)]
+    uncached = [{"all": True}, {"all": True}, wrong, {"all": True}]
+    rows = table([(ERTA, made)], uncached_scene=uncached)
+    found = cells(rows, "Ertacache")
+    assert (found["median"], found["worst"], found["flips"]) == ("55.0", "20.0", "50%")
+    same = cells(table([(ERTA, [one(None)] * 3)]), "Ertacache")
+    assert (same["median"], same["worst"], same["flips"]) == ("", "", "0%")

@@ -11,6 +11,20 @@ from analysis.records import FigureRecord, Measured, Table
 from tests.analysis import tables as made_up
 
 SERIES = {
+    "regimes": {"cells": {
+        "A helps": {"guidance 1, 25 steps": [1.0, 2.0, 1.5], "guidance 9, 25 steps": [-1.0, -2.0, -1.5]},
+        "B helps": {"guidance 9, 25 steps": [-1.0, 2.0, 0.5]},
+    }},
+    "realism": {
+        "fewer": {"1/2": [20.0, 30.0], "1/3": [15.0, 25.0]},
+        "growth": {kind: {key: [0.5, 2.0] for key in ("0", "1/4", "1/2", "3/4")} for kind in ("random", "along")},
+        "order": {"slow": {"A": {"printed": 20.0, "psnr_db": [30.0]}, "B": {"printed": 25.0, "psnr_db": [28.0]}}},
+        "printed_fewer": {"psnr_db": 15.9, "speedup": 1.9},
+    },
+    "solver_tables": {"solvers": {
+        "Euler": {"nodes": [0, 2], "sigmas": [1.0, 0.5, 0.0], "velocity": [[-0.5], [-0.5]], "latent": [[0.0], [0.0]]},
+        "fitted": {"nodes": [0, 1], "sigmas": [1.0, 0.8, 0.0], "velocity": [[-0.2, 0.0], [-0.9, 0.1]], "latent": [[0.1, 0.0], [0.1, 0.2]]},
+    }},
     "fig2a_error_profile": {
         "true": [[0.1, 0.2, 0.3], [0.1, 0.3, 0.3]], "predicted": [[0.2, 0.2, 0.2]] * 2, "profile": [0.1, 0.2, 0.3],
     },

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from analysis import decomposition, records, run_plots
-from analysis.plots import Point
+from analysis.row_plots import Point
 from analysis.run_plots import PARTS, Split
 from analysis.runs import FACTS, METRICS
 

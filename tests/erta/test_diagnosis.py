@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import erta
-from tests.pipelines import CALL, PROMPTS, SOLVERS, STEPS, build_pipe
+from tests.pipelines import CALL, PROMPTS, SOLVERS, STEPS, build_pipe, run
 
 MASK = (True, True, False, True, False, False, True, False)
 
@@ -78,6 +78,26 @@ def test_propagation_gain(pipe):
     assert alone == pytest.approx(gains[1:2, :1])
     with pytest.raises(erta.ErtaError, match=f"no step {STEPS}"):
         erta.propagation_gain(pipe, PROMPTS[0], [STEPS], **CALL)
+
+
+def test_errors_in_the_noise_and_along_the_trajectory():
+    """In the noise: another noise's run, by hand. Along: the last move, one direction. Mutants: the move after for the one
+    before, an error after step 0 for one in the noise."""
+    pipe = build_pipe("euler")
+    noise = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    seen = []
+
+    def keep(pipe, step, timestep, values):
+        seen.append(values["latents"])
+        return {}
+
+    end = run(pipe, callback_on_step_end=keep)
+    move = seen[0] - noise
+    error = 1e-3 * noise.norm() * move / move.norm()
+    grown = (run(pipe, latents=noise + error) - end).norm() / error.norm()
+    gains = erta.propagation_gain(pipe, PROMPTS[0], [-1, 0, STEPS - 1], seed=3, along=True, **CALL)
+    assert gains.shape == (3, 1) and gains[0, 0] == pytest.approx(float(grown), rel=1e-2)
+    assert gains[2, 0] == pytest.approx(1, rel=1e-3) and gains[0, 0] != pytest.approx(gains[1, 0], rel=1e-3)
 
 
 def test_decompose_checks_the_call(pipe, calibrations):

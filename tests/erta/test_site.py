@@ -20,6 +20,7 @@ from erta.site import SITES, BlocksSite
 from tests.pipelines import (
     CALL,
     COG_CALL,
+    EVERY_MODEL,
     LTX_CALL,
     MODELS,
     PROMPTS,
@@ -39,9 +40,11 @@ def model(request):
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_calibrate_plan_run(model, site, tmp_path):
-    """One path for both sites and both models; nothing reused is bit-identical, and so is the pipeline afterwards."""
-    pipe, kwargs = model
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_calibrate_plan_run(name, site, tmp_path):
+    """One path for both sites and all models; nothing reused is bit-identical, and so is the pipeline afterwards."""
+    build, kwargs = EVERY_MODEL[name]
+    pipe = build()
     keys, stacks = list(pipe.transformer.state_dict()), dict(pipe.transformer._modules)
     before = generate(pipe, kwargs)
     calibration = erta.calibrate(pipe, PROMPTS, site=site, window=4, **kwargs)

@@ -8,7 +8,7 @@ import pytest
 
 BAD = {
     "unknown group": (["kache=none"], "unknown key kache: did you mean cache?"),
-    "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from budcache, dbcache"),
+    "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from adams_bashforth, budcache"),
     "unknown key": (["cache.treshold=0.1"], "did you mean cache.threshold?"),
     "added key": (["+cache.treshold=0.1"], "cannot be added"),
     "embedded without weights": (["model.name=mine", "model.path=null"], "experiment=train_tiny model=mine"),

@@ -79,7 +79,7 @@ def test_every_method_stands_at_every_budget(steps, counts):
     assert rows[0].label == "none" and rows[0].computed is None and rows[1].label == "ertacache"
     assert {row.computed for row in rows[1:]} == set(counts)
     grids = [row for row in rows if row.label.startswith("plan_grid of ")]
-    assert {row.searches for row in grids} == {"uniform", "lemica", "gcache", "budcache", "meancache"}
+    assert {row.searches for row in grids} == {"uniform", "lemica", "gcache", "budcache", "meancache", "ertaplan"}
     assert {row.options for row in grids} >= {("cache.options.of=lemica",)}
     bare = [row for row in rows if row.label.endswith(", no warm-up")]
     assert {row.method for row in bare} == {
@@ -101,7 +101,7 @@ def test_methods_can_be_chosen():
     quick = compare.table_rows(configured(quick=True))
     assert all("calibration.knob_prompts=1" in row.options for row in quick[1:])
     slow = {name for name, about in FACTS.items() if about.slow_search}
-    assert slow == {"budcache", "lemica"} and not {row.label for row in quick} & slow
+    assert slow == {"budcache", "lemica", "oss", "ertaplan_oracle"} and not {row.label for row in quick} & slow
     assert {row.computed for row in quick[1:]} == {25} and not any("no warm-up" in row.label for row in quick)
     some = compare.table_rows(configured(methods=["dicache"]))
     assert [row.label for row in some[1:3]] == ["dicache", "dicache, no warm-up"]

@@ -20,6 +20,7 @@ from tests.pipelines import CALL, PROMPTS
         ("wan22_a14b", 28.6, [16, 21, 60, 104], 2 * 21 * 30 * 52 * 5120 * 2 / 1e6),
         ("flux_dev", 11.9, [4096, 64], 4096 * 3072 * 2 / 1e6),
         ("cogvideox_2b", 1.69, [13, 16, 60, 90], None),
+        ("open_sora_12", 1.2076, [4, 15, 60, 106], 2 * 15 * 30 * 53 * 1152 * 2 / 1e6),
         ("hunyuan_video", 12.8, [16, 33, 68, 120], None),
     ],
 )
@@ -27,13 +28,31 @@ def test_cards_of_the_real_models(model, billions, latent, blocks_mb):
     """Sizes from the architecture alone. Mutant: one guidance branch, or float32, in the cache bytes."""
     card = model_card(config(f"model={model}"))
     assert card.parameters / 1e9 == pytest.approx(billions, rel=0.01) and card.latent_shape == latent
-    assert card.cache_bytes["output"] == card.forwards_per_step * np.prod(latent) * 2
+    velocity_bytes = 4 if model == "open_sora_12" else 2  # its latents and outputs are float32
+    assert card.cache_bytes["output"] == card.forwards_per_step * np.prod(latent) * velocity_bytes
     assert blocks_mb is None or card.cache_bytes["blocks"] / 1e6 == pytest.approx(blocks_mb)
     tokens = np.prod(latent) / 64  # of 2x2 latents with 16 channels; a matrix takes two FLOPs an entry and token
     assert card.flops_per_forward > tokens * card.parameters / card.transformers
     assert 1 < card.calibration_generations["output"] < 1.01
 
 
+def test_flops_of_open_sora_by_hand():
+    """Fourteen widths squared a token and block (8 of them the feed-forward), attention over a frame or over all frames.
+
+    Mutant: attention over all tokens, which would take seven times as much.
+    """
+    frames, places, width, text = 15, 30 * 53, 1152, 300
+    tokens = frames * places
+    linear = 2 * tokens * (6 + 8) * width**2 + 2 * text * 2 * width**2
+    attention = 4 * tokens * (places + text) * width, 4 * tokens * (frames + text) * width
+    card = model_card(config("model=open_sora_12"))
+    assert card.flops_per_forward == pytest.approx(28 * (2 * linear + sum(attention)), rel=0.01)
+    assert dict(shown(card))["parameters"] == "1.208 billion"
+    with pytest.raises(ErtaError, match="a multiple of 17 frames, and 50 is none: take 51"):
+        model_card(config("model=open_sora_12", "model.num_frames=50"))
+
+
+@pytest.mark.slow
 def test_card_of_two_transformers():
     """A step runs one of them and the cache holds residuals of one. Mutants: both in a forward, one in the parameters."""
     both = model_card(config("model=wan22_a14b"))

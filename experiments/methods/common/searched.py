@@ -42,6 +42,12 @@ def planned_arm(setup: Setup, mask: Mask, report: dict[str, Any]) -> Arm:
     return Arm(plan_of(setup, mask, report), setup.kwargs, report=report)
 
 
+def grid_arm(setup: Setup, mask: Mask, report: dict[str, Any]) -> Arm:
+    """The pipeline's own solver on the sigmas of a mask's steps, without a cache."""
+    grid = plan_of(setup, mask, {**report, "mask": [int(on) for on in mask]}).grid_only()
+    return Arm(grid, {**setup.kwargs, "num_inference_steps": grid.num_steps})
+
+
 def trial_runs(setup: Setup) -> Callable[[Mask | None], torch.Tensor]:
     """What runs the first calibration prompt under a mask (None: uncached) and gives its final latents, in float32."""
     pipe, prompt = setup.pipe, setup.calibration_prompts[0]

@@ -155,6 +155,7 @@ def test_clip_tiny_finds_the_right_caption_among_a_hundred():
     assert np.mean(right) >= 0.8
 
 
+@pytest.mark.slow
 def test_the_metrics_get_worse_with_blur_and_with_shuffled_captions():
     """Mutants: features of the prompts, images rescaled twice, scores of the wrong pairs."""
     model, processor = load_clip(CLIP_TINY)

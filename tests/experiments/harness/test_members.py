@@ -82,6 +82,7 @@ def test_only_some_are_asked_for_and_fewer_prompts():
         chosen(MINE, own(only=["three"]), "k")
 
 
+@pytest.mark.slow
 def test_the_same_list_on_the_papers_models():
     """Every command composes; on one model those of its kind. Mutants: a quick comparison; images on a video model."""
     own = all_paper.members(None, 81)
@@ -106,7 +107,11 @@ def test_a_command_says_how_far_it_is(tmp_path, monkeypatch):
         bar.advance(bar.add_task("rows", total=4))
     assert json.loads(path.read_text()) == {"description": "rows", "completed": 1, "total": 4}
     assert members._doing(path) == "rows, 1 of 4" and members._doing(tmp_path / "nothing") == ""
-    monkeypatch.delenv(console.PROGRESS_FILE)
+    monkeypatch.setenv(console.PROGRESS_FILE, str(tmp_path / "gone" / "progress.json"))
+    with console.progress_bar() as bar:  # mutant: a file that cannot be written ends the command
+        bar.advance(bar.add_task("rows", total=4))
+    monkeypatch.setattr(console.out, "quiet", False)
+    console.quiet_process()  # as a process that works for the command does
     assert type(console.progress_bar()).__name__ == "Progress"
 
 

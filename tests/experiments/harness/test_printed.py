@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from analysis import paper
-from experiments.harness.printed import claims_of, rows_of, waiting_rows
+from experiments.harness.printed import claims_of, rows_of
 
 TABLE = paper.table("table1_video")
 
@@ -19,15 +19,24 @@ def test_the_papers_own_model_runs_at_the_printed_setting():
     assert {row.block for row in rows.values()} == {"Wan2.1 1.3B, slow", "Wan2.1 1.3B, fast"}
 
 
-def test_cogvideox_runs_without_the_adjustment_and_open_sora_waits():
+def test_cogvideox_runs_without_the_adjustment():
     rows = {row.key: row for row in rows_of(TABLE, "cogvideox_2b", 50)}
     assert rows["ERTACache (CogVideoX 2B, fast)"].overrides == (
         "cache=ertacache", "cache.adjust_time=false", "cache.threshold=0.3",
     )  # fmt: skip
-    waiting = waiting_rows(TABLE)
-    assert len(waiting) == 10 and all(
-        row.why_not == "waits: there is no pipeline of Open-Sora 1.2 here" for row in waiting
-    )
+
+
+def test_open_sora_runs_at_the_printed_thresholds_and_ranges():
+    """Mutants: a row that waits; PAB's ranges together with a budget, which is refused; its ranges on another model."""
+    rows = {row.key: row for row in rows_of(TABLE, "open_sora_12", 30)}
+    assert len(rows) == 10 and not any(row.why_not for row in rows.values())
+    assert rows["ERTACache (Open-Sora 1.2, slow)"].overrides == ("cache=ertacache", "cache.threshold=0.1")
+    assert rows["ERTACache (Open-Sora 1.2, fast)"].overrides == ("cache=ertacache", "cache.threshold=0.18")
+    assert rows["GCache (Open-Sora 1.2, fast)"].computed == 11 and rows["TeaCache (Open-Sora 1.2, slow)"].computed == 19
+    slow = rows["PAB, slow (Open-Sora 1.2, slow)"]
+    assert slow.computed is None and "cache.options.temporal=4" in slow.overrides
+    scaled = {row.key: row for row in rows_of(TABLE, "wan21_tiny", 50)}["PAB, slow (Open-Sora 1.2, slow)"]
+    assert scaled.computed == 38 and scaled.options == ()
 
 
 def test_another_model_stands_in_for_all_at_the_same_share_of_steps():

@@ -103,7 +103,7 @@ DESCRIBED = {
     "site": r"Site: ",
     "stored": r"Stored(:| in each guidance branch:)",
     "static or online": r"Static|[Oo]nline",
-    "paper": r"arXiv \d{4}\.\d{5}|\(\w+, [\w-]+/\w+\)|[Bb]aseline of ours|cache-dit",
+    "paper": r"arXiv \d{4}\.\d{5}|\(\w+, [\w-]+/\w+\)|(baseline|method) of ours|cache-dit",
     "deviations": r"Where we differ:",
 }
 

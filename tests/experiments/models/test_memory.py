@@ -166,6 +166,7 @@ def test_meta_weights_without_values_are_refused():
         weights_digest(transformer)
 
 
+@pytest.mark.slow
 def test_options_are_in_the_record(command):
     """Tiles are larger than these frames, so the result is the same. Mutant: the option missing from the record."""
     psnr = []

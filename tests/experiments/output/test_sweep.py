@@ -100,6 +100,7 @@ def test_named_folder_is_extended(command, counted):
     assert counted == [3, 2, 4, 2, 4]
 
 
+@pytest.mark.slow
 def test_all_failed_and_none_swept(command):
     code, printed = command(*BASE, "cache.steps=8,9")
     assert code == 1 and "no plot: no run is finished" in printed and "2 of 2 runs failed" in printed

@@ -1,0 +1,376 @@
+"""A solver fitted to uncached trajectories: nodes by dynamic programming, coefficients in closed form along its own run.
+
+At node k, with the run's own latent x, the next one is
+
+    x[k+1] = x + sum_f c[k, f] F_f,    F = (v_k, v_{k-1}, v_{k-2}, x, x - x_{k-1}, x - x_{k-2}),
+
+six numbers a step. *Closed loop*: the run of K steps is carried out on all calibration prompts at once; at each node c[k]
+solves a weighted ridge least squares for `x_uncached[n_{k+1}] - x`, and the step is taken with it. So later coefficients know
+the errors of earlier ones, and partly undo them. *Open loop*: the same, fitted to the recorded trajectories alone. Prompts
+count by 1 / error, since the metric is a mean of decibels and plain squares would let the few hard prompts decide. The ridge
+pulls towards the pipeline's own solver on the same nodes.
+
+Cross-validation costs one more run: each prompt is taken along with coefficients of all others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
+from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
+from erta.grid import computed_sigmas
+from erta.least_squares import (
+    MEMORY,
+    NOTHING,
+    TERMS,
+    as_tables,
+    as_terms,
+    best_setting,
+    features_of,
+    leave_one_out,
+    products_of,
+    solve,
+)
+from erta.lockstep import Asked, run_in_step
+from erta.nodes import nodes_for
+from erta.pipeline import check_bare
+from erta.policy import steps_for_speedup
+from erta.scheduler import nominal_sigmas, with_grid
+from erta.signature import check_signature, model_signature
+from erta.solver import Solver, linear_solver
+from erta.trajectories import Trajectories, batch_call, decoded_values
+
+LOOPS = ("closed", "open", "best")
+Choose = Callable[[int, np.ndarray], np.ndarray]
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a solver is fitted.
+
+    Attributes:
+        loop: `closed`, `open`, or the `best` of both by cross-validation.
+        terms: how many of the six terms a step may use; None: as many as cross-validation of each step finds best.
+        ridge: pull towards the pipeline's own solver, relative to the size of each term; None: cross-validated.
+        weighted: prompts count by 1 / error; False: plain squares.
+        over_prompts: nodes for the `mean` or the `worst` prompt's local error.
+        validate: predict the error by a run with coefficients of all other prompts.
+    """
+
+    loop: str = "closed"
+    terms: int | None = None
+    ridge: float | None = None
+    weighted: bool = True
+    over_prompts: str = "mean"
+    validate: bool = True
+
+    def __post_init__(self) -> None:
+        choice_index("loop", self.loop, LOOPS)
+        if self.terms is not None and not 1 <= self.terms <= len(TERMS):
+            raise ErtaError(f"terms must be 1 to {len(TERMS)}, not {self.terms}")
+        if self.ridge is not None and not self.ridge >= 0:
+            raise ErtaError(f"ridge must be a number ≥ 0, not {self.ridge}")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far runs are from the uncached ones, by prompt.
+
+    Attributes:
+        latent_error: relative L2 error of the final latent, (P,).
+        psnr_db: of what the pipeline decodes, (P,); None if the trajectories were recorded without decoding.
+    """
+
+    latent_error: np.ndarray
+    psnr_db: np.ndarray | None
+
+    def summary(self) -> dict[str, Any]:
+        """Mean and median, for a report."""
+        found: dict[str, Any] = {
+            "latent_error": self.latent_error.tolist(),
+            "median_latent_error": float(np.median(self.latent_error)),
+        }
+        if self.psnr_db is not None:
+            found |= {
+                "psnr_db": self.psnr_db.tolist(),
+                "mean_psnr_db": float(self.psnr_db.mean()),
+                "median_psnr_db": float(np.median(self.psnr_db)),
+                "worst_psnr_db": float(self.psnr_db.min()),
+            }
+        return found
+
+    @property
+    def score(self) -> float:
+        """Mean of decibels: higher is better."""
+        values = self.psnr_db if self.psnr_db is not None else -20 * np.log10(np.maximum(self.latent_error, NOTHING))
+        return float(values.mean())
+
+
+def fit(
+    pipe: Any,
+    trajectories: Trajectories,
+    *,
+    steps: int | None = None,
+    speedup: float | None = None,
+    psnr_db: float | None = None,
+    nodes: Sequence[int] | None = None,
+    options: FitOptions | None = None,
+    batch_size: int = 1,
+    on_step: OnStep | None = None,
+    **pipeline_kwargs: Any,
+) -> FittedScheduler:
+    """A solver with as few steps as asked for, fitted to the uncached trajectories of calibration prompts.
+
+    Args:
+        pipe: the pipeline that they were recorded on (`erta.record`).
+        trajectories: of four prompts or more.
+        steps, speedup, psnr_db: exactly one: a number of steps, N over it, or what PSNR to the uncached samples is to be
+            reached as a median over prompts (by cross-validation, which searches: about six fits).
+        nodes: instead of those: the steps of the nominal grid at which the transformer runs.
+        options: see `FitOptions`.
+        batch_size: prompts in one call.
+        on_step: called after every step of all prompts with how many are done and how many there are.
+        pipeline_kwargs: go to the pipeline, beside those that the trajectories were recorded with.
+
+    Raises BudgetError for a budget that cannot be met, SignatureMismatch for trajectories of another model, ErtaError for
+    another grid, NonFiniteError if an output is not finite.
+    """
+    check_bare(pipe)
+    check_signature(trajectories.signature, model_signature(pipe))
+    fitting = _Fitting(pipe, trajectories, options or FitOptions(), batch_size, on_step, pipeline_kwargs)
+    given = {"steps": steps, "speedup": speedup, "psnr_db": psnr_db, "nodes": nodes}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise BudgetError(f"give exactly one of steps, speedup, psnr_db and nodes, not {', '.join(named) or 'none'}")
+    if psnr_db is not None:
+        return fitting.reaching(psnr_db)
+    if nodes is not None:
+        return fitting.on(tuple(nodes), asked={"nodes": list(nodes)})
+    total = trajectories.num_steps
+    count = (
+        steps
+        if steps is not None
+        else steps_for_speedup(total, float(speedup or 0), trajectories.signature["takeover"])
+    )
+    return fitting.on(
+        nodes_for(trajectories, count, fitting.options.over_prompts), asked={"steps": steps, "speedup": speedup}
+    )
+
+
+class _Fitting:
+    """One pipeline and its trajectories, for any budget."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        trajectories: Trajectories,
+        options: FitOptions,
+        batch_size: int,
+        on_step: OnStep | None,
+        pipeline_kwargs: dict[str, Any],
+    ) -> None:
+        self.pipe, self.recorded, self.options = pipe, trajectories, options
+        self.batch_size, self.on_step = batch_size, on_step
+        self.kwargs = {**trajectories.record["call"], **pipeline_kwargs}
+        self.scheduler = with_grid(pipe.scheduler, trajectories.sigmas)
+        self.forwards = 0  # a guidance branch and prompt
+
+    def reaching(self, psnr_db: float) -> FittedScheduler:
+        """The fewest steps whose predicted median PSNR is not below, by bisection."""
+        if not self.recorded.decoded.shape[1]:
+            raise ErtaError("a PSNR is of decoded samples: record the trajectories with decode=True")
+        if self.recorded.num_prompts < 2:
+            raise ErtaError("a PSNR is predicted by cross-validation, which needs two prompts or more")
+        low, high, found = 0, self.recorded.num_steps, None
+        while high - low > 1:
+            middle = (low + high) // 2
+            made = self.on(nodes_for(self.recorded, middle, self.options.over_prompts), asked={"psnr_db": psnr_db})
+            if made.report["predicted"]["median_psnr_db"] >= psnr_db:
+                high, found = middle, made
+            else:
+                low = middle
+        if found is None:
+            raise BudgetError(
+                f"only all {self.recorded.num_steps} steps reach {psnr_db:g} dB: there is nothing to save"
+            )
+        return found
+
+    def on(self, nodes: tuple[int, ...], asked: dict[str, Any]) -> FittedScheduler:
+        """Coefficients on given nodes, and the error that cross-validation predicts."""
+        started, forwards = time.perf_counter(), self.forwards
+        frame, options = self._frame(nodes), self.options
+        own = self._own(frame)
+        loops = ("closed", "open") if options.loop == "best" else (options.loop,)
+        validates = options.validate and self.recorded.num_prompts > 1
+        if options.loop == "best" and not validates:
+            raise ErtaError("loop='best' is chosen by cross-validation: two prompts or more, and validate=True")
+        predicted: dict[str, Quality] = {}
+        for loop in loops if validates else ():
+            predicted[loop] = self._run(frame, self._choose(frame, own, loop, hold_out=True))[1]
+        loop = max(predicted, key=lambda name: predicted[name].score) if predicted else loops[0]
+        chosen: list[dict[str, Any]] = []
+        choose = self._choose(frame, own, loop, hold_out=False, note=chosen.append)
+        if loop == "closed":
+            coefficients, quality = self._run(frame, choose)
+            fitted: dict[str, Any] | None = quality.summary()
+        else:
+            coefficients, fitted = np.stack([choose(k, np.empty(0))[0] for k in range(frame.num_steps)]), None
+        report = {
+            "policy": "fitted solver",
+            "asked": {key: value for key, value in asked.items() if value is not None},
+            "nodes": list(nodes),
+            "num_nominal": frame.num_nominal,
+            "options": asdict(options),
+            "loop": loop,
+            "steps": chosen,
+            "fitted_to": {key: self.recorded.record[key] for key in ("prompts", "seeds", "dtype", "device")},
+            "guidance_scale": self.recorded.signature["guidance_scale"],
+            "guidance_scale_2": self.recorded.signature["guidance_scale_2"],
+            "on_calibration": fitted,
+            "predicted": predicted[loop].summary() if predicted else None,
+            "predicted_by_loop": {name: quality.score for name, quality in predicted.items()},
+            "forwards": self.forwards - forwards,
+            "seconds": time.perf_counter() - started,
+        }
+        made_for = self._made_for(nodes)
+        return FittedScheduler(_with_coefficients(frame, coefficients, report), self.pipe.scheduler, made_for)
+
+    def _made_for(self, nodes: tuple[int, ...]) -> MadeFor:
+        signature, record = self.recorded.signature, self.recorded.record
+        takeover = signature["takeover"]
+        return MadeFor(
+            latent_shape=tuple(signature["latent_shape"]),
+            channel_axis=record["channel_axis"],
+            takeover=None if takeover is None else sum(node < takeover for node in nodes),
+            model=model_of(self.pipe),
+        )
+
+    def _frame(self, nodes: tuple[int, ...]) -> Solver:
+        """The solver's nodes and grid, with coefficients that do nothing."""
+        steps, grid = self.recorded.num_steps, self.recorded.sigmas
+        if not nodes or nodes[0] != 0 or sorted(set(nodes)) != list(nodes) or nodes[-1] >= steps:
+            raise BudgetError(f"nodes ascend from 0 to at most {steps - 1}, unlike {list(nodes)}")
+        nothing = np.zeros((len(nodes), MEMORY, 1))
+        timesteps = np.asarray(torch.as_tensor(self.scheduler.timesteps).cpu())[list(nodes)]
+        return Solver(nodes, grid[[*nodes, -1]], timesteps, grid, nothing, nothing, nothing[:, 0])
+
+    def _own(self, frame: Solver) -> np.ndarray:
+        """The pipeline's own solver on these nodes in the six terms, (K, 6); Euler's rule if it looks back farther."""
+        mask = tuple(step in frame.nodes for step in range(frame.num_nominal))
+        grid = with_grid(self.pipe.scheduler, computed_sigmas(frame.nominal_sigmas, mask))
+        solver = linear_solver(grid, (True,) * frame.num_steps)
+        if solver.memory > MEMORY:
+            euler = np.zeros((frame.num_steps, len(TERMS)))
+            euler[:, 0] = np.diff(nominal_sigmas(grid))
+            return euler
+        return as_terms(solver)
+
+    def _choose(
+        self,
+        frame: Solver,
+        own: np.ndarray,
+        loop: str,
+        hold_out: bool,
+        note: Callable[[dict[str, Any]], None] = lambda said: None,
+    ) -> Choose:
+        """What chooses the coefficients of a step, (P, 6), from the products of target and terms, (P, 7, 7)."""
+        options, nodes = self.options, (*frame.nodes, frame.num_nominal)
+
+        def choose(k: int, products: np.ndarray) -> np.ndarray:
+            if loop == "open":
+                latents = [self.recorded.latents[:, nodes[k - lag]] for lag in range(min(MEMORY, k + 1))]
+                outputs = [self.recorded.outputs[:, nodes[k - lag]] for lag in range(min(MEMORY, k + 1))]
+                target = self.recorded.latents[:, nodes[k + 1]] - latents[0]
+                products = products_of(target, features_of(outputs, latents))
+            terms, ridge = best_setting(products, own[k], options.terms, options.ridge, options.weighted)
+            note({"terms": [TERMS[term] for term in terms], "ridge": ridge})
+            if not hold_out:
+                return np.broadcast_to(
+                    solve(products, own[k], terms, ridge, options.weighted), (len(products), len(TERMS))
+                )
+            return leave_one_out(products, own[k], terms, ridge, options.weighted)
+
+        return choose
+
+    def _run(self, frame: Solver, choose: Choose) -> tuple[np.ndarray, Quality]:
+        """The run of all prompts with the coefficients that `choose` gives: those of the first prompt (K, 6), and the error."""
+        recorded, nodes = self.recorded, (*frame.nodes, frame.num_nominal)
+        prompts, seeds = recorded.record["prompts"], recorded.record["seeds"]
+        decode = bool(recorded.decoded.shape[1])
+        slices = [slice(at, at + self.batch_size) for at in range(0, len(prompts), self.batch_size)]
+        calls = [
+            {**batch_call(prompts[part], seeds[part], decode, self.kwargs), "num_inference_steps": frame.num_steps}
+            for part in slices
+        ]
+        latents: list[list[torch.Tensor]] = [[] for _ in slices]  # of each call, newest first
+        outputs: list[list[torch.Tensor]] = [[] for _ in slices]
+        used: list[np.ndarray] = []
+        end: np.ndarray = np.empty(0)
+
+        def at_positions(values: list[torch.Tensor]) -> np.ndarray:
+            return torch.cat([self._sampled(value) for value in values]).numpy()
+
+        def answer(k: int, asked: list[Asked]) -> list[torch.Tensor]:
+            nonlocal end
+            for place, one in enumerate(asked):
+                latents[place] = [one.latent, *latents[place]][:MEMORY]
+                outputs[place] = [one.output, *outputs[place]][:MEMORY]
+            lags = range(min(MEMORY, k + 1))
+            x = [at_positions([call[lag] for call in latents]) for lag in lags]
+            v = [at_positions([call[lag] for call in outputs]) for lag in lags]
+            features = features_of(v, x)
+            if not np.isfinite(features).all():
+                bad = int(np.flatnonzero(~np.isfinite(features).all(axis=(1, 2)))[0])
+                raise NonFiniteError(
+                    f"prompt {prompts[bad]!r}: the output at node {k} of {frame.num_steps} is not finite"
+                )
+            coefficients = choose(k, products_of(recorded.latents[:, nodes[k + 1]] - x[0], features))
+            used.append(coefficients[0])
+            end = x[0] + np.einsum("pf,pfm->pm", coefficients, features)
+            if self.on_step is not None:
+                self.on_step(k + 1, frame.num_steps)
+            return [_advance(coefficients[part], outputs[place], latents[place]) for place, part in enumerate(slices)]
+
+        made = run_in_step(self.pipe, FittedScheduler(frame, self.pipe.scheduler), calls, answer)
+        self.forwards += frame.num_steps * len(prompts)
+        wanted = recorded.latents[:, -1]
+        error = np.linalg.norm(end - wanted, axis=1) / np.maximum(np.linalg.norm(wanted, axis=1), NOTHING)
+        psnr = None
+        if decode:
+            found = np.concatenate([decoded_values(one, decode) for one in made])
+            mse = np.mean((found.astype(np.float64) - recorded.decoded) ** 2, axis=1)
+            psnr = -10 * np.log10(np.maximum(mse, 1e-10))
+        return np.stack(used), Quality(error, psnr)
+
+    def _sampled(self, value: torch.Tensor) -> torch.Tensor:
+        flat = value.flatten(1)
+        return flat[:, torch.from_numpy(self.recorded.positions).to(flat.device)].float().cpu()
+
+
+def _advance(coefficients: np.ndarray, outputs: list[torch.Tensor], latents: list[torch.Tensor]) -> torch.Tensor:
+    """The next latents of one call, (batch, …), with coefficients (batch, 6), in float32."""
+    x = latents[0].float()
+    shape = (-1,) + (1,) * (x.ndim - 1)
+
+    def spread(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(values)).to(x.device, torch.float32).reshape(shape)
+
+    velocity, latent = as_tables(coefficients)
+    result = x
+    for table, values in ((velocity, outputs), (latent, latents)):
+        for lag, value in enumerate(values):
+            result = torch.addcmul(result, spread(table[:, lag]), value.float())
+    return result
+
+
+def _with_coefficients(frame: Solver, coefficients: np.ndarray, report: dict[str, Any]) -> Solver:
+    velocity, latent = as_tables(coefficients)
+    return replace(frame, velocity=velocity[:, :, None].copy(), latent=latent[:, :, None].copy(), report=report)

@@ -1,0 +1,115 @@
+"""The least squares of a fitted solver: six terms a step, from the products of terms and target alone. Pure functions.
+
+    x[k+1] = x[k] + sum_f c[f] F_f,    F = (v_k, v_{k-1}, v_{k-2}, x, x - x_{k-1}, x - x_{k-2})
+
+A prompt's *products* are the 7 x 7 inner products of target and terms, in that order: all that any fit, error or
+cross-validation needs of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from erta.solver import Solver
+
+MEMORY = 3
+TERMS = ("v", "v1", "v2", "x", "x-x1", "x-x2")
+RIDGES = (1e-6, 1e-4, 1e-2)  # that cross-validation chooses from
+FLOOR = 1e-3  # of the median error, added to each prompt's before weighting
+ROUNDS = 3
+NOTHING = 1e-12
+
+
+def features_of(outputs: list[np.ndarray], latents: list[np.ndarray]) -> np.ndarray:
+    """The six terms, (P, 6, M), from outputs and latents of the last nodes, newest first; zero where there is none."""
+    found = np.zeros((len(latents[0]), len(TERMS), latents[0].shape[1]), np.float64)
+    for lag, output in enumerate(outputs):
+        found[:, lag] = output
+    found[:, 3] = latents[0]
+    for lag, latent in enumerate(latents[1:], 1):
+        found[:, 3 + lag] = latents[0].astype(np.float64) - latent
+    return found
+
+
+def as_tables(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients (K, 6) of the terms as those of outputs and latents, (K, 3) each."""
+    latent = np.stack([coefficients[:, 3:].sum(axis=1), -coefficients[:, 4], -coefficients[:, 5]], axis=1)
+    return coefficients[:, :3], latent
+
+
+def as_terms(solver: Solver) -> np.ndarray:
+    """A solver of memory 3 or less in the six terms, (K, 6); the way back from `as_tables`."""
+    found = np.zeros((solver.num_steps, len(TERMS)))
+    found[:, : solver.memory] = solver.velocity[..., 0]
+    found[:, 4 : 3 + solver.memory] = -solver.latent[:, 1:, 0]
+    found[:, 3] = solver.latent[:, 0, 0] - found[:, 4:].sum(axis=1)
+    return found
+
+
+def products_of(target: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Products of target (P, M) and terms (P, 6, M) with each other, float64 (P, 7, 7)."""
+    both = np.concatenate([target[:, None].astype(np.float64), features], axis=1)
+    return both @ both.transpose(0, 2, 1)
+
+
+def solve(
+    products: np.ndarray, own: np.ndarray, terms: Sequence[int], ridge: float, weighted: bool = True
+) -> np.ndarray:
+    """Coefficients (6,) that fit the target: weighted ridge least squares over prompts, towards the rule `own` (6,).
+
+    `products` (P, 7, 7) of the target and the six terms. A term that is zero everywhere, or not among `terms`, gets none.
+    """
+    used = [term for term in terms if products[:, 1 + term, 1 + term].max() > 0]
+    found = np.zeros(len(TERMS))
+    if not used:
+        return found
+    rows = [0, *(1 + term for term in used)]
+    small = products[:, rows][:, :, rows]
+    towards = own[used]
+    weights = np.ones(len(small))
+    for _ in range(ROUNDS if weighted else 1):
+        total = np.tensordot(weights, small, axes=1)
+        features, size = total[1:, 1:], np.diag(total)[1:]
+        damped = features + np.diag((ridge + NOTHING) * size + np.finfo(float).tiny)
+        coefficients = towards + np.linalg.solve(damped, total[1:, 0] - features @ towards)
+        left = squared_errors(small, coefficients)
+        weights = 1 / (left + FLOOR * np.median(left) + np.finfo(float).tiny)
+        weights = weights / weights.max()
+    found[used] = coefficients
+    return found
+
+
+def squared_errors(products: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """What is left of the target in each prompt, (P,), from products (P, f + 1, f + 1) and coefficients (f,)."""
+    left = np.concatenate([[1.0], -coefficients])
+    return np.maximum(np.einsum("a,pab,b->p", left, products, left), 0)
+
+
+def leave_one_out(
+    products: np.ndarray, own: np.ndarray, terms: Sequence[int], ridge: float, weighted: bool = True
+) -> np.ndarray:
+    """For each prompt the coefficients that all others give, (P, 6)."""
+    everyone = np.arange(len(products))
+    return np.stack([solve(products[everyone != one], own, terms, ridge, weighted) for one in everyone])
+
+
+def best_setting(
+    products: np.ndarray, own: np.ndarray, terms: int | None, ridge: float | None, weighted: bool
+) -> tuple[list[int], float]:
+    """Terms and ridge of one step: what is given, else whose error on left-out prompts is smallest, in decibels."""
+    counts = [terms] if terms is not None else range(1, len(TERMS) + 1)
+    ridges = [ridge] if ridge is not None else list(RIDGES)
+    settings = [(list(range(count)), ridge) for count in counts for ridge in ridges]
+    if len(settings) == 1:
+        return settings[0]
+    if len(products) < 2:
+        return settings[-1][0], ridges[len(ridges) // 2]
+
+    def score(setting: tuple[list[int], float]) -> float:
+        held_out = leave_one_out(products, own, *setting, weighted)
+        left = [squared_errors(products[one : one + 1], held_out[one])[0] for one in range(len(products))]
+        return float(np.mean(np.log(np.array(left) + np.finfo(float).tiny)))
+
+    return min(settings, key=score)

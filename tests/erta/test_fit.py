@@ -1,0 +1,284 @@
+"""Recorded trajectories, planned nodes, and coefficients fitted along the solver's own run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler
+
+import erta
+from erta import least_squares
+from erta.lockstep import run_in_step
+from erta.nodes import LocalErrors, gram, local_errors, nodes_for, plan_nodes
+from tests.pipelines import CALL, PROMPTS, STEPS, build_pipe, run
+
+MANY = [
+    *PROMPTS,
+    "a small green square moving up on a dark background",
+    "a large red star rising on a light background",
+]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """By solver, four prompts' trajectories on the tiny random pipeline."""
+    return {solver: erta.record(build_pipe(solver), MANY, **CALL) for solver in ("euler", "unipc")}
+
+
+def test_trajectories_are_what_the_scheduler_saw(recorded):
+    """Mutants: the latent after the step for the one before, the branches' outputs for the guided one, seeds off by one."""
+    found = recorded["euler"]
+    assert found.latents.shape == (4, STEPS + 1, 512) and found.outputs.shape == (4, STEPS, 512)
+    steps = np.diff(found.sigmas)[None, :, None]
+    np.testing.assert_allclose(np.diff(found.latents, axis=1), steps * found.outputs, atol=2e-5)
+    wanted = run(build_pipe("euler"), MANY[2], seed=2).flatten()[found.positions]
+    np.testing.assert_allclose(found.latents[2, -1], wanted.numpy(), atol=1e-6)
+    assert found.signature["guidance_scale"] == 4.0 and found.record["prompts"] == MANY
+    assert (np.bincount(found.channels) == 32).all() and found.decoded.min() >= 0 and found.decoded.max() <= 1
+
+
+def test_a_sample_of_positions_and_batches(recorded, tmp_path):
+    """The same values at fewer places, and prompts in one call; a file gives back what was saved, and a damaged one is named."""
+    pipe = build_pipe("euler")
+    few = erta.record(pipe, MANY, positions=100, batch_size=3, decode=False, **CALL)
+    places = np.searchsorted(recorded["euler"].positions, few.positions)
+    np.testing.assert_allclose(few.latents, recorded["euler"].latents[:, :, places], atol=1e-4)
+    assert few.decoded.shape == (4, 0) and len(few.positions) == 100
+    few.save(tmp_path / "few.safetensors")
+    again = erta.Trajectories.load(tmp_path / "few.safetensors")
+    assert np.array_equal(again.outputs, few.outputs) and again.record == few.record
+    assert again.only([1, 2]).merge(again.only([0])).record["prompts"] == [MANY[1], MANY[2], MANY[0]]
+    (tmp_path / "few.safetensors").write_bytes(b"nothing")
+    with pytest.raises(erta.ErtaError, match=r"few\.safetensors"):
+        erta.Trajectories.load(tmp_path / "few.safetensors")
+
+
+def test_nodes_are_the_shortest_path():
+    """Against every path there is, with errors that depend on the node before. Mutants: the last edge left out, h ignored."""
+    table = np.random.default_rng(1).random((8, 8, 8))
+    h, i, j = np.indices(table.shape)
+    errors = LocalErrors(np.where((j > i) & ((h < i) | (h == i) & (i == 0)), table, np.inf))
+    for count in (1, 2, 4, 7):
+
+        def cost(nodes: tuple[int, ...]) -> float:
+            path = (0, *nodes, 7)
+            return sum(errors.at[path[max(0, k - 1)], path[k], path[k + 1]] for k in range(len(nodes) + 1))
+
+        found = plan_nodes(errors, count)
+        best = min(combinations(range(1, 7), count - 1), key=cost)
+        assert found == (0, *best)
+    assert 3 in plan_nodes(errors, 2, takeover=3)
+    heavy = np.where(np.arange(7) < 3, 1e6, 1.0)
+    assert plan_nodes(errors, 4, weights=heavy) != plan_nodes(errors, 4)
+
+
+def test_local_errors_by_least_squares(recorded):
+    """From the Gram matrix = from the vectors. Mutants: prompts weighed by their size, v[h] for v[i] - v[h] alone."""
+    x, v = recorded["unipc"].latents.astype(float), recorded["unipc"].outputs.astype(float)
+    found = local_errors(gram(x, v))
+    size = np.sqrt((x**2).sum(axis=2).mean(axis=1))[:, None]
+    for h, i, j in ((0, 0, 3), (1, 3, 5), (0, 5, 8)):
+        wanted = ((x[:, j] - x[:, i]) / size).ravel()
+        features = [(v[:, i] / size).ravel(), ((v[:, i] - v[:, h]) / size).ravel()][: 1 + (i > 0)]
+        left = wanted - np.stack(features, 1) @ np.linalg.lstsq(np.stack(features, 1), wanted, rcond=None)[0]
+        assert found.at[h, i, j] == pytest.approx(np.sqrt(left @ left / len(x)), rel=1e-5)
+    assert np.isinf(found.at[0, 0, 0]) and np.isinf(found.at[3, 2, 4])
+    worst = local_errors(gram(x, v), over_prompts="worst")
+    assert worst.at[1, 3, 5] > found.at[1, 3, 5]
+
+
+def test_least_squares_finds_what_made_the_target():
+    """Coefficients come back; a ridge pulls to the rule given; a prompt alone does not decide. Mutant: squares unweighted."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(5, 6, 200))
+    true = np.array([0.3, -0.1, 0.05, 0.2, -0.4, 0.1])
+    target = np.einsum("f,pfm->pm", true, features)
+    products = least_squares.products_of(target, features)
+    everything = range(6)
+    np.testing.assert_allclose(least_squares.solve(products, np.zeros(6), everything, 0.0), true, atol=1e-8)
+    own = np.ones(6)
+    np.testing.assert_allclose(least_squares.solve(products, own, everything, 1e9), own, atol=1e-6)
+    np.testing.assert_allclose(least_squares.solve(products, own, [0, 3], 0.0)[[1, 2, 4, 5]], 0)
+    target[0] = 10 * np.einsum("f,fm->m", rng.normal(size=6), features[0])  # one prompt that is another world
+    products = least_squares.products_of(target, features)
+    weighted = least_squares.solve(products, np.zeros(6), everything, 0.0)
+    plain = least_squares.solve(products, np.zeros(6), everything, 0.0, weighted=False)
+    assert np.abs(weighted - true).max() < 0.01 < np.abs(plain - true).max()
+    out = least_squares.leave_one_out(products, np.zeros(6), everything, 0.0)
+    np.testing.assert_allclose(out[0], true, atol=1e-8)
+    terms, ridge = least_squares.best_setting(
+        least_squares.products_of(features[:, 0], features), own, None, None, True
+    )
+    assert terms[0] == 0 and ridge == min(least_squares.RIDGES)
+
+
+def test_one_term_and_eulers_target_is_euler(recorded):
+    """All nodes, one term, no pull: the step's length. And as many nodes as steps are the uncached run."""
+    pipe = build_pipe("euler")
+    options = erta.FitOptions(terms=1, ridge=0.0, validate=False)
+    scheduler = erta.fit(pipe, recorded["euler"], steps=STEPS, options=options)
+    assert scheduler.solver.nodes == tuple(range(STEPS)) and not scheduler.solver.latent.any()
+    np.testing.assert_allclose(scheduler.solver.velocity[:, 0, 0], np.diff(recorded["euler"].sigmas), atol=1e-5)
+    uncached = run(pipe, MANY[0])
+    pipe.scheduler = scheduler
+    assert (run(pipe, MANY[0]) - uncached).norm() / uncached.norm() < 1e-4
+
+
+def test_every_node_gives_the_uncached_run_under_unipc(recorded):
+    """Six terms span UniPC's predictor and corrector. Mutants: x - x1 with the other sign, a history of two."""
+    pipe = build_pipe("unipc")
+    scheduler = erta.fit(
+        pipe, recorded["unipc"], steps=STEPS, options=erta.FitOptions(terms=6, ridge=1e-9, validate=False)
+    )
+    uncached = run(pipe, MANY[1], seed=77)  # a noise that it was not fitted to
+    pipe.scheduler = scheduler
+    assert (run(pipe, MANY[1], seed=77) - uncached).norm() / uncached.norm() < 2e-3
+
+
+def test_fitted_beats_the_own_solver_on_its_nodes(recorded):
+    """On noises that it was not fitted to, and the run that was foretold is the run that is. Mutants: the target a node late,
+    coefficients of the prompts' order shuffled, cross-validation on the prompts themselves."""
+    pipe = build_pipe("unipc")
+    scheduler = erta.fit(pipe, recorded["unipc"], steps=4, batch_size=3)
+    report, own = scheduler.report, pipe.scheduler
+    assert report["forwards"] == 2 * 4 * 4 and report["nodes"] == list(scheduler.solver.nodes)
+    assert len(report["predicted"]["psnr_db"]) == 4 and report["predicted"]["mean_psnr_db"] > 20
+    mask = tuple(step in scheduler.solver.nodes for step in range(STEPS))
+    plain = erta.Plan(mask=(True,) * 4, sigmas=recorded["unipc"].sigmas[[*np.flatnonzero(mask), -1]])
+    new = [(MANY[seed % 4], seed) for seed in range(50, 56)]
+    uncached = [run(pipe, *one) for one in new]
+    with erta.cached(pipe, plain):
+        grid = [run(pipe, *one, num_inference_steps=4) for one in new]
+    pipe.scheduler = scheduler
+    found = [run(pipe, *one, num_inference_steps=4) for one in new]
+
+    def error(runs: list[torch.Tensor]) -> float:
+        return float(np.mean([(one - wanted).norm() for one, wanted in zip(runs, uncached, strict=True)]))
+
+    assert error(found) < 0.95 * error(grid)
+    again = run(pipe, MANY[2], seed=2, num_inference_steps=4).flatten()[recorded["unipc"].positions].numpy()
+    wanted = recorded["unipc"].latents[2, -1]
+    relative = np.linalg.norm(again - wanted) / np.linalg.norm(wanted)
+    assert relative == pytest.approx(report["on_calibration"]["latent_error"][2], rel=1e-2)
+    assert np.median(report["predicted"]["latent_error"]) > np.median(report["on_calibration"]["latent_error"])
+    assert own is not pipe.scheduler
+
+
+def test_budgets(recorded):
+    """A speed-up, a PSNR, nodes of one's own; a budget that cannot be, or two at once."""
+    pipe = build_pipe("euler")
+    trajectories = recorded["euler"]
+    options = erta.FitOptions(terms=3, ridge=1e-6)
+    assert erta.fit(pipe, trajectories, speedup=2.0, options=options).solver.num_steps == 4
+    assert erta.fit(pipe, trajectories, nodes=[0, 3, 5], options=options).solver.nodes == (0, 3, 5)
+    least = erta.fit(pipe, trajectories, psnr_db=30.0, options=options)
+    assert least.report["predicted"]["median_psnr_db"] >= 30 and least.solver.num_steps < STEPS
+    fewer = erta.fit(pipe, trajectories, steps=least.solver.num_steps - 1, options=options)
+    assert fewer.report["predicted"]["median_psnr_db"] < 30
+    for wrong in (
+        {"steps": 0},
+        {"steps": STEPS + 1},
+        {"steps": 2, "speedup": 2.0},
+        {},
+        {"nodes": [1, 2]},
+        {"nodes": [0, 0]},
+    ):
+        with pytest.raises(erta.BudgetError):
+            erta.fit(pipe, trajectories, **wrong)
+    with pytest.raises(erta.BudgetError, match="nothing to save"):
+        erta.fit(pipe, trajectories, psnr_db=200.0, options=options)
+
+
+def test_open_loop_and_the_best_of_both(recorded):
+    pipe = build_pipe("unipc")
+    found = {
+        loop: erta.fit(pipe, recorded["unipc"], steps=3, options=erta.FitOptions(loop=loop, terms=3, ridge=1e-6))
+        for loop in ("open", "closed", "best")
+    }
+    scores = found["best"].report["predicted_by_loop"]
+    assert found["best"].report["loop"] == max(scores, key=scores.get)
+    assert scores == {
+        loop: pytest.approx(found[loop].report["predicted_by_loop"][loop], abs=1e-3) for loop in ("open", "closed")
+    }
+    assert not np.allclose(found["open"].solver.velocity, found["closed"].solver.velocity)
+    assert found["open"].report["forwards"] == 3 * 4  # the run that foretells; the fit itself costs none
+
+
+def test_singular_fits(recorded):
+    """One prompt, the same twice, latents that do not move: a finite solver each time, and no prediction from one prompt."""
+    pipe = build_pipe("unipc")
+    assert erta.fit(pipe, recorded["unipc"], steps=1).solver.nodes == (0,)
+    one = recorded["unipc"].only([0])
+    alone = erta.fit(pipe, one, steps=3)
+    assert alone.report["predicted"] is None and np.isfinite(alone.solver.velocity).all()
+    twice = erta.fit(pipe, one.merge(one), steps=3)
+    assert np.isfinite(twice.solver.velocity).all()
+    still = replace(
+        recorded["unipc"], latents=np.ones_like(one.latents).repeat(4, 0), outputs=0 * recorded["unipc"].outputs
+    )
+    assert len(nodes_for(still, 3)) == 3
+    products = least_squares.products_of(np.zeros((2, 9)), np.zeros((2, 6, 9)))
+    assert not least_squares.solve(products, np.ones(6), range(6), 1e-6).any()
+
+
+def test_what_does_not_fit_is_refused(recorded):
+    pipe, trajectories = build_pipe("unipc"), recorded["unipc"]
+    with pytest.raises(erta.SignatureMismatch, match="scheduler"):
+        erta.fit(pipe, recorded["euler"], steps=3)
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(2)
+    with pytest.raises(erta.SignatureMismatch, match="weights"):
+        erta.fit(pipe, trajectories, steps=3)
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.fill_(torch.nan)
+    nowhere = {**trajectories.signature, "weights": None}
+    with pytest.raises(erta.NonFiniteError, match="node 0 of 3"):
+        erta.fit(pipe, replace(trajectories, signature=nowhere), steps=3)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(erta.NonFiniteError, match="none is left"):
+        erta.record(pipe, PROMPTS[0], **CALL)
+    with pytest.raises(erta.ErtaError, match="CogVideoXDDIMScheduler does not integrate over sigmas"):
+        pipe.scheduler = CogVideoXDDIMScheduler()
+        erta.record(pipe, PROMPTS, **CALL)
+    pipe.scheduler = build_pipe("unipc").scheduler
+    for wrong in ({"loop": "half"}, {"terms": 7}, {"ridge": -1.0}):
+        with pytest.raises(erta.ErtaError):
+            erta.FitOptions(**wrong)
+    assert pipe.scheduler.__class__.__name__ == "UniPCMultistepScheduler"
+
+
+def test_calls_in_step_end_together(recorded):
+    """An exception in one call, or in the answer, ends all of them and reaches the caller. Mutant: threads that wait for ever."""
+    pipe = build_pipe("unipc")
+    frame = erta.fit(pipe, recorded["unipc"], steps=3, options=erta.FitOptions(validate=False))
+    order = []
+
+    def call(name: str, fail_at: int | None = None) -> dict:
+        def look(pipe, step, timestep, values):
+            order.append((name, step))
+            if step == fail_at:
+                raise KeyError("of the user's callback")
+            return {}
+
+        return {
+            "prompt": PROMPTS[0],
+            "output_type": "latent",
+            "callback_on_step_end": look,
+            **CALL,
+            "num_inference_steps": 3,
+        }
+
+    def answer(node, asked):
+        return [one.latent + node for one in asked]
+
+    made = run_in_step(pipe, frame, [call("a"), call("b")], answer)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)] and len(made) == 2
+    with pytest.raises(KeyError, match="of the user"):
+        run_in_step(pipe, frame, [call("a"), call("b", fail_at=1)], answer)
+    with pytest.raises(ZeroDivisionError):
+        run_in_step(pipe, frame, [call("a"), call("b")], lambda node, asked: [1 / node])
+    assert pipe.scheduler.__class__.__name__ == "UniPCMultistepScheduler"
+    assert torch.equal(run(pipe), run(build_pipe("unipc")))
