@@ -82,6 +82,7 @@ class Architecture:
         is_told_the_step: its pipeline's `cache_context` carries step and sigma, which diffusers' SeaCache asks for.
         beside_velocity: where its output holds more than the velocity, which a reused step repeats from the last computed
             one: `channels`, as many again (a learned variance, which pipelines drop), or `output`, a second one (sound).
+        references_before: the argument that says how many tokens of references lie before the latent's, and are not answered.
         published: models with published sizes in `experiments/models/architectures.yaml`.
     """
 
@@ -96,6 +97,7 @@ class Architecture:
     is_packed: bool = False
     is_told_the_step: bool = False
     beside_velocity: str | None = None
+    references_before: str | None = None
     published: tuple[str, ...] = ()
 
     def channel_axis_of(self, latent: torch.Tensor) -> int:
@@ -298,6 +300,7 @@ ENTRIES = (
         is_told_the_step=True,
         published=("open_sora_12",),
     ),
+    Architecture("Flux2Transformer2DModel", references_before="num_ref_tokens"),  # at the first step, by Klein KV
     Architecture("PixArtTransformer2DModel", beside_velocity="channels"),
     Architecture("LatteTransformer3DModel", beside_velocity="channels"),
     Architecture("HunyuanDiT2DModel", beside_velocity="channels"),

@@ -23,7 +23,7 @@ from torch import nn
 from erta.architectures import Architecture, architecture_of
 from erta.coefficients import Coefficients
 from erta.errors import ErtaError
-from erta.guidance import branches_of, combining_scale_of, guide, second_scale_of, split
+from erta.guidance import branches_of, combining_scale_of, guide, is_known_pair, second_scale_of, split
 from erta.hooks import observed
 from erta.pipeline import Session, call_arguments, find_denoiser, latent_call
 from erta.plan import Plan
@@ -62,10 +62,15 @@ def decompose(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_k
     """Split the error of one cached run against the uncached run from the same noise (ERTACache, Eq. 11, made exact).
 
     Costs two uncached runs: at reused steps the model is evaluated as well. Raises what `erta.cached` raises, and
-    ErtaError for schedulers without sigmas.
+    ErtaError for schedulers without sigmas and for guidance branches without names.
     """
     if not hasattr(pipe.scheduler, "step_index"):
         raise ErtaError(f"{type(pipe.scheduler).__name__} does not step along sigmas: its error is not split")
+    if plan.branches is not None and len(plan.branches) > 1 and not is_known_pair(plan.branches):
+        raise ErtaError(
+            f"this pipeline does not name its guidance branches, which are {list(plan.branches)} here: its error is not split. "
+            "Switch guidance off"
+        )
     reused = _run_cached(pipe, plan, prompt, seed, pipeline_kwargs)  # first, since it checks the call against the plan
     uncached = _run_uncached(pipe, plan, prompt, seed, pipeline_kwargs)
     steps = range(plan.num_steps)
@@ -276,6 +281,8 @@ def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str,
         session.show_reuse(note)
         _record(session, run)
         run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
+    if true and next(iter(next(iter(true.values())).values())).shape != run.outputs[0].shape:
+        raise ErtaError("the solver is given a part of what the transformer makes (references): its error is not split")
     for step, output in enumerate(run.outputs):
         run.truth.append(guide(true[step], scales[trace.stages[step]]) if step in true else output)
     return run

@@ -1,13 +1,14 @@
 """Guidance branches: what a pipeline calls them, which of them share a forward, how they are combined.
 
 Many pipelines name the branch of a forward (their `cache_context`). Of those that do not, two things can be seen: a batch of
-twice the samples holds both branches, and a second forward at one step is the second branch. Such branches are called after
-what was seen of them.
+two or three times the samples holds so many branches, and a second forward at one step is the second branch. Such branches are
+called after what was seen of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from erta.errors import ErtaError, SignatureMismatch
 BATCHED = "cond_uncond"  # of pipelines that run both branches as one batch (CogVideoX, LTX)
 BATCH_ORDER = ("uncond", "cond")
 SINGLE_BRANCH = "single"  # of pipelines that set no cache context: the first forward of a step, or its only one
-SECOND_CALL = "second call"  # the second one at that step
-BOTH_HALVES = "both halves"  # one forward whose batch is twice the samples
-HALVES = ("first half", "second half")
+CALLS = (SINGLE_BRANCH, "second call", "third call")  # at that step
+IN_ONE_BATCH = {  # one forward whose batch is two or three times the samples
+    "both halves": ("first half", "second half"),
+    "three thirds": ("first third", "second third", "last third"),  # guidance by perturbed attention
+}
 PAIRS = (("cond", "uncond"), ("pred_cond", "pred_uncond"))  # as pipelines name them
 LARGEST_MISFIT = 0.5  # of branches weighted to what was made of them, relative: beyond, it was made in another way
 
@@ -59,21 +62,27 @@ def unnamed_context(place: int, rows: int, samples: int | None, branches: Sequen
 
     Raises SignatureMismatch where the batch is not the plan's, ErtaError where no plan could tell the branches apart.
     """
-    halved = rows == 2 * samples if branches is None and samples is not None else bool({*HALVES} & {*(branches or ())})
-    if samples is not None and rows != samples * (2 if halved else 1):
+    batched = next((name for name, parts in IN_ONE_BATCH.items() if _is_in(parts, rows, samples, branches)), None)
+    parts = len(IN_ONE_BATCH.get(batched or "", (SINGLE_BRANCH,)))
+    if samples is not None and rows != samples * parts:
         if branches is not None:
-            planned = f"{len(branches)} branches, {2 * samples if halved else samples} rows"
+            planned = f"{len(branches)} branches, {samples * parts} rows"
             raise SignatureMismatch("the batch of a forward", planned, f"{rows} rows")
         raise ErtaError(
             f"one sample gave a batch of {rows}: its guidance branches cannot be told apart. Calibrate with guidance off."
         )
-    if place > 1 or (halved and place > 0):
+    if place >= len(CALLS) or (batched is not None and place > 0):
         raise ErtaError(
-            f"forward {place + 1} of one step is not of a known guidance branch (two are told apart). Run with guidance off."
+            f"forward {place + 1} of one step is not of a known guidance branch (three are told apart). Run with guidance off."
         )
-    if halved:
-        return BOTH_HALVES
-    return SECOND_CALL if place else SINGLE_BRANCH
+    return CALLS[place] if batched is None else batched
+
+
+def _is_in(parts: Sequence[str], rows: int, samples: int | None, branches: Sequence[str] | None) -> bool:
+    """Whether a batch holds these parts: by the plan's branches, without a plan by its rows."""
+    if branches is not None:
+        return set(parts) == set(branches)
+    return samples is not None and rows == len(parts) * samples
 
 
 def samples_of(arguments: dict[str, Any]) -> int | None:
@@ -96,8 +105,8 @@ def is_count_per_prompt(name: str) -> bool:
 
 def branches_of(context: str, guidance_scale: float | None) -> tuple[str, ...]:
     """The guidance branches that a forward under a cache context (or what was seen in place of one) computes, in batch order."""
-    if context == BOTH_HALVES:
-        return HALVES
+    if context in IN_ONE_BATCH:
+        return IN_ONE_BATCH[context]
     if context != BATCHED:
         return (context,)
     return BATCH_ORDER if guidance_scale is not None and guidance_scale > 1 else ("cond",)
@@ -147,6 +156,38 @@ def weights_of(
     misfit = (target - weights @ unit).norm() / target.norm().clamp_min(1e-300)
     along, *across = (weights / sizes[:, 0])[: len(values)].tolist()
     return None if misfit > LARGEST_MISFIT else (along - sum(across), *across)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Which part of a transformer's output the solver is given, where that is not the whole: tokens of references lie behind it
+    (FLUX Kontext, Qwen edit), a frame that is kept lies before it (Sana's image-to-video).
+    """
+
+    axis: int
+    start: int
+    length: int
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """That part of an output."""
+        return value.narrow(self.axis, self.start, self.length)
+
+
+def given_part(x: torch.Tensor, velocity: torch.Tensor, sample: torch.Tensor) -> Given | None:
+    """Where the solver's sample lies in the transformer's input `x`, and its part of the output too; None: it is the whole.
+
+    Behind if it is found there, else before.
+    """
+    if x.ndim != sample.ndim or x.ndim != velocity.ndim:
+        return None
+    axes = [axis for axis in range(1, x.ndim) if sample.shape[axis] < velocity.shape[axis] == x.shape[axis]]
+    if len(axes) != 1:
+        return None
+    (axis,), length = axes, sample.shape[axes[0]]
+    behind = x.shape[axis] - length
+    found = x.narrow(axis, behind, length)[: len(sample)]
+    is_behind = found.shape == sample.shape and torch.equal(found.float(), sample.float())
+    return Given(axis, behind if is_behind else 0, length)
 
 
 def weighted(values: dict[str, torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:

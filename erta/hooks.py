@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from erta.architectures import architecture_of, latent_of
+from erta.architectures import architecture_of
 from erta.attachment import (
     Answers,
     attach,
@@ -138,7 +138,7 @@ class CacheHook(CachingHook):
         self, module: nn.Module, forward: Forward, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         entered = time.perf_counter()
-        x = latent_of(args, kwargs)
+        x = self.site.latent(args, kwargs)
         step, branch = self.place(context, x)
         self._check(x, step, branch)
         self.trace.stages[step] = self.stage
@@ -195,7 +195,7 @@ class ObserverHook(BranchHook):
     def answer(
         self, module: nn.Module, forward: Forward, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        x = latent_of(args, kwargs).detach()
+        x = self.site.latent(args, kwargs).detach()
         step, branch = self.place(context, x)
         self.transformer.start(x.device)
         output, kept = self.site.compute(forward, args, kwargs)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from erta.architectures import latent_of
 from erta.errors import ExecutionMismatch
 from erta.hooks import CachingHook, Forward, HookedSession
 from erta.pipeline import check_bare, find_denoisers, leaving, single_denoiser
@@ -135,7 +134,7 @@ class OnlineHook(CachingHook):
             scheduler = self.scheduler()
             self.trace.num_steps = len(scheduler.timesteps) - first_index(scheduler)
             self.rule.begin(self.trace.num_steps)
-        x = latent_of(args, kwargs)
+        x = self.site.latent(args, kwargs)
         step, branch = self.place(context, x)
         call = Call(step, self.trace.num_steps, branch, x.detach(), module, args, kwargs, forward)
         kept = self.kept.get(branch)

@@ -40,7 +40,7 @@ def single_calls(
         if is_count_per_prompt(name) and count not in (None, 1):
             raise ErtaError(f"calibrate with one sample per prompt, without {name}: a plan fits any number of them")
     given = dict(pipeline_kwargs)
-    if "prompt" in given:
+    if given.get("prompt") is not None:
         if prompts is not None:
             raise ErtaError("give the prompts once: as the second argument, or as prompt=")
         prompts = given.pop("prompt")

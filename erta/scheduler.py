@@ -78,7 +78,8 @@ def nominal_sigmas(scheduler: Any) -> np.ndarray:
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
         raise ErtaError(f"{type(scheduler).__name__} has no grid of steps yet")
-    times = (torch.as_tensor(timesteps).detach().float().cpu() + 1) / scheduler.config.num_train_timesteps
+    times = torch.as_tensor(timesteps).detach().float().cpu()[: scheduler.num_inference_steps]  # SCM's hold the end too
+    times = (times + 1) / scheduler.config.num_train_timesteps
     return np.append(times.numpy(), np.float32(0))
 
 

@@ -35,6 +35,12 @@ class _OnTransformer:
 
     architecture: Architecture
 
+    def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """What the output answers to, of a call with these arguments: without tokens of references before it."""
+        name, x = self.architecture.references_before, latent_of(args, kwargs)
+        references = 0 if name is None else kwargs.get(name) or 0
+        return x[:, references:] if references else x
+
     def parts(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
         """The parts of an output to a call with these arguments."""
         first = output[0]
@@ -45,7 +51,7 @@ class _OnTransformer:
         if beside == "output":
             return Parts(velocity, output[1])
         axis = self.architecture.channel_axis_of(velocity)
-        if velocity.shape[axis] == 2 * latent_of(args, kwargs).shape[axis]:
+        if velocity.shape[axis] == 2 * self.latent(args, kwargs).shape[axis]:
             return Parts(*velocity.chunk(2, axis))
         return Parts(velocity)
 
@@ -86,14 +92,14 @@ class OutputSite(_OnTransformer):
         velocity = self.parts(output, args, kwargs).velocity
         if self.reuse == "velocity":
             return output, velocity
-        return output, velocity - like_output(latent_of(args, kwargs), velocity, self.architecture)
+        return output, velocity - like_output(self.latent(args, kwargs), velocity, self.architecture)
 
     def predict(
         self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], kept: torch.Tensor
     ) -> torch.Tensor:
         """The velocity at this input with what was kept of an earlier step."""
         return (
-            kept if self.reuse == "velocity" else like_output(latent_of(args, kwargs), kept, self.architecture) + kept
+            kept if self.reuse == "velocity" else like_output(self.latent(args, kwargs), kept, self.architecture) + kept
         )
 
 

@@ -19,7 +19,7 @@ import torch
 
 from erta.architectures import Architecture
 from erta.errors import ErtaError, NonFiniteError
-from erta.guidance import branches_of, guide, is_known_pair, split, weighted, weights_of
+from erta.guidance import branches_of, given_part, guide, is_known_pair, split, weighted, weights_of
 from erta.rectifier import Moments
 from erta.site import SeenForward
 
@@ -96,6 +96,7 @@ class PairStatistics:
 class _Seen:
     """One forward of the current step: its velocity, and its velocities as predicted from each earlier residual."""
 
+    x: torch.Tensor
     velocity: torch.Tensor
     residual: torch.Tensor
     predictions: list[Callable[[], torch.Tensor]]  # index gap - 1
@@ -165,7 +166,7 @@ class TrajectoryObserver:
         for earlier in reversed(self._residuals[context]):
             make = partial(forward.predict, earlier)
             predictions.append(partial(_identity, make()) if self.eager else make)
-        self._pending[context] = _Seen(velocity, forward.residual, predictions)
+        self._pending[context] = _Seen(forward.x, velocity, forward.residual, predictions)
 
     def stepped(self, scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         """Take what the solver was given at the step whose forwards were observed: how the branches were combined."""
@@ -210,7 +211,7 @@ class TrajectoryObserver:
         self._check_branches(switched=self._pending.keys() != self._residuals.keys())
         velocities: dict[str, torch.Tensor] = {}
         for context, seen in self._pending.items():
-            velocities |= self._split(context, seen.velocity.float())
+            velocities |= self._split(context, seen, seen.velocity)
         self._finite.append(torch.stack([torch.isfinite(value).all() for value in velocities.values()]).all())
         combine = self._combination(velocities)
         guided = combine(velocities)
@@ -220,9 +221,9 @@ class TrajectoryObserver:
         for gap in range(1, 1 + min(len(old) for old in self._residuals.values())):
             predicted: dict[str, torch.Tensor] = {}
             for context, seen in self._pending.items():
-                parts = self._split(context, seen.predictions[gap - 1]().float())
-                old = self._split(context, self._residuals[context][-gap].float())
-                new = self._split(context, seen.residual.float())
+                parts = self._split(context, seen, seen.predictions[gap - 1]())
+                old = self._split(context, seen, self._residuals[context][-gap])
+                new = self._split(context, seen, seen.residual)
                 for branch, v_cached in parts.items():
                     change = _l1(old[branch] - new[branch]) / torch.stack([_l1(new[branch]), _l1(old[branch])])
                     sums = channel_moments(v_cached, v_cached - velocities[branch], axis)
@@ -240,8 +241,12 @@ class TrajectoryObserver:
         sizes = torch.stack([_l1(guided), _l1(guided - self._last_guided)])
         self._phi.append((self._step, gap, _l1(predicted - guided) / sizes))
 
-    def _split(self, context: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        return split(value, branches_of(context, self.guidance_scale))
+    def _split(self, context: str, seen: _Seen, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a value of the output's form (a residual of tokens: the whole) holds for the solver, by branch, float32."""
+        if self._model_output is not None and value.shape == seen.velocity.shape:
+            given = given_part(seen.x, seen.velocity, self._model_output[1])
+            value = value if given is None else given.of(value)
+        return split(value.float(), branches_of(context, self.guidance_scale))
 
     def _to_arrays(self, num_steps: int) -> PairStatistics:
         branches, window, channels = len(self.branches), self.window, self._channels

@@ -49,7 +49,7 @@ def dpmpp() -> DPMSolverMultistepScheduler:
 SOLVERS = {"unipc": unipc, "euler": euler, "dpmpp": dpmpp}
 
 
-def build_pipe(solver: str = "unipc") -> WanPipeline:
+def build_pipe(solver: str = "unipc", layers: int = 2) -> WanPipeline:
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
@@ -61,7 +61,7 @@ def build_pipe(solver: str = "unipc") -> WanPipeline:
         text_dim=TEXT_DIM,
         freq_dim=32,
         ffn_dim=48,
-        num_layers=2,
+        num_layers=layers,
         rope_max_seq_len=32,
     ).eval()
     # an untrained output is near zero; a larger one makes every difference visible

@@ -248,11 +248,18 @@ SECOND_TEXT = dict(
 SECOND_MASKS = ("prompt_attention_mask_2", "negative_prompt_attention_mask_2")
 
 
-def like(of: str, pipeline: str, config: dict[str, Any] | None = None, **changes: Any) -> Row:
+def row_like(
+    rows: tuple[Row, ...], of: str, pipeline: str, config: dict[str, Any] | None = None, **changes: Any
+) -> Row:
     """A row of another pipeline class on the transformer of `of`, with further arguments of its call."""
-    row = next(row for row in TEXT_ROWS if row.pipeline == of)
+    row = next(row for row in rows if row.pipeline == of)
     fields = {name: changes.pop(name) for name in ("parts", "off", "scheduler") if name in changes}
     return replace(row, pipeline=pipeline, config=row.config | (config or {}), call=row.call | changes, **fields)
+
+
+def like(of: str, pipeline: str, config: dict[str, Any] | None = None, **changes: Any) -> Row:
+    """See `row_like`, of the rows above."""
+    return row_like(TEXT_ROWS, of, pipeline, config, **changes)
 
 
 MORE_ROWS = (
