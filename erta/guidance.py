@@ -24,6 +24,8 @@ IN_ONE_BATCH = {  # one forward whose batch is two or three times the samples
     "three thirds": ("first third", "second third", "last third"),  # guidance by perturbed attention
 }
 PAIRS = (("cond", "uncond"), ("pred_cond", "pred_uncond"))  # as pipelines name them
+VIDEO_AXES = 5
+SMALL_MISFIT = 0.05  # of a frame that was made of the branches, among others that were not
 LARGEST_MISFIT = 0.5  # of branches weighted to what was made of them, relative: beyond, it was made in another way
 
 
@@ -139,23 +141,44 @@ def weights_of(
 
     Pipelines differ in the order of their branches, in signs and in what they call the scale; what they give the solver does
     not. It may hold the `sample` too (Cosmos, which predicts the clean one). Norms that some set anew (`cfg_normalization`)
-    leave a misfit.
+    leave a misfit. Frames that a pipeline sets itself (Cosmos 2.5, from a video that is continued) are left out.
     """
     if any(value.numel() != made.numel() for value in values.values()):
         return None
+    sample = sample if sample is not None and sample.numel() == made.numel() else None
+    found = _weights_and_misfit(values, made, sample)
+    if found[1] > LARGEST_MISFIT and made.ndim == VIDEO_AXES:
+        fitting = [
+            k for k in range(made.shape[2]) if _weights_and_misfit(*_at([k], values, made, sample))[1] < SMALL_MISFIT
+        ]
+        if fitting:
+            found = _weights_and_misfit(*_at(fitting, values, made, sample))
+    return None if found[1] > LARGEST_MISFIT else found[0]
+
+
+def _at(frames: list[int], values: dict[str, torch.Tensor], made: torch.Tensor, sample: torch.Tensor | None) -> Any:
+    """Some frames of videos (batch, channels, frames, height, width)."""
+    cut = {name: value.reshape(made.shape)[:, :, frames] for name, value in values.items()}
+    return cut, made[:, :, frames], None if sample is None else sample.reshape(made.shape)[:, :, frames]
+
+
+def _weights_and_misfit(
+    values: dict[str, torch.Tensor], made: torch.Tensor, sample: torch.Tensor | None
+) -> tuple[tuple[float, ...], float]:
+    """Weights of the branches, and what they leave over, relative; not finite where something else is not."""
     first, *others = (value.double().flatten() for value in values.values())
     target, parts = made.double().flatten(), [first, *(other - first for other in others)]
-    if sample is not None and sample.numel() == made.numel():
+    if sample is not None:
         parts.append(sample.double().flatten())
     basis = torch.stack(parts)
     if not torch.isfinite(basis).all():
-        return (float("nan"),) * len(values)  # what is not finite is somebody else's to say
+        return (float("nan"),) * len(values), 0.0  # what is not finite is somebody else's to say
     sizes = basis.norm(dim=1, keepdim=True).clamp_min(1e-300)
     unit = basis / sizes
     weights = torch.linalg.pinv(unit @ unit.T, rtol=1e-10, hermitian=True) @ (unit @ target)
     misfit = (target - weights @ unit).norm() / target.norm().clamp_min(1e-300)
     along, *across = (weights / sizes[:, 0])[: len(values)].tolist()
-    return None if misfit > LARGEST_MISFIT else (along - sum(across), *across)
+    return (along - sum(across), *across), float(misfit)
 
 
 @dataclass(frozen=True)
@@ -186,6 +209,8 @@ def given_part(x: torch.Tensor, velocity: torch.Tensor, sample: torch.Tensor) ->
     (axis,), length = axes, sample.shape[axes[0]]
     behind = x.shape[axis] - length
     found = x.narrow(axis, behind, length)[: len(sample)]
+    for other in set(range(1, x.ndim)) - {axis}:  # image-to-video appends channels
+        found = found.narrow(other, 0, min(found.shape[other], sample.shape[other]))
     is_behind = found.shape == sample.shape and torch.equal(found.float(), sample.float())
     return Given(axis, behind if is_behind else 0, length)
 

@@ -74,7 +74,9 @@ def nominal_sigmas(scheduler: Any) -> np.ndarray:
     tell grids apart, not to be moved. Raises ErtaError before `set_timesteps`.
     """
     if has_sigmas(scheduler):
-        return np.asarray(torch.as_tensor(scheduler.sigmas).detach().float().cpu())
+        return np.array(
+            torch.as_tensor(scheduler.sigmas).detach().float().cpu()
+        )  # a copy: some pipelines write into it
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
         raise ErtaError(f"{type(scheduler).__name__} has no grid of steps yet")

@@ -156,7 +156,10 @@ class TrajectoryObserver:
         if forward.stage != self._stage:
             raise ErtaError(f"calibration saw both transformers at step {step}, or the first after the second")
         if context in self._pending:
-            raise ErtaError(f"calibration saw branch {context!r} twice at step {step}")
+            raise ErtaError(
+                f"the pipeline runs branch {context!r} twice at step {step}: its frames have schedules of their own, or its steps "
+                "are not the scheduler's. That cannot be planned"
+            )
         if context not in self._residuals:
             self._check_branches(switched=self._step > 0)
             self.branches += branches_of(context, self.guidance_scale)

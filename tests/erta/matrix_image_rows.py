@@ -14,6 +14,7 @@ from tests.erta.matrix_parts import (
     dynamic_euler,
     flux2_vae,
     image_vae,
+    qwen_pooling,
     qwen_vae,
     scm,
 )
@@ -75,12 +76,11 @@ FLUX_ROWS = (
 )  # fmt: skip
 
 QWEN_SIZES = dict(in_channels=16, out_channels=4, num_layers=1, **AXES, **TEXT)
-QWEN_LATENT = noise(1, 4, 1, 16, 16, seed=7)
 QWEN_ROWS = (
     like("QwenImagePipeline", "QwenImageImg2ImgPipeline", parts=qwen_vae, **TO_IMAGE),
     like("QwenImagePipeline", "QwenImageInpaintPipeline", parts=qwen_vae, **TO_MASK),
-    like("QwenImagePipeline", "QwenImageEditPipeline", parts=qwen_vae, image=QWEN_LATENT),
-    like("QwenImagePipeline", "QwenImageEditPlusPipeline", parts=qwen_vae, image=QWEN_LATENT),
+    like("QwenImagePipeline", "QwenImageEditPipeline", parts=qwen_pooling, image=PICTURE_FILE, height=1024, width=1024),
+    like("QwenImagePipeline", "QwenImageEditPlusPipeline", parts=qwen_pooling, image=PICTURE_FILE, height=1024, width=1024),
     like("QwenImagePipeline", "QwenImageControlNetPipeline", control_image=PICTURE,
          parts=with_control("QwenImageControlNetModel", qwen_vae, **QWEN_SIZES)),
     like("QwenImagePipeline", "QwenImageControlNetInpaintPipeline", control_image=PICTURE, control_mask=MASK,
@@ -99,6 +99,10 @@ SANA_SIZES = dict(
     in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=4, num_layers=1, num_cross_attention_heads=2,
     cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=WIDTH, sample_size=8,
 )  # fmt: skip
+Z_SIZES = dict(
+    control_layers_places=[0], control_refiner_layers_places=[0], dim=32, n_refiner_layers=1, n_heads=2, n_kv_heads=2
+)
+Z_NET = with_control("ZImageControlNetModel", **Z_SIZES, control_in_dim=4)
 SPRINT = {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True}
 OLDER_ROWS = (
     like("StableDiffusion3Pipeline", "StableDiffusion3InpaintPipeline", {"in_channels": 16, "out_channels": 16},
@@ -120,7 +124,9 @@ OLDER_ROWS = (
     like("SanaPipeline", "SanaSprintImg2ImgPipeline", SPRINT, scheduler=scm, parts=deep_vae,
          intermediate_timesteps=None, **TO_IMAGE),
     like("CogView4Pipeline", "CogView4ControlPipeline", {"in_channels": 8}, control_image=PICTURE, parts=image_vae),
-    like("ZImagePipeline", "ZImageControlNetPipeline"),
+    like("ZImagePipeline", "ZImageControlNetPipeline", control_image=PICTURE, parts=Z_NET),
+    like("ZImagePipeline", "ZImageControlNetInpaintPipeline", control_image=PICTURE, image=PICTURE, mask_image=MASK,
+         parts=with_control("ZImageControlNetModel", **Z_SIZES, control_in_dim=9)),
     like("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline", {"visual_cond": True}, image=PICTURE, parts=image_vae),
 )  # fmt: skip
 

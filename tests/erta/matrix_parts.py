@@ -10,9 +10,11 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLCosmos,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMagvit,
     AutoencoderKLQwenImage,
@@ -27,10 +29,22 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
+from experiments.models.open_sora.autoencoder import AutoencoderKLOpenSora
+from experiments.scenes.tokenizer import build_tokenizer
 from experiments.training.video_vae import build_vae
+from tests.pipelines import TINY_VAE, tiny_t5
 
 
 def euler() -> Any:
@@ -143,6 +157,36 @@ def seeing(parts: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     return made
 
 
+def seeing_siglip(parts: Callable[[], dict[str, Any]], width: int = 12) -> Callable[[], dict[str, Any]]:
+    """These parts, and what looks at a picture by SigLIP."""
+
+    def made() -> dict[str, Any]:
+        torch.manual_seed(1)
+        config = SiglipVisionConfig(
+            hidden_size=width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            intermediate_size=16,
+            patch_size=16,
+        )
+        extractor = SiglipImageProcessor(size={"height": 32, "width": 32})
+        return {**parts(), "image_encoder": SiglipVisionModel(config).eval(), "feature_extractor": extractor}
+
+    return made
+
+
+def cosmos_vae() -> dict[str, Any]:
+    """Cosmos 1's VAE in 4 channels, an eighth of the size, and its checker."""
+    torch.manual_seed(1)
+    vae = AutoencoderKLCosmos(
+        latent_channels=4, encoder_block_out_channels=(8,) * 4, decode_block_out_channels=(8,) * 4, attention_resolutions=(8,),
+        resolution=64, num_layers=1, patch_size=4, patch_type="haar", scaling_factor=1.0, spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    return {"vae": vae.eval(), **checker()}
+
+
 def video_vae() -> dict[str, Any]:
     """A VAE of videos in 16 channels."""
     return {"vae": build_vae(0).eval()}
@@ -157,6 +201,25 @@ def cog_vae() -> dict[str, Any]:
         temporal_compression_ratio=4, **kinds,
     )  # fmt: skip
     return {"vae": vae.eval()}
+
+
+def open_sora_parts() -> dict[str, Any]:
+    """Open-Sora's text encoder and VAE."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(1)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": tiny_t5(tokenizer),
+        "vae": AutoencoderKLOpenSora(**TINY_VAE).eval(),
+    }
+
+
+def qwen_pooling() -> dict[str, Any]:
+    """A stand-in for Qwen's VAE that makes pictures of 1024² small: it averages."""
+    about = {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae = Pooling(**about)
+    vae.temperal_downsample = [True] * 6
+    return {"vae": vae}
 
 
 def hunyuan_vae() -> dict[str, Any]:
@@ -249,6 +312,19 @@ class Latents(Part):
             setattr(self, name, value)
 
 
+class Pooling(Part):
+    """A stand-in for a VAE: means of 64 × 64 pixels, in four channels."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__()
+        self.config = FrozenDict(about)
+
+    def encode(self, picture: torch.Tensor) -> AutoencoderKLOutput:
+        small = nn.functional.avg_pool2d(picture[:, :, 0], 64)
+        values = torch.cat([small, small.mean(1, keepdim=True)], 1)[:, :, None]
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([values, values - 20], 1)))
+
+
 def picture_and_sound() -> dict[str, Any]:
     """The parts of LTX-2 beside its transformer."""
     sound = dict(sample_rate=16000, mel_hop_length=160, mel_bins=64, latent_channels=8)
@@ -257,3 +333,15 @@ def picture_and_sound() -> dict[str, Any]:
         "vae": Latents(16, scaling_factor=1.0, spatial_compression_ratio=32, temporal_compression_ratio=8),
         "audio_vae": Latents(128, mel_compression_ratio=4, temporal_compression_ratio=4, **sound),
     }
+
+
+def picture_and_sound_vae() -> dict[str, Any]:
+    """The same with a VAE that takes pictures: half their size."""
+    torch.manual_seed(1)
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=16, block_out_channels=(8,), decoder_block_out_channels=(8,), layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False), downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,),
+        timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    return {**picture_and_sound(), "vae": vae.eval()}

@@ -10,6 +10,8 @@ from typing import Any
 import diffusers
 import torch
 
+from experiments.models.open_sora.pipeline import OpenSoraPipeline
+from experiments.models.open_sora.transformer import STDiT3Transformer3DModel
 from tests.erta.matrix_parts import (
     checker,
     ddim,
@@ -51,6 +53,14 @@ def given_by_name() -> dict[str, Any]:
     return made
 
 
+OWN = {"OpenSoraPipeline": OpenSoraPipeline, "STDiT3Transformer3DModel": STDiT3Transformer3DModel}
+
+
+def class_named(name: str) -> Any:
+    """A class of this project or of diffusers."""
+    return OWN.get(name) or getattr(diffusers, name)
+
+
 @dataclass(frozen=True)
 class Row:
     """A pipeline class, its transformer's class and sizes, and what of its call is its own."""
@@ -62,12 +72,13 @@ class Row:
     scheduler: Callable[[], Any] = euler
     off: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     parts: Callable[[], dict[str, Any]] = dict
+    settings: dict[str, Any] = field(default_factory=dict)  # of the pipeline object: sizes that it would round to
 
     def build(self, guided: bool = True) -> tuple[Any, dict[str, Any]]:
         """The pipeline, and the arguments of a call without output type and generator, with guidance or without."""
-        kind = getattr(diffusers, self.pipeline)
+        kind = class_named(self.pipeline)
         torch.manual_seed(0)
-        transformer = getattr(diffusers, self.transformer)(**self.config).eval()
+        transformer = class_named(self.transformer)(**self.config).eval()
         with torch.no_grad():  # some outputs start at zero
             for parameter in transformer.parameters():
                 if parameter.numel() and not parameter.any():
@@ -76,6 +87,8 @@ class Row:
         absent = [name for name, about in parameters.items() if about.default is about.empty and name != "self"]
         parts = {**dict.fromkeys(absent), "transformer": transformer, "scheduler": self.scheduler(), **self.parts()}
         pipe = kind(**parts)
+        for name, value in self.settings.items():
+            setattr(pipe, name, value)
         pipe.set_progress_bar_config(disable=True)
         has = inspect.signature(kind.__call__).parameters
         call = {name: value for name, value in given_by_name().items() if name in has}
@@ -253,7 +266,7 @@ def row_like(
 ) -> Row:
     """A row of another pipeline class on the transformer of `of`, with further arguments of its call."""
     row = next(row for row in rows if row.pipeline == of)
-    fields = {name: changes.pop(name) for name in ("parts", "off", "scheduler") if name in changes}
+    fields = {name: changes.pop(name) for name in ("parts", "off", "scheduler", "settings") if name in changes}
     return replace(row, pipeline=pipeline, config=row.config | (config or {}), call=row.call | changes, **fields)
 
 
@@ -283,14 +296,17 @@ MORE_ROWS = (
         call={**SECOND_TEXT, **dict.fromkeys(SECOND_MASKS, torch.ones(1, TOKENS))}, scheduler=dpm,
     ),
     Row(
-        "HiDreamImagePipeline", "HiDreamImageTransformer2DModel", HIDREAM,
+        "HiDreamImagePipeline", "HiDreamImageTransformer2DModel", HIDREAM, settings={"default_sample_size": 8},
         call={
             "prompt_embeds_t5": noise(1, TOKENS, WIDTH), "negative_prompt_embeds_t5": noise(1, TOKENS, WIDTH, seed=1),
             "prompt_embeds_llama3": noise(2, 1, TOKENS, 16), "negative_prompt_embeds_llama3": noise(2, 1, TOKENS, 16, seed=1),
         },
     ),
     Row("Kandinsky5T2VPipeline", "Kandinsky5Transformer3DModel", KANDINSKY, call=KANDINSKY_CALL),
-    Row("Kandinsky5T2IPipeline", "Kandinsky5Transformer3DModel", KANDINSKY, call=KANDINSKY_CALL),
+    Row(
+        "Kandinsky5T2IPipeline", "Kandinsky5Transformer3DModel", KANDINSKY, call=KANDINSKY_CALL,
+        settings={"resolutions": [(64, 64)]},
+    ),
     Row(
         "LTX2Pipeline", "LTX2VideoTransformer3DModel",
         dict(in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from experiments.models.open_sora.sizes import rectified_flow
 from tests.erta.matrix_parts import (
     cog_vae,
+    cosmos_vae,
     ddim,
+    edm,
     euler,
     flow_map,
     guided_hunyuan_15,
@@ -18,7 +21,10 @@ from tests.erta.matrix_parts import (
     karras_euler,
     ltx_vae,
     magvit_vae,
+    open_sora_parts,
+    picture_and_sound_vae,
     seeing,
+    seeing_siglip,
     unipc,
     wan_vae,
     wan_vae_and_checker,
@@ -34,6 +40,7 @@ from tests.erta.matrix_rows import (
     Row,
     row_like,
 )
+from tests.pipelines import TINY_STDIT3
 
 
 def like(of: str, pipeline: str, config: dict[str, Any] | None = None, **changes: Any) -> Row:
@@ -48,6 +55,12 @@ FROM_IMAGE = {"in_channels": 36, "out_channels": 16}
 COSMOS = dict(
     in_channels=17, out_channels=16, num_attention_heads=2, attention_head_dim=16, num_layers=1, text_embed_dim=WIDTH,
     adaln_lora_dim=4, max_size=(4, 32, 32), concat_padding_mask=True, extra_pos_embed_type=None,
+)  # fmt: skip
+
+OPEN_SORA_ROWS = (
+    Row("OpenSoraPipeline", "STDiT3Transformer3DModel", TINY_STDIT3,
+        call={"prompt": "a small red circle", "num_frames": 17, "max_sequence_length": 16}, scheduler=rectified_flow,
+        parts=open_sora_parts),
 )  # fmt: skip
 
 WAN_ROWS = (
@@ -141,15 +154,19 @@ LATER_ROWS = (
         dict(in_channels=8, guidance_embeds=True, **HUNYUAN), call={"image": PICTURE, "true_cfg_scale": 2.0},
         off={"true_cfg_scale": 1.0}, parts=hunyuan_vae),
     Row("EasyAnimatePipeline", "EasyAnimateTransformer3DModel", dict(in_channels=4, **EASY), parts=magvit_vae),
-    like("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", {"visual_cond": True}, image=PICTURE, parts=hunyuan_vae),
+    like("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", {"visual_cond": True}, image=PICTURE, parts=hunyuan_vae, num_frames=25),
     Row("HunyuanVideo15Pipeline", "HunyuanVideo15Transformer3DModel", {**HUNYUAN_15, "task_type": "t2v"}, call=BOTH_TEXTS,
         parts=guided_hunyuan_15),
     Row("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Transformer3DModel", {**HUNYUAN_15, "task_type": "i2v"},
-        call={**BOTH_TEXTS, "image": PILS[0]}, parts=guided_hunyuan_15),
+        call={**BOTH_TEXTS, "image": PILS[0]}, parts=seeing_siglip(guided_hunyuan_15)),
     Row("MotifVideoPipeline", "MotifVideoTransformer3DModel", MOTIF, parts=guided_wan),
-    Row("MotifVideoImage2VideoPipeline", "MotifVideoTransformer3DModel", {**MOTIF, "image_embed_dim": 4}, call={"image": PILS[0]},
-        parts=guided_wan),
+    like("LTX2Pipeline", "LTX2ImageToVideoPipeline", image=PICTURE, image_crf=0, parts=picture_and_sound_vae, height=32, width=32,
+         num_frames=5),
+    like("LTX2Pipeline", "LTX2ConditionPipeline", parts=picture_and_sound_vae, height=32, width=32, num_frames=5),
+    like("LTX2Pipeline", "LTX2InContextPipeline", parts=picture_and_sound_vae, height=32, width=32, num_frames=5),
+    Row("CosmosVideoToWorldPipeline", "CosmosTransformer3DModel", {**COSMOS, "in_channels": 5, "out_channels": 4},
+        call={"image": PICTURE}, scheduler=edm, parts=cosmos_vae),
     like("SanaVideoPipeline", "SanaImageToVideoPipeline", WIDE, image=PICTURE, scheduler=euler, parts=wan_vae),
 )  # fmt: skip
 
-VIDEO_ROWS = (*WAN_ROWS, *COG_ROWS, *COSMOS_ROWS, *LATER_ROWS)
+VIDEO_ROWS = (*OPEN_SORA_ROWS, *WAN_ROWS, *COG_ROWS, *COSMOS_ROWS, *LATER_ROWS)
