@@ -334,6 +334,7 @@ def _calibrate_one(pipe: Any, prompt: str, call: dict[str, Any], seed: int, site
         "guidance_scale": None if scale is None else float(scale),
         "latent_shape": list(observer.latent_shape or ()),
         "branches": observer.branches,
+        "given_to_solver": observer.given_to_solver,
         "site": site,
         "grid": "sigmas" if has_movable_sigmas(scheduler) else "timesteps",
     }

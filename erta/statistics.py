@@ -25,6 +25,7 @@ from erta.site import SeenForward
 
 REL_L1_DENOMINATORS = ("ground_truth", "cached")
 PHI_DENOMINATORS = ("velocity", "increment")
+SAME_OUTPUT = 0.05  # relative; pipelines combine in the transformer's type
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class TrajectoryObserver:
         self._pairs: list[tuple[int, int, int, torch.Tensor, torch.Tensor]] = []  # branch, step, gap, ratios, sums
         self._phi: list[tuple[int, int, torch.Tensor]] = []
         self._finite: list[torch.Tensor] = []
+        self._given: list[tuple[float, torch.Tensor | None]] = []  # see `given_to_solver`
 
     def observe(self, forward: SeenForward) -> None:
         """Take one forward. Steps come in order, each cache context once a step.
@@ -218,6 +220,7 @@ class TrajectoryObserver:
         self._finite.append(torch.stack([torch.isfinite(value).all() for value in velocities.values()]).all())
         combine = self._combination(velocities)
         guided = combine(velocities)
+        self._note_given(guided, combine({branch: torch.ones(()) for branch in velocities}))
         axis = self.architecture.channel_axis_of(guided)
         self._channels = guided.shape[axis]
         self._per_channel = guided.numel() / self._channels
@@ -237,6 +240,25 @@ class TrajectoryObserver:
         for context, seen in self._pending.items():
             self._residuals[context].append(seen.residual)
         self._pending, self._model_output = {}, None
+
+    def _note_given(self, guided: torch.Tensor, of_ones: torch.Tensor) -> None:
+        sizes, guided = None, guided.flatten()
+        if self._model_output is not None and self._model_output[0].numel() == guided.numel():
+            made = self._model_output[0].float().flatten()
+            sizes = torch.stack([(made - guided).norm(), (made + guided).norm(), made.norm()])
+        self._given.append((float(of_ones), sizes))
+
+    @property
+    def given_to_solver(self) -> str:
+        """What the pipeline gives its solver at every step: the guided `velocity`, the same `negated`, or something `else`."""
+        found = set()
+        for weight, sizes in self._given:
+            plus, minus, size = (1.0, 1.0, 1.0) if sizes is None else sizes.tolist()
+            sign = weight if plus < SAME_OUTPUT * size else -weight if minus < SAME_OUTPUT * size else 0.0
+            found.add(
+                "velocity" if abs(sign - 1) < SAME_OUTPUT else "negated" if abs(sign + 1) < SAME_OUTPUT else "else"
+            )
+        return found.pop() if len(found) == 1 else "else"
 
     def _add_phi(self, gap: int, guided: torch.Tensor, predicted: torch.Tensor) -> None:
         """Ratios of the guided output's cache error to `||v||` and to `||v - v_before||`, both L1."""
