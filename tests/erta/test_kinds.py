@@ -312,6 +312,22 @@ def test_sigmas_of_the_callers_own():
     assert trace.forwards == {"cond": 3}
 
 
+def test_timesteps_of_the_callers_own():
+    """The same with `timesteps=`, of a scheduler of noise levels. Mutant: other timesteps accepted for their number."""
+    pipe = build_pixart()
+    call = {key: value for key, value in PIXART_CALL.items() if key != "num_inference_steps"}
+    call["timesteps"] = [900, 700, 500, 300, 100]
+    plain = latents(pipe, call)
+    made = erta.calibrate(pipe, window=4, **call)
+    with erta.cached(pipe, made.plan(steps=5, adjust_time=False)):
+        assert torch.equal(latents(pipe, call), plain)
+    with erta.cached(pipe, made.plan(steps=3, adjust_time=False)) as trace:
+        latents(pipe, call)
+        assert sum(trace.forwards.values()) == 3
+        with pytest.raises(erta.SignatureMismatch, match="sigmas was '6 values"):
+            latents(pipe, call, timesteps=[950, 700, 500, 300, 100])
+
+
 def test_a_solver_of_two_forwards_a_step_is_refused_at_once():
     """Mutant: calibrated to the end, and then every plan refused."""
     pipe, forwards = build_pipe(), []

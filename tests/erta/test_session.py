@@ -204,6 +204,17 @@ def test_an_interrupted_pipeline_returns_what_it_has():
             run(pipe)
 
 
+def test_components_moved_inside_stay_moved(pipe):
+    """Another dtype from the next call on, as an uncached run has it. Mutants: put back on leaving; the plan lost."""
+    plan = bare_plan(pipe)
+    with erta.cached(pipe, plan) as trace:
+        before = run(pipe)
+        pipe.to(torch.float64)
+        moved = run(pipe)
+    assert trace.calls == 2 and trace.cache_dtype == "float64" and pipe.transformer.dtype == torch.float64
+    assert 0 < (moved - before).abs().max() < 1e-3
+
+
 def test_other_steps_than_planned(pipe):
     with erta.cached(pipe, bare_plan(pipe)), pytest.raises(erta.SignatureMismatch, match="num_inference_steps was 8"):
         run(pipe, num_inference_steps=6)
