@@ -21,6 +21,8 @@ from erta.guidance import SINGLE_BRANCH
 from erta.pipeline import ANSWERING, Session
 from erta.signature import offloaded_weight
 
+_CHANGING = threading.RLock()  # who puts a hook on a transformer, or takes one off, in whatever thread
+
 
 class Answers(ABC):
     """What answers the forwards of one transformer in the calls of one session."""
@@ -142,21 +144,23 @@ def check_free(transformer: nn.Module) -> None:
 def attach(transformer: nn.Module, session: Session, hook: Answers) -> None:
     """Let `hook` answer the session's forwards of a transformer. Raises what `check_free` raises."""
     check_free(transformer)
-    shared = _find_hook(transformer, HOOK_NAME)
-    if shared is None:
-        shared = SharedHook()
-        shared.attached_as = _place_on(transformer, shared, HOOK_NAME)
-    shared.join(session, hook)
+    with _CHANGING:
+        shared = _find_hook(transformer, HOOK_NAME)
+        if shared is None:
+            shared = SharedHook()
+            shared.attached_as = _place_on(transformer, shared, HOOK_NAME)
+        shared.join(session, hook)
 
 
 def detach(transformer: nn.Module, session: Session) -> None:
     """End that; the last session takes the hook off the transformer."""
-    shared = _find_hook(transformer, HOOK_NAME)
-    if shared is None or session not in shared.sessions:
-        return
-    shared.leave(session)
-    if not shared.sessions:
-        _take_from(transformer, HOOK_NAME, shared.attached_as)
+    with _CHANGING:
+        shared = _find_hook(transformer, HOOK_NAME)
+        if shared is None or session not in shared.sessions:
+            return
+        shared.leave(session)
+        if not shared.sessions:
+            _take_from(transformer, HOOK_NAME, shared.attached_as)
 
 
 def attach_again_if_dropped(transformer: nn.Module) -> None:
@@ -182,6 +186,15 @@ def _place_on(module: nn.Module, hook: ModelHook, name: str) -> Any:
     return module.__dict__["forward"]
 
 
+class _Hooks(dict[str, ModelHook]):
+    """The hooks of a registry after ours was taken off: another thread may be about to ask for it, and finds one that does
+    nothing.
+    """
+
+    def __missing__(self, name: str) -> ModelHook:
+        return ModelHook()
+
+
 def _find_hook(module: nn.Module, name: str) -> Any:
     """The hook of that name in diffusers' registry, or None."""
     registry = getattr(module, "_diffusers_hook", None)
@@ -205,9 +218,9 @@ def _take_from(module: nn.Module, name: str, attached_as: Any) -> None:
         for slot in ("forward", "original_forward"):
             if getattr(outer, slot) is attached_as:
                 setattr(outer, slot, below)
-    del registry.hooks[name]
-    registry._hook_order.pop(place)
-    registry._fn_refs.pop(place)
+    registry._hook_order = [*registry._hook_order[:place], *registry._hook_order[place + 1 :]]
+    registry._fn_refs = [*registry._fn_refs[:place], *registry._fn_refs[place + 1 :]]
+    registry.hooks = _Hooks({other: hook for other, hook in registry.hooks.items() if other != name})
     own = module.__dict__.get("forward")
     if getattr(own, "__func__", None) is type(module).forward:
         del module.__dict__["forward"]  # the class's own forward again, as before the first hook

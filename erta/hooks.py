@@ -86,16 +86,7 @@ class CachingHook(BranchHook):
 
     def _timed(self, forward: Forward, device: torch.device) -> Forward:
         """The transformer's forward alone on the trace's clock; what the site does around it is the hook's time."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            called = time.perf_counter()
-            self.trace.transformer.start(device)
-            output = forward(*args, **kwargs)
-            self.trace.transformer.stop()
-            self.inside_s = time.perf_counter() - called
-            return output
-
-        return run
+        return _Timed(self, forward, device)
 
     def _keep(self, branch: str, output: Any, kept: torch.Tensor | None, call: _Arguments) -> None:
         """Keep of a computed step what reused ones need, nothing where `kept` is None, and note it."""
@@ -103,6 +94,25 @@ class CachingHook(BranchHook):
         beside = self.beside[branch] = None if kept is None else self.site.parts(output, *call).beside
         if beside is not None:
             self.trace.cached[f"{branch}, beside"] = beside
+
+
+class _Timed:
+    """See `CachingHook._timed`."""
+
+    def __init__(self, hook: CachingHook, forward: Forward, device: torch.device) -> None:
+        self.hook, self.forward, self.device = hook, forward, device
+
+    def around(self, forward: Forward) -> _Timed:
+        """The same clock around another forward."""
+        return _Timed(self.hook, forward, self.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        called, clock = time.perf_counter(), self.hook.trace.transformer
+        clock.start(self.device)
+        output = self.forward(*args, **kwargs)
+        clock.stop()
+        self.hook.inside_s = time.perf_counter() - called
+        return output
 
 
 class CacheHook(CachingHook):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -128,8 +129,9 @@ class BlocksSite(_OnTransformer):
     """Residual of the block stack, tokens after it minus tokens before it (as TeaCache-like code keeps it).
 
     A reused step runs the embeddings, adds the residual in place of the blocks, and runs the time-dependent
-    head. Blocks are not hooked: the stack is exchanged for the length of a call, so compiled blocks stay as
-    they are.
+    head. Blocks are not hooked, so compiled ones stay as they are: a shallow copy of the transformer has another stack, which
+    no other thread's forward sees. Only where somebody wrapped the transformer's forward (accelerate's offload) the stack is
+    exchanged for the length of a call.
 
     Raises InstallError for a transformer whose blocks are not known.
     """
@@ -152,8 +154,7 @@ class BlocksSite(_OnTransformer):
         """The model's output as it is, and the residual of its block stack, (batch, tokens, width)."""
         if any(kwargs.get(name) is not None for name in self.stack.controls):
             raise InstallError("a ControlNet adds to single blocks, which site=blocks exchanges: use site=output")
-        with self._stack(self.watched):
-            output = forward(*args, **kwargs)
+        output = self.run(self.watched, forward, args, kwargs)
         assert self.before.tokens is not None and self.after.tokens is not None
         residual = self.after.tokens - self.before.tokens
         self.before.tokens = self.after.tokens = None
@@ -165,10 +166,26 @@ class BlocksSite(_OnTransformer):
         """The velocity at this input with an earlier step's residual in place of the blocks."""
         self.instead.shift = kept
         try:
-            with self._stack(self.replaced):
-                return forward(*args, **kwargs)[0]
+            return self.run(self.replaced, forward, args, kwargs)[0]
         finally:
             self.instead.shift = self.instead.tokens = None
+
+    def run(self, lists: dict[str, nn.ModuleList], forward: Forward, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The transformer's forward with other lists of blocks."""
+        clock = getattr(forward, "around", None)
+        own: Any = forward.forward if clock is not None else forward  # type: ignore[attr-defined]
+        if getattr(own, "__self__", None) is self.transformer:
+            copied = MethodType(own.__func__, self._with(lists))
+            return (copied if clock is None else clock(copied))(*args, **kwargs)
+        with self._stack(lists):
+            return forward(*args, **kwargs)
+
+    def _with(self, lists: dict[str, nn.ModuleList]) -> nn.Module:
+        """A shallow copy of the transformer: its parameters and modules, but for these lists."""
+        copied = object.__new__(type(self.transformer))
+        copied.__dict__.update(self.transformer.__dict__)
+        copied.__dict__["_modules"] = {**self.transformer._modules, **lists}
+        return copied
 
     @contextmanager
     def _stack(self, lists: dict[str, nn.ModuleList]) -> Iterator[None]:
