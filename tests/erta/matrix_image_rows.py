@@ -13,6 +13,7 @@ from tests.erta.matrix_parts import (
     deep_vae,
     dynamic_euler,
     flux2_vae,
+    guiders,
     image_vae,
     qwen_pooling,
     qwen_vae,
@@ -137,6 +138,7 @@ NEWER_ROWS = (
              num_refiner_layers=1, patch_size=(1, 1), guidance_embeds=False, text_embed_dim=WIDTH, text_embed_2_dim=WIDTH,
              rope_axes_dim=(4, 4)),
         call={**SECOND_TEXT, **dict.fromkeys(("prompt_embeds_mask_2", "negative_prompt_embeds_mask_2"), torch.ones(1, TOKENS))},
+        parts=guiders,
     ),
     Row(
         "Krea2Pipeline", "Krea2Transformer2DModel",

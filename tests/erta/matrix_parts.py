@@ -243,6 +243,10 @@ def guided_hunyuan_15() -> dict[str, Any]:
     return {"vae": vae.eval(), "guider": ClassifierFreeGuidance(guidance_scale=4.0)}
 
 
+def guiders() -> dict[str, Any]:
+    return {name: ClassifierFreeGuidance(guidance_scale=4.0) for name in ("guider", "ocr_guider")}
+
+
 def guided_wan() -> dict[str, Any]:
     return {**wan_vae(), "guider": ClassifierFreeGuidance(guidance_scale=4.0)}
 
