@@ -77,8 +77,8 @@ def test_in_threads(site):
 @pytest.mark.slow
 @pytest.mark.parametrize("site", ["output", "blocks"])
 def test_in_threads_for_long(site):
-    """200 rounds without one wrong tensor. Mutants: those of the short one, in their rarer moments."""
-    come_and_go(200, site)
+    """200 rounds, in two threads, without one wrong tensor. Mutants: those of the short one, in their rarer moments."""
+    come_and_go(100, site)
 
 
 def test_a_hook_that_just_went_is_asked_for():
