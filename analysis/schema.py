@@ -268,6 +268,7 @@ class SpeedRecord(_Made):
     forwards: float
     forward_s: float
     hook_share: float
+    scheduler_s: float | None = None
     calibration_s: float
     calibration_generations: float
     cache_bytes: int

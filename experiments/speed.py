@@ -1,5 +1,7 @@
 """`experiment=speed model=…`: what ERTACache saves on this machine with the real architecture, without its weights.
 
+The plan is timed as a hook that reuses, and as a solver in the scheduler's place (`erta.collapse`), where it is one.
+
 Time and memory of a forward do not depend on the values of the weights, so they are drawn at random and nothing is
 downloaded. Pictures are not made: the decoder and the real text encoder are left out.
 """
@@ -17,9 +19,10 @@ from analysis.records import SpeedRecord
 from erta.errors import ErtaError
 from erta.pipeline import latent_call
 from experiments.harness import catalogue
-from experiments.harness.arm import make_arm
+from experiments.harness.arm import Arm, make_arm
 from experiments.harness.generate import now, possible_speedup
 from experiments.harness.setup import Setup
+from experiments.methods.common.solvers import scheduler_arm
 from experiments.models.untrained import untrained_pipeline
 from experiments.output import console, tracking
 from experiments.output.console import progress_bar
@@ -29,7 +32,7 @@ PROMPT = "a red circle"  # any words will do
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Calibrate on one prompt, then generate uncached and cached in turns, `speed.pairs` times."""
+    """Calibrate on one prompt, then generate uncached, cached and with the scheduler in turns, `speed.pairs` times."""
     record = measure(cfg)
     finish(folder, record)
     steps = f"{record.computed} of {cfg.model.num_inference_steps} steps computed, site {cfg.cache.site}"
@@ -50,9 +53,10 @@ def measure(cfg: DictConfig) -> SpeedRecord:
     pipe, kwargs = setup.pipe, setup.kwargs
     plain: list[float] = []
     cached: list[dict[str, Any]] = []
+    solved: list[float] = []
     trace: Any = None
     with progress_bar() as bar:
-        task = bar.add_task("generate", total=2 + 2 * cfg.speed.pairs)
+        task = bar.add_task("generate", total=2 + 3 * cfg.speed.pairs)
         generate(pipe, {**kwargs, "num_inference_steps": 2})  # warm-up, not measured
         bar.advance(task)
         started = now()
@@ -60,6 +64,8 @@ def measure(cfg: DictConfig) -> SpeedRecord:
         calibration_s = now() - started
         setup.calibrations[cfg.cache.site] = calibration
         arm = make_arm(setup)
+        solver = as_scheduler(setup, arm)
+        solver_peak = None
         bar.advance(task)
         for seed in range(cfg.speed.pairs):
             plain.append(generate(pipe, kwargs, seed))
@@ -80,6 +86,11 @@ def measure(cfg: DictConfig) -> SpeedRecord:
                 }
             )
             bar.advance(task)
+            if solver is not None:
+                with solver.put_on(pipe):
+                    solved.append(generate(pipe, solver.kwargs, seed))
+                solver_peak = _peak_of_last()
+            bar.advance(task)
     middle = sorted(cached, key=lambda one: one["denoise_s"])[len(cached) // 2]
     uncached_s = sorted(plain)[len(plain) // 2]
     calls, forwards, forward_s = middle["calls"], middle["forwards"], middle["forward_s"]
@@ -96,12 +107,24 @@ def measure(cfg: DictConfig) -> SpeedRecord:
         forwards=forwards,
         forward_s=forward_s,
         hook_share=middle["hook_s"] / forward_s,
+        scheduler_s=sorted(solved)[len(solved) // 2] if solved else None,
         calibration_s=calibration_s,
         calibration_generations=calibration_s / uncached_s,
         cache_bytes=trace.cache_bytes,
         cache_dtype=trace.cache_dtype,
-        peak_gpu_bytes={"uncached": plain_peak, "cached": cached_peak},
+        peak_gpu_bytes={"uncached": plain_peak, "cached": cached_peak, "scheduler": solver_peak},
     )
+
+
+def as_scheduler(setup: Setup, arm: Arm) -> Arm | None:
+    """The plan as a solver in the scheduler's place; None, with a line that says why, where it is no linear solver."""
+    assert arm.plan is not None
+    try:
+        scheduler = erta.collapse(setup.pipe, arm.plan)
+    except ErtaError as error:
+        console.note(f"not timed as a scheduler: {error}")
+        return None
+    return scheduler_arm(setup, scheduler, arm.num_computed, {})
 
 
 def shown(record: SpeedRecord) -> list[list[str]]:
@@ -110,6 +133,7 @@ def shown(record: SpeedRecord) -> list[list[str]]:
         ["uncached", f"{record.uncached_s:.2f} s, {record.forwards_uncached:g} forwards"],
         ["cached", f"{record.cached_s:.2f} s, {record.forwards:g} forwards"],
         ["speed-up", f"{record.speedup:.3f}x, possible {record.possible_speedup:.3f}x"],
+        *([] if record.scheduler_s is None else [scheduler_row(record.scheduler_s, record.uncached_s)]),
         ["one forward", f"{1000 * record.forward_s:.1f} ms"],
         ["hook, share of a forward", f"{100 * record.hook_share:.2f} %"],
         ["calibration of one prompt", f"{record.calibration_generations:.2f} generations"],
@@ -119,6 +143,11 @@ def shown(record: SpeedRecord) -> list[list[str]]:
     if peaks:
         rows.append(["peak GPU memory", " → ".join(f"{peak / 2**30:.2f} GiB" for peak in peaks)])
     return rows
+
+
+def scheduler_row(seconds: float, uncached_s: float) -> list[str]:
+    """Of the printed table."""
+    return ["the same plan as a scheduler", f"{seconds:.2f} s, {uncached_s / seconds:.3f}x"]
 
 
 def generate(pipe: Any, kwargs: dict[str, Any], seed: int = 0) -> float:

@@ -35,6 +35,26 @@ def test_every_forward_is_counted_and_the_possible_speedup_follows(model, site, 
     branches = forwards[0] // 10
     assert found.cache_bytes == (branches * latent if site == "output" else 64 * 128 * 4)
     assert any("possible" in value for _, value in speed.shown(found))
+    is_solver = site == "output" and model == "flux_tiny"  # Wan's rectifier differs by branch
+    assert (found.scheduler_s is not None) == is_solver
+    assert any("scheduler" in name for name, _ in speed.shown(found)) == is_solver
+
+
+def test_the_same_plan_is_timed_as_a_scheduler(monkeypatch):
+    """Mutants: the scheduler left on the pipeline, run for all steps, or timed with the cache on."""
+    lengths = []
+    timed = speed.generate
+
+    def counting(pipe, kwargs, seed=0):
+        lengths.append((type(pipe.scheduler).__name__, kwargs["num_inference_steps"]))
+        return timed(pipe, kwargs, seed)
+
+    monkeypatch.setattr(speed, "generate", counting)
+    cfg = configured("model=wan21_tiny", "model.num_inference_steps=10", "cache.steps=4", "cache.rectify=false")
+    found = speed.measure(cfg)
+    names = [name for name, _ in lengths]
+    assert lengths[-1] == ("FittedScheduler", 4) and names.count("FittedScheduler") == 1
+    assert [length for _, length in lengths[1:3]] == [10, 10] and found.scheduler_s < found.uncached_s
 
 
 def test_the_weights_are_not_the_shipped_ones():
