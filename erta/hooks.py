@@ -91,6 +91,8 @@ class CachingHook(BranchHook):
     def _keep(self, branch: str, output: Any, kept: torch.Tensor | None, call: _Arguments) -> None:
         """Keep of a computed step what reused ones need, nothing where `kept` is None, and note it."""
         self.kept[branch] = kept
+        if self.site.architecture.beside_velocity is None:
+            return
         beside = self.beside[branch] = None if kept is None else self.site.parts(output, *call).beside
         if beside is not None:
             self.trace.cached[f"{branch}, beside"] = beside
@@ -98,6 +100,8 @@ class CachingHook(BranchHook):
 
 class _Timed:
     """See `CachingHook._timed`."""
+
+    __slots__ = ("device", "forward", "hook")
 
     def __init__(self, hook: CachingHook, forward: Forward, device: torch.device) -> None:
         self.hook, self.forward, self.device = hook, forward, device
@@ -141,6 +145,7 @@ class CacheHook(CachingHook):
         super().__init__(trace, site, scheduler)
         self.plan, self.stage, self.replaces = plan, stage, replaces
         self.branches = plan.branches
+        self.planned: set[str] = set()  # cache contexts that the plan knows, as far as they were seen
         self.coefficients: Coefficients | None = None
         self.on_reuse: OnReuse | None = None
 
@@ -185,8 +190,10 @@ class CacheHook(CachingHook):
             raise SignatureMismatch("takeover", f"step {plan.takeover}", f"another: step {step} is the {runs}'s")
         if plan.latent_shape is not None and tuple(x.shape[1:]) != plan.latent_shape:
             raise SignatureMismatch("latent_shape", plan.latent_shape, tuple(x.shape[1:]))
-        if plan.branches is not None and not set(branches_of(branch, plan.guidance_scale)) <= set(plan.branches):
-            raise SignatureMismatch("branches", plan.branches, branch)
+        if branch not in self.planned:
+            if plan.branches is not None and not set(branches_of(branch, plan.guidance_scale)) <= set(plan.branches):
+                raise SignatureMismatch("branches", plan.branches, branch)
+            self.planned.add(branch)
 
 
 Observer = Callable[[SeenForward], None]  # called once a forward, in order of the steps

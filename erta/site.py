@@ -39,8 +39,16 @@ class _OnTransformer:
     def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """What the output answers to, of a call with these arguments: without tokens of references before it."""
         name, x = self.architecture.references_before, latent_of(args, kwargs)
-        references = 0 if name is None else kwargs.get(name) or 0
+        if name is None:
+            return x
+        references = kwargs.get(name) or 0
         return x[:, references:] if references else x
+
+    def velocity_of(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The first of the parts."""
+        first = output[0]
+        plain = self.architecture.beside_velocity is None and isinstance(first, torch.Tensor)
+        return first if plain else self.parts(output, args, kwargs).velocity
 
     def parts(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
         """The parts of an output to a call with these arguments."""
@@ -90,7 +98,7 @@ class OutputSite(_OnTransformer):
     def compute(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The model's output as it is, and what to keep of it."""
         output = forward(*args, **kwargs)
-        velocity = self.parts(output, args, kwargs).velocity
+        velocity = self.velocity_of(output, args, kwargs)
         if self.reuse == "velocity":
             return output, velocity
         return output, velocity - like_output(self.latent(args, kwargs), velocity, self.architecture)
