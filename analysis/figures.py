@@ -11,15 +11,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import plots, row_plots
+from analysis import plots, row_plots, solver_figures
 from analysis.comparison import Comparison, Outcome, as_point
 from analysis.intervals import paired_interval
 from analysis.records import UNCACHED, FigureRecord, Rows
-from analysis.style import COMPUTED, GREY, REUSED, WIDTH, look, save
+from analysis.style import COMPUTED, GREY, REUSED, WIDTH, look, save, strip
 
 SAMPLES = "samples"  # folder of a run
 SHOWN_PROMPTS = 4  # of a side-by-side sheet
-SHOWN_LAGS = 4  # of a solver's memory
 CHARACTERS_AN_INCH = 17  # of its small type
 Named = Iterator[tuple[str, Figure]]
 
@@ -185,58 +184,13 @@ def _band(axis: Axes, steps: np.ndarray, quantiles: np.ndarray, place: int, labe
     axis.fill_between(steps, low, high, color=line["color"], alpha=0.2, lw=0)
 
 
-def solver_tables(series: dict[str, Any]) -> Figure:
-    """Methods as linear solvers, one below the other: weights of outputs, as shares of the step, and of earlier latents.
-
-    A method on a grid of its own stands at the same noise levels of the finest one's.
-    """
-    solvers = series["solvers"]
-    finest = max(solvers.values(), key=lambda solver: solver["nodes"][-1])
-    figure = Figure((WIDTH, 0.9 + 1.15 * len(solvers)))
-    axes = figure.subplots(len(solvers), 2, sharex=True, squeeze=False)
-    for row, (title, solver) in zip(axes, solvers.items(), strict=True):
-        nodes = np.interp(-np.array(solver["sigmas"][:-1]), -np.array(finest["sigmas"][:-1]), finest["nodes"])
-        lengths = np.diff(solver["sigmas"])[:, None]
-        for axis, table, name in zip(
-            row, (solver["velocity"] / lengths, np.array(solver["latent"])), "vx", strict=True
-        ):
-            _weights(axis, nodes, table, name)
-        row[0].set_title(title, fontsize=8, loc="left", pad=2)
-    axes[-1, 0].set_xlabel("step; weights of outputs / length of the step")
-    axes[-1, 1].set_xlabel("step; weights of latents in x[k+1] − x[k]")
-    widest = max(range(len(solvers)), key=lambda place: len(axes[place, 0].lines))
-    outputs, latents = (axis.get_legend_handles_labels()[0] for axis in axes[widest])
-    figure.legend(handles=outputs, loc="outside upper left", ncols=SHOWN_LAGS, fontsize=7)
-    figure.legend(handles=latents, loc="outside upper right", ncols=SHOWN_LAGS, fontsize=7)
-    return figure
-
-
-def _weights(axis: Axes, nodes: np.ndarray, table: np.ndarray, name: str) -> None:
-    """A line for each of the last nodes that is used; ticks at the bottom are the nodes."""
-    axis.axhline(0, color=GREY, lw=0.5)
-    for lag in range(min(table.shape[1], SHOWN_LAGS)):
-        used = np.abs(table[:, lag]) > 1e-9
-        label = f"{name}[k]" if lag == 0 else f"{name}[k − {lag}]"
-        line: dict[str, Any] = {"ms": 3, "lw": 0.8, "label": label, **look(lag)}
-        axis.plot(nodes[used], table[used, lag], **line)
-    axis.vlines(nodes, 0, 0.06, color="black", lw=0.6, transform=axis.get_xaxis_transform())
-    reach = 1.2 * max(np.abs(table[:, :SHOWN_LAGS]).max(), 0.1)
-    axis.set_yscale("symlog", linthresh=1)
-    axis.set_ylim(-reach, reach)
-    place = 1 if reach < 10 else 10 if reach < 100 else 100
-    ticks = [-place, 0, place] if reach > 1 else [-0.1, 0, 0.1]
-    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.tick_params(labelsize=6)
-
-
 def realism(series: dict[str, Any]) -> Figure:
     """What fewer steps cost, how small errors grow, and the printed order of methods against ours: a dot a prompt."""
     figure = Figure((WIDTH, 7.2))
     grid = figure.add_gridspec(2, 2, height_ratios=[2, 3])
     left, right, below = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
     for place, (name, values) in enumerate(series["fewer"].items()):
-        _strip(left, place, values, look(place)["color"], name)
+        strip(left, place, values, look(place)["color"], name)
     printed = series.get("printed_fewer")
     if printed:
         left.axhline(printed["psnr_db"], color="black", ls=":", lw=1)
@@ -245,7 +199,7 @@ def realism(series: dict[str, Any]) -> Figure:
     left.set(ylabel="PSNR, dB", title="fewer steps", xlim=(-0.6, len(series["fewer"]) - 0.4))
     for place, (kind, label) in enumerate((("random", "random"), ("along", "along the trajectory"))):
         for at, values in enumerate(series["growth"][kind].values()):
-            _strip(right, at + 0.3 * place - 0.15, values, look(place)["color"], label if at == 0 else None)
+            strip(right, at + 0.3 * place - 0.15, values, look(place)["color"], label if at == 0 else None)
     right.axhline(1, color="black", ls=":", lw=1)
     right.set_xticks(range(4), list(series["growth"]["random"]))
     right.set(yscale="log", title="growth of a small error", xlabel="put in at this share of the steps")
@@ -259,12 +213,6 @@ def realism(series: dict[str, Any]) -> Figure:
     below.set(xlabel="PSNR as printed, dB (the paper's model)", ylabel="PSNR here, dB", title="order of methods")
     below.legend(fontsize=7)
     return figure
-
-
-def _strip(axis: Axes, place: float, values: list[float], colour: str, label: str | None) -> None:
-    """Every value as a dot, the median as a bar."""
-    axis.plot([place] * len(values), values, "o", color=colour, ms=3, alpha=0.6, label=label)
-    axis.plot([place - 0.12, place + 0.12], [np.median(values)] * 2, color=colour, lw=2)
 
 
 def regimes(series: dict[str, Any]) -> Figure:
@@ -384,7 +332,8 @@ OF_ROWS: dict[str, Callable[[Rows, Path], Named]] = {
 OF_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     one.__name__: one
     for one in (
-        solver_tables,
+        solver_figures.solver_tables,
+        solver_figures.solver_limits,
         realism,
         regimes,
         fig2a_error_profile,

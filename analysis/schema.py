@@ -12,7 +12,10 @@ SCHEMA: Literal["erta.record/2"] = "erta.record/2"
 
 @dataclass(kw_only=True)
 class _Made:
-    """By which command, at which commit, with what, on which day (UTC), of which configuration."""
+    """By which command, at which commit, with what, on which day (UTC), of which configuration.
+
+    `forced` names the inputs that changed while the run was continued all the same (`resume=force`).
+    """
 
     schema: Literal["erta.record/2"] = SCHEMA
     command: str
@@ -22,6 +25,7 @@ class _Made:
     date: str = ""
     config: dict[str, Any]
     config_hash: str
+    forced: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

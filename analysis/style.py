@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 9.0
@@ -36,6 +38,12 @@ def look(place: int) -> dict[str, str]:
         "ls": DASHES[place % len(DASHES)],
         "marker": MARKERS[place % len(MARKERS)],
     }
+
+
+def strip(axis: Axes, place: float, values: list[float], colour: str, label: str | None = None) -> None:
+    """A column of dots, one a value, and their median as a bar."""
+    axis.plot([place] * len(values), values, "o", color=colour, ms=3, alpha=0.6, label=label)
+    axis.plot([place - 0.12, place + 0.12], [np.median(values)] * 2, color=colour, lw=2)
 
 
 def save(figure: Figure, path: Path) -> list[Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from erta.files import replacing
 from erta.grid import adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import combining_scale_of, guidance_scale_of, second_scale_of
 from erta.hooks import observed
+from erta.loading import Fields, check_array, check_readable
 from erta.pipeline import call_arguments, check_bare, find_denoiser, find_denoisers, latent_call
 from erta.plan import Plan, PlanOptions, Rectification
 from erta.policy import (
@@ -212,6 +215,11 @@ class Calibration:
         uniform = policy == "uniform"
         return uniform_mask(total, count, takeover) if uniform else budget_mask(rel_l1, count, takeover)
 
+    def digest(self) -> str:
+        """Short digest of all statistics: two calibrations with the same lead to the same plans."""
+        arrays = self.statistics.to_arrays()
+        return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()[:16]
+
     def save(self, path: str | Path) -> None:
         """Write tensors and JSON metadata as one safetensors file."""
         metadata = {"schema": SCHEMA, "signature": json.dumps(self.signature), "record": json.dumps(self.record)}
@@ -222,7 +230,8 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read a calibration; raises ErtaError if the file is missing, truncated or something else."""
+        """Read a calibration; raises ErtaError, with the field, if the file is missing, truncated or something else."""
+        check_readable(path, "a calibration")
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
@@ -230,9 +239,46 @@ class Calibration:
                     raise ErtaError(f"{path} is not a calibration of this version ({metadata.get('schema')!r})")
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             statistics = PairStatistics.from_arrays(arrays)
-            return cls(statistics, json.loads(metadata["signature"]), json.loads(metadata["record"]))
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            found = cls(statistics, json.loads(metadata["signature"]), json.loads(metadata["record"]))
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+            if isinstance(error, ErtaError):
+                raise
             raise ErtaError(f"cannot read a calibration from {path}: {error}. Make it again.") from error
+        _check_loaded(found, path)
+        return found
+
+
+def _check_loaded(calibration: Calibration, path: str | Path) -> None:
+    """Raise ErtaError, with the field, for what no calibration holds."""
+    signature = Fields(path, calibration.signature, "signature")
+    record = Fields(path, calibration.record, "record")
+    steps = len(signature.grid("sigmas")) - 1
+    branches = signature.texts("branches", 1)
+    signature.text("model_class")
+    signature.text("scheduler")
+    signature.text("site", SITES)
+    signature.text("grid", ("sigmas", "timesteps"))
+    signature.wholes("latent_shape")
+    for key in ("guidance_scale", "guidance_scale_2"):
+        signature.number(key, 0, optional=True)
+    signature.whole("takeover", 0, steps, optional=True)
+    signature.whole("begin", 0, optional=True)
+    record.texts("prompts", 1)
+    record.texts("skipped")
+    for key in ("seconds", "forward_s"):
+        record.number(key, 0)
+    window = record.whole("window", 1)
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "rel_l1": (2, steps, window),
+        "phi_ratio": (2, steps, window),
+        "moments": (len(branches), steps, window, None),
+    }
+    channels = calibration.statistics.moments.count.shape[-1:]
+    for name, array in calibration.statistics.to_arrays().items():
+        part, _, item = name.partition(".")
+        shape = (*shapes[part][:3], *channels) if part == "moments" else shapes[part]
+        is_signed = item in ("mean_v", "mean_e", "s_ve")
+        check_array(path, name, array, shape, least=-math.inf if is_signed else 0.0)
 
 
 def _options_that_count(options: PlanOptions) -> dict[str, Any]:
@@ -273,9 +319,8 @@ def calibrate(
     A prompt with an output that is not finite is left out, with a warning that names prompt and step. What the pipeline runs
     of its schedule is what is planned: with `strength` below 1 a part of it, with `sigmas=` those.
 
-    Raises ErtaError for no prompts, none left, more than one sample a prompt, guidance that cannot be told apart or is switched
-    off on the way, and a solver that takes more than one forward a step; InstallError for a transformer that the site does not
-    know.
+    Raises ErtaError for no prompts, none left, more than one sample a prompt, guidance that cannot be told apart or changes on
+    the way, and a solver of more than one forward a step; InstallError for a transformer that the site does not know.
     """
     calls = single_calls(prompts, pipeline_kwargs)
     choice_index("site", site, SITES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` at the end of the `with`: a reader sees the old file or the whole new one."""
+    """A place to write to, which becomes `path` at the end of the `with`: a reader sees the old file or the whole new one.
+
+    Raises OSError for a full disk, also where a library wraps it in an error of its own (safetensors does).
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
         yield partial
         partial.replace(path)
+    except Exception as error:
+        if not isinstance(error, OSError) and re.search(r"No space left on device|os error 28\b", str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)

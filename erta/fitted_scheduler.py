@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from erta.errors import ErtaError, SignatureMismatch
 from erta.files import replacing
+from erta.loading import check_readable
 from erta.scheduler import nominal_sigmas
 from erta.signature import check_signature, model_signature
 from erta.solver import Solver
@@ -253,6 +254,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         Raises ErtaError if it is something else, truncated or edited; SignatureMismatch if it was made for another model.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        for name in (cls.config_name, SOLVER_FILE):
+            check_readable(folder / name, "a solver")
         try:
             config = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
             with safe_open(folder / SOLVER_FILE, "np") as file:

@@ -133,7 +133,7 @@ def fit(
         pipe: the pipeline that they were recorded on (`erta.record`).
         trajectories: of four prompts or more.
         steps, speedup, psnr_db: exactly one: a number of steps, N over it, or what PSNR to the uncached samples is to be
-            reached as a median over prompts (by cross-validation, which searches: about six fits).
+            reached as a median over prompts (by cross-validation, which searches: about six runs, and one to fit).
         nodes: instead of those: the steps of the nominal grid at which the transformer runs.
         options: see `FitOptions`.
         batch_size: prompts in one call.
@@ -189,33 +189,49 @@ class _Fitting:
             raise ErtaError("a PSNR is of decoded samples: record the trajectories with decode=True")
         if self.recorded.num_prompts < 2:
             raise ErtaError("a PSNR is predicted by cross-validation, which needs two prompts or more")
+        started, forwards = time.perf_counter(), self.forwards
         low, high, found = 0, self.recorded.num_steps, None
         while high - low > 1:
             middle = (low + high) // 2
-            made = self.on(nodes_for(self.recorded, middle, self.options.over_prompts), asked={"psnr_db": psnr_db})
-            if made.report["predicted"]["median_psnr_db"] >= psnr_db:
-                high, found = middle, made
+            nodes = nodes_for(self.recorded, middle, self.options.over_prompts)
+            predicted = self._predicted(nodes)
+            if max(predicted.values(), key=lambda one: one.score).summary()["median_psnr_db"] >= psnr_db:
+                high, found = middle, (nodes, predicted)
             else:
                 low = middle
         if found is None:
             raise BudgetError(
                 f"only all {self.recorded.num_steps} steps reach {psnr_db:g} dB: there is nothing to save"
             )
-        return found
+        return self.on(found[0], {"psnr_db": psnr_db}, found[1], (started, forwards))
 
-    def on(self, nodes: tuple[int, ...], asked: dict[str, Any]) -> FittedScheduler:
-        """Coefficients on given nodes, and the error that cross-validation predicts."""
-        started, forwards = time.perf_counter(), self.forwards
-        frame, options = self._frame(nodes), self.options
+    def _predicted(self, nodes: tuple[int, ...]) -> dict[str, Quality]:
+        """By loop, the error of a run in which each prompt takes coefficients of all others."""
+        frame = self._frame(nodes)
         own = self._own(frame)
-        loops = ("closed", "open") if options.loop == "best" else (options.loop,)
-        validates = options.validate and self.recorded.num_prompts > 1
+        loops = ("closed", "open") if self.options.loop == "best" else (self.options.loop,)
+        return {loop: self._run(frame, self._choose(frame, own, loop, hold_out=True))[1] for loop in loops}
+
+    def on(
+        self,
+        nodes: tuple[int, ...],
+        asked: dict[str, Any],
+        predicted: dict[str, Quality] | None = None,
+        since: tuple[float, int] | None = None,
+    ) -> FittedScheduler:
+        """Coefficients on given nodes, and the error that cross-validation predicts, if it is not given.
+
+        `since`: the time and the number of forwards at which the work on it began; None: now.
+        """
+        started, forwards = since or (time.perf_counter(), self.forwards)
+        options, validates = self.options, self.options.validate and self.recorded.num_prompts > 1
         if options.loop == "best" and not validates:
             raise ErtaError("loop='best' is chosen by cross-validation: two prompts or more, and validate=True")
-        predicted: dict[str, Quality] = {}
-        for loop in loops if validates else ():
-            predicted[loop] = self._run(frame, self._choose(frame, own, loop, hold_out=True))[1]
-        loop = max(predicted, key=lambda name: predicted[name].score) if predicted else loops[0]
+        if predicted is None:
+            predicted = self._predicted(nodes) if validates else {}
+        frame = self._frame(nodes)
+        own = self._own(frame)
+        loop = max(predicted, key=lambda name: predicted[name].score) if predicted else options.loop
         chosen: list[dict[str, Any]] = []
         choose = self._choose(frame, own, loop, hold_out=False, note=chosen.append)
         if loop == "closed":

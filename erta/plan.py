@@ -12,6 +12,7 @@ import numpy as np
 from erta.errors import ErtaError, choice_index
 from erta.files import replacing
 from erta.grid import TIME_FORMS, check_grid, computed_sigmas
+from erta.loading import Fields, check_readable
 from erta.policy import Mask, segments
 from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS
 from erta.site import SITES
@@ -202,29 +203,54 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan; raises ErtaError if the file is not a whole plan."""
+        """Read a plan; raises ErtaError, with the field, if the file is not a whole plan."""
+        check_readable(path, "a plan")
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data.get("schema") != SCHEMA:
-                raise ErtaError(f"{path} is not a plan of this version ({data.get('schema')!r}, not {SCHEMA!r})")
-            rect, nominal = data["rectification"], data["nominal_sigmas"]
+        except (OSError, ValueError, RecursionError) as error:
+            raise ErtaError(f"cannot read a plan from {path}: it is not JSON ({error})") from error
+        fields = Fields(path, data)
+        if data.get("schema") != SCHEMA:
+            raise ErtaError(f"{path} is not a plan of this version ({data.get('schema')!r}, not {SCHEMA!r})")
+        mask = fields.inside("steps").zeros_and_ones("mask")
+        sigmas = fields.grid("sigmas")
+        nominal = None if fields.take("nominal_sigmas") is None else fields.grid("nominal_sigmas")
+        branches = None if fields.take("branches") is None else tuple(fields.texts("branches", 1))
+        if nominal is not None and (
+            len(nominal) != len(sigmas) or nominal[0] != sigmas[0] or nominal[-1] != sigmas[-1]
+        ):
+            raise fields.wrong("sigmas", "as many as nominal_sigmas, from the same first to the same last one")
+        shape = fields.wholes("latent_shape", optional=True)
+        report, signature = fields.take("report"), fields.take("signature")
+        if not isinstance(report, dict):
+            raise fields.wrong("report", "an object of fields", report)
+        try:
             return cls(
-                mask=tuple(bool(m) for m in data["steps"]["mask"]),
-                sigmas=np.array(data["sigmas"], dtype=np.float32),
-                nominal_sigmas=None if nominal is None else np.array(nominal, dtype=np.float32),
-                site=data["site"],
-                reuse=data["reuse"],
-                rectification=rect and Rectification(np.array(rect["gain"]), np.array(rect["offset"]), rect["form"]),
-                corrector_at_reused=data["corrector_at_reused"],
-                branches=data["branches"] and tuple(data["branches"]),
-                latent_shape=data["latent_shape"] and tuple(data["latent_shape"]),
-                guidance_scale=data["guidance_scale"],
-                guidance_scale_2=data.get("guidance_scale_2"),  # plans of one transformer were written without it
-                takeover=data.get("takeover"),
-                signature=data["signature"],
-                report=data["report"],
+                mask=mask,
+                sigmas=sigmas,
+                nominal_sigmas=nominal,
+                site=fields.text("site", SITES),
+                reuse=fields.text("reuse", REUSE_FORMS),
+                rectification=_loaded_rectification(fields, len(mask), branches),
+                corrector_at_reused=fields.flag("corrector_at_reused"),
+                branches=branches,
+                latent_shape=None if shape is None else tuple(shape),
+                guidance_scale=fields.number("guidance_scale", 0, optional=True),
+                guidance_scale_2=fields.number("guidance_scale_2", 0, optional=True),  # old plans were written without
+                takeover=fields.whole("takeover", 0, len(mask), optional=True),
+                signature=None if signature is None else fields.inside("signature").plain(),
+                report=report,
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ErtaError):
-                raise
-            raise ErtaError(f"cannot read a plan from {path}: {error}") from error
+        except ErtaError as error:
+            raise error if str(path) in str(error) else ErtaError(f"{path}: {error}") from error
+
+
+def _loaded_rectification(fields: Fields, steps: int, branches: tuple[str, ...] | None) -> Rectification | None:
+    if fields.take("rectification") is None:
+        return None
+    rect = fields.inside("rectification")
+    shape = (steps, None if branches is None else len(branches), None)
+    gain, offset = rect.array("gain", shape), rect.array("offset", shape)
+    if gain.shape != offset.shape:
+        raise rect.wrong("offset", f"of the shape of gain, {gain.shape}")
+    return Rectification(gain, offset, rect.text("form", RECTIFIER_FORMS))

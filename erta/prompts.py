@@ -11,6 +11,8 @@ import torch
 from erta.errors import ErtaError
 from erta.guidance import is_count_per_prompt
 
+PER_PROMPT = frozenset({"generator", "latents"})  # set for each prompt
+
 
 def prompt_list(prompts: str | Sequence[str]) -> list[str]:
     """Prompts as a list; a string is one prompt. Raises ErtaError for none, and for what is not text."""
@@ -36,6 +38,10 @@ def single_calls(
 
     Raises ErtaError without any prompt, with text and embeddings, and for more than one sample a prompt.
     """
+    if taken := sorted(PER_PROMPT & pipeline_kwargs.keys()):
+        raise ErtaError(
+            f"calibrate(…, {taken[0]}=…) is not read: each of prompts is run from the noise of seed and its number"
+        )
     for name, count in pipeline_kwargs.items():
         if is_count_per_prompt(name) and count not in (None, 1):
             raise ErtaError(f"calibrate with one sample per prompt, without {name}: a plan fits any number of them")

@@ -26,6 +26,7 @@ from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError
 from erta.files import replacing
 from erta.guidance import guidance_scale_of, second_scale_of
+from erta.loading import Fields, check_array, check_readable
 from erta.pipeline import Session, call_arguments, check_bare, find_denoiser, leaving, takeover_step
 from erta.scheduler import ShowResult, check_one_forward_a_step, first_index, nominal_sigmas
 from erta.signature import argument_signature, check_signature, model_signature
@@ -104,15 +105,33 @@ class Trajectories:
     @classmethod
     def load(cls, path: str | Path) -> Trajectories:
         """Read trajectories; raises ErtaError if the file is missing, truncated or something else."""
+        check_readable(path, "trajectories")
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("schema") != SCHEMA:
                     raise ErtaError(f"{path} holds no trajectories of this version ({metadata.get('schema')!r})")
                 arrays = {name: file.get_tensor(name) for name in ARRAYS}
-            return cls(**arrays, signature=json.loads(metadata["signature"]), record=json.loads(metadata["record"]))
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            found = cls(**arrays, signature=json.loads(metadata["signature"]), record=json.loads(metadata["record"]))
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+            if isinstance(error, ErtaError):
+                raise
             raise ErtaError(f"cannot read trajectories from {path}: {error}. Record them again.") from error
+        _check_loaded(found, path)
+        return found
+
+
+def _check_loaded(found: Trajectories, path: str | Path) -> None:
+    """Raise ErtaError, with the field, for what no trajectories hold."""
+    signature, record = Fields(path, found.signature, "signature"), Fields(path, found.record, "record")
+    steps, count = len(signature.grid("sigmas")) - 1, len(record.texts("prompts", 1))
+    record.texts("skipped")
+    record.number("seconds", 0)
+    positions = len(found.positions)
+    check_array(path, "latents", found.latents, (count, steps + 1, positions))
+    check_array(path, "outputs", found.outputs, (count, steps, positions))
+    check_array(path, "positions", found.positions, (None,), least=0)
+    check_array(path, "channels", found.channels, (positions,), least=0)
 
 
 ARRAYS = ("latents", "outputs", "positions", "channels", "decoded")

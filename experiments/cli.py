@@ -6,10 +6,9 @@ import difflib
 import errno
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from erta.errors import ErtaError
 from experiments.harness import config
 from experiments.harness.config import CONF
-from experiments.output import console, sweep
+from experiments.output import console, ranks, sweep
 from experiments.output.sweep import Member
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -37,8 +36,10 @@ def main() -> None:
     if TRACEBACK in sys.argv:
         sys.argv.remove(TRACEBACK)
         os.environ[TRACEBACK] = "1"
+    console.survive_closed_output()
     console.end_with_parent()
     with _short_errors(), sweep.shown_at_its_end():
+        _check_folders_named(sys.argv[1:])
         _hydra_main()
 
 
@@ -52,6 +53,8 @@ def _short_errors() -> Iterator[None]:
     except Exception as error:
         if TRACEBACK in os.environ:
             raise
+        if isinstance(error, ranks.FailedElsewhere):
+            raise SystemExit(EXIT_ERROR) from None
         _fail(f"error: {_explain(error)}", EXIT_ERROR)
 
 
@@ -85,52 +88,103 @@ def _run_member(cfg: DictConfig) -> float | None:
         return None
 
 
+def _check_folders_named(arguments: list[str]) -> None:
+    """Raise ErtaError for a folder without a name, before Hydra writes into the working folder instead."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and not value.strip("'\" "):
+            raise ErtaError(f"{key}= names no folder: {key}=FOLDER, or leave it out")
+
+
 def _run(cfg: DictConfig, member: Member | None = None) -> Path:
     """Run the experiment in its folder, unless the sweep that it belongs to holds it already, finished."""
+    from experiments.output.run_folder import tidy
+
+    fresh = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        _check(cfg, list(HydraConfig.get().overrides.task))
+        from experiments.models.load import memory_advice
+
+        with ranks.together(), _opened(cfg, fresh, member) as (folder, is_finished):
+            if folder != fresh:  # Hydra's copy of the same configuration
+                tidy(fresh)
+            if not is_finished:
+                with memory_advice(cfg):
+                    get_method(cfg.experiment._target_)(cfg, folder)
+    except BaseException:
+        tidy(fresh)
+        raise
+    return folder
+
+
+def _check(cfg: DictConfig, overrides: list[str]) -> None:
+    """Before anything is loaded. Raises ErtaError."""
     from experiments.output import tracking
 
-    overrides = list(HydraConfig.get().overrides.task)
     for override in overrides:
         if override.startswith("+"):
             raise ErtaError(f"{override}: keys cannot be added; python run.py --cfg job shows those that exist")
     config.check_is_read(cfg, overrides)
     config.validate(cfg)
+    if ranks.count() > 1 and (HydraConfig.get().mode == RunMode.MULTIRUN or not cfg.experiment.ranks):
+        what = "a sweep" if HydraConfig.get().mode == RunMode.MULTIRUN else f"experiment={cfg.experiment.name}"
+        raise ErtaError(f"{what} does not share its work over ranks: start it without torchrun, as python run.py …")
     tracking.check(cfg)
     console.quiet_libraries()
-    from experiments.models.load import memory_advice
-    from experiments.output.run_folder import STATE_FILE, open_folder
 
-    fresh, is_finished = Path(HydraConfig.get().runtime.output_dir), False
+
+@contextmanager
+def _opened(cfg: DictConfig, fresh: Path, member: Member | None) -> Iterator[tuple[Path, bool]]:
+    """The run's folder, and whether the run is finished there."""
+    from experiments.output.run_folder import open_folder
+
+    overrides = HydraConfig.get().overrides
     if member is None:
-        named = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
-        chosen = named or cfg.experiment.keeps_folder
-        folder = open_folder(cfg, fresh, chosen)
-    else:
-        folder, is_finished = member.open(cfg)
-        console.note(f"{'kept, as it is finished' if is_finished else 'run'}: {' '.join(overrides)} ({folder.name})")
-    if folder != fresh and not (fresh / STATE_FILE).exists():  # Hydra's copy of the same configuration
-        shutil.rmtree(fresh / ".hydra", ignore_errors=True)
-        with suppress(OSError):
-            fresh.rmdir()
-    if not is_finished:
-        with memory_advice(cfg):
-            get_method(cfg.experiment._target_)(cfg, folder)
-    return folder
+        named = any(override.startswith("hydra.run.dir=") for override in overrides.hydra)
+        with ExitStack() as held:  # the first rank's, for all of them
+            opened = open_folder(cfg, fresh, named or cfg.experiment.keeps_folder)
+            yield ranks.same(lambda: held.enter_context(opened)), False
+        return
+    with member.open(cfg) as (folder, is_finished):
+        done = "kept, as it is finished" if is_finished else "run"
+        console.note(f"{done}: {' '.join(overrides.task)} ({folder.name})")
+        yield folder, is_finished
 
 
 def _explain(error: BaseException) -> str:
+    if (full := _full_disk(error)) is not None:
+        return f"the disk is full ({full or 'while writing'}). Free some space; the same command goes on."
     if isinstance(error, ErtaError):
         return str(error)
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"{error.filename}: no such file or folder"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
+        if "RayLauncher" in str(error):
+            return "this launcher needs hydra-ray-launcher, in an environment of its own: see experiments/CLUSTER.md"
         reason = f": {_first_lines(error.__cause__, 1)}" if error.__cause__ is not None else ""
         return _unknown_key(str(error)) or _unknown_choice(str(error)) or _first_lines(error, 2) + reason
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or 'while writing'}). Free some space; the same command goes on."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"cannot write to {error.filename}: {error.strerror}. Choose another folder with hydra.run.dir=FOLDER."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
     return f"{type(error).__name__}: {_first_lines(error, 1)} (add --traceback for where this came from)"
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """The file that did not fit on the disk, "" if that is not said; None if the disk is not what went wrong.
+
+    Libraries wrap it in errors of their own, and numpy only counts what it could not write.
+    """
+    seen: set[int] = set()  # errors may stand in a circle
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return str(error.filename or "")
+            if error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):
+                return ""
+        if re.search(r"No space left on device|os error 28\b|Disk quota exceeded", str(error)):
+            return ""
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _unknown_key(message: str) -> str | None:
@@ -151,6 +205,8 @@ def _unknown_choice(message: str) -> str | None:
     """Hydra's error for a group without such a file, with those that exist."""
     if re.search(r"Could not (load|find) '(hydra/sweeper/)?optuna", message):
         return "this sweeper needs hydra-optuna-sweeper, an extra: pip install -e '.[sweeps]'"
+    if re.search(r"Could not (load|find) '(hydra/launcher/)?submitit", message):
+        return "this launcher needs hydra-submitit-launcher, an extra: pip install -e '.[slurm]'"
     found = re.search(r"Could not find '(\w+)/([^']+)'", message)
     if found is None or found[1] == "hydra" or not (CONF / found[1]).is_dir():
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments.harness.pair import ARMS, sample_all, summarise
 from experiments.harness.setup import Setup
 from experiments.harness.steps import profile, step_table
 from experiments.models.load import check_vocabulary
-from experiments.output import console, report, tracking
+from experiments.output import console, ranks, report, tracking
 from experiments.output.run_folder import check_inputs, describe_inputs, finish
 from experiments.prompts.choose import test_prompts
 
@@ -31,15 +32,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if cfg.model.embedded:
         check_vocabulary(setup.pipe, [prompt.text for prompt in prompts])
     arm = make_arm(setup)
-    if arm.plan is not None:
+    ranks.same(lambda: check_inputs(folder, describe_inputs(setup.pipe, prompts, arm.calibration)))
+    if arm.plan is not None and ranks.is_first():
         arm.plan.save(folder / "plan.json")
-    check_inputs(folder, describe_inputs(setup.pipe, prompts, arm.calibration))
     vbench.check()
     with tracking.start(cfg, folder) as tracker:
         rows = sample_all(setup, arm, prompts, folder, tracker)
         names = {evaluation.clip_name(prompt, index): prompt.text for index, prompt in enumerate(prompts)}
         vbench.score({name: folder / "samples" / name for name in ARMS}, names, folder)
-        record = summarise(setup, arm, prompts, rows, vbench, folder)
+        scores = [vbench.summarise(), images.scores_of(cfg, folder, prompts)]
+        if not ranks.is_first():
+            return
+        record = summarise(setup, arm, prompts, rows, scores)
         _draw(arm, rows, record, folder)
         report.write(folder, record, rows)
         finish(folder, record)
@@ -50,13 +54,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
 def _draw(arm: Arm, rows: list[dict[str, Any]], record: MainRecord, folder: Path) -> None:
     figures, mask = folder / "figures", record.steps.mask
     figures.mkdir(exist_ok=True)
-    plots.step_map(mask, record.sigmas, figures / "step_map.png")
-    plots.psnr_per_prompt(rows, figures / "psnr_per_prompt.png")
+    drawn: list[Callable[[], None]] = [
+        lambda: plots.step_map(mask, record.sigmas, figures / "step_map.png"),
+        lambda: plots.psnr_per_prompt(rows, figures / "psnr_per_prompt.png"),
+        lambda: plots.contact_sheet(folder / "samples", rows, figures / "contact_sheet.png"),
+    ]
     if len(rows[0]["frames"]["psnr_db"]) > 1 and not record.metrics["identical"]:
-        plots.psnr_per_frame(rows, figures / "psnr_per_frame.png")
-    plots.contact_sheet(folder / "samples", rows, figures / "contact_sheet.png")
-    if arm.calibration is not None:
-        plots.change_profile(*profile(arm.calibration), mask, figures / "relative_l1.png")
+        drawn.append(lambda: plots.psnr_per_frame(rows, figures / "psnr_per_frame.png"))
+    if (calibration := arm.calibration) is not None:
+        drawn.append(lambda: plots.change_profile(*profile(calibration), mask, figures / "relative_l1.png"))
+    with console.progress_bar() as bar:
+        for draw in bar.track(drawn, description="figures"):
+            draw()
 
 
 def _track(tracker: tracking.Tracker, arm: Arm, rows: list[dict[str, Any]], record: MainRecord, folder: Path) -> None:

@@ -6,6 +6,7 @@ Every part goes on from its last checkpoint in `train_tiny.work_dir`; a finished
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from experiments.models.call import call_kwargs
 from experiments.models.load import ASSETS
 from experiments.output import console, tracking
 from experiments.output.clips import to_uint8
-from experiments.output.run_folder import mark_finished, read_json, read_lines, write_json
+from experiments.output.files import read_json, read_lines, read_object, write_json
+from experiments.output.run_folder import STATE_FILE, check_inputs, goes_on, mark_finished, source_digest
 from experiments.prompts.choose import Prompt, test_prompts
 from experiments.scenes import agreement, read_clip
 from experiments.training import train_images, train_video
@@ -39,6 +41,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if until not in trainer.PARTS:
         raise ErtaError(f"train_tiny.until must be one of {', '.join(trainer.PARTS)}, not {until!r}")
     work = Path(cfg.train_tiny.work_dir or Path.home() / ".cache" / "erta" / "train" / cfg.model.name).expanduser()
+    check_source(cfg, work)
     console.note(f"checkpoints, curves and sample sheets: {work}")
     prompts = test_prompts(cfg)[:SHEET_PROMPTS]
     told: dict[Path, int] = {}
@@ -66,6 +69,19 @@ def run(cfg: DictConfig, folder: Path) -> None:
         shutil.copytree(work / "clip" / "clip", clip)
         console.note(f"installed: {clip}")
     mark_finished(folder)
+
+
+def check_source(cfg: DictConfig, work: Path) -> None:
+    """Checkpoints go on under the code that they began with: that of the scenes and of the training.
+
+    `resume=false` lays them aside, as `FOLDER.before-…`, and `resume=force` goes on. Raises ErtaError if the code changed.
+    """
+    if not goes_on(cfg) and work.exists():
+        work.rename(work.with_name(f"{work.name}.before-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+    work.mkdir(parents=True, exist_ok=True)
+    forces = str(cfg.resume).lower() == "force"
+    write_json(work / STATE_FILE, {**read_object(work / STATE_FILE), "forces": forces})
+    check_inputs(work, {"source": source_digest("experiments/scenes", "experiments/training")})
 
 
 def log_curves(tracker: tracking.Tracker, work: Path, told: dict[Path, int]) -> None:

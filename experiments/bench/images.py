@@ -24,7 +24,7 @@ from analysis.intervals import paired_interval
 from analysis.records import RowScores
 from erta.errors import ErtaError
 from experiments.models.load import ASSETS
-from experiments.output import console
+from experiments.output import console, ranks
 from experiments.output.clips import to_uint8
 from experiments.prompts.choose import Prompt
 from experiments.scenes import render
@@ -131,18 +131,30 @@ def fid(features: int | nn.Module, reference: Iterable[torch.Tensor], images: It
 
 
 def fid_to(features: int | nn.Module, reference: Iterable[torch.Tensor]) -> Callable[[Iterable[torch.Tensor]], float]:
-    """What gives `fid` of sets of images to one reference, which is looked at once."""
-    metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
-    for batch in _batches(reference):
-        metric.update(batch, real=True)
+    """What gives `fid` of sets of images to one reference, which is looked at once.
+
+    Ranks share the images of each set: every rank is given all of them, looks at its own, and the sums over features, which are
+    all that FID knows of a set, are added.
+    """
+    metric = FrechetInceptionDistance(feature=features, reset_real_features=False, sync_on_compute=False)
+    metric.orig_dtype = torch.float32  # where a rank is given no image
+    _look_at(metric, reference, "real")
 
     def distance(images: Iterable[torch.Tensor]) -> float:
         metric.reset()  # of the other side alone
-        for batch in _batches(images):
-            metric.update(batch, real=False)
+        _look_at(metric, images, "fake")
         return float(metric.compute())
 
     return distance
+
+
+def _look_at(metric: FrechetInceptionDistance, images: Iterable[torch.Tensor], side: str) -> None:
+    """Add this rank's share of the images to the sums of one side, then all ranks' sums."""
+    for batch in _batches(ranks.share_of_each(images)):
+        metric.update(batch, real=side == "real")
+    for state in ("features_sum", "features_cov_sum", "features_num_samples"):
+        name = f"{side}_{state}"
+        setattr(metric, name, ranks.added(getattr(metric, name)))
 
 
 def _batches(images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -253,17 +265,21 @@ def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[st
         difference = paired_interval(per_arm["cached"] - per_arm["uncached"])
         metrics[f"clip_score_{name}_difference"] = [difference.mean, difference.low, difference.high]
     reference = reference_images(cfg, prompts)
-    for network, features in networks.features.items():
-        with console.out.status(f"FID: {network}"):
-            metrics[f"fid_{network}_to_uncached"] = fid(
-                features, map(read_image, arms["uncached"]), map(read_image, arms["cached"])
-            )
+    with console.progress_bar() as bar:
+        task = bar.add_task("FID", total=3 * len(networks.features), visible=bool(networks.features))
+        for network, features in networks.features.items():
+            bar.update(task, description=f"FID: {network}")
+            to_uncached = fid_to(features, map(read_image, arms["uncached"]))
+            metrics[f"fid_{network}_to_uncached"] = to_uncached(map(read_image, arms["cached"]))
+            bar.advance(task)
             if not reference:
                 missing[f"fid_{network}"] = "no reference images: bench.reference=FOLDER"
+                bar.advance(task, 2)
                 continue
             to_reference = fid_to(features, _opened(reference))
-            metrics[f"fid_{network}"] = to_reference(map(read_image, arms["cached"]))
-            metrics[f"fid_{network}_uncached"] = to_reference(map(read_image, arms["uncached"]))
+            for arm, ending in (("cached", ""), ("uncached", "_uncached")):
+                metrics[f"fid_{network}{ending}"] = to_reference(map(read_image, arms[arm]))
+                bar.advance(task)
     if networks.features:
         metrics["fid_counts"] = {"generated": len(prompts), "reference": len(reference)}
         _warn_of_few(len(prompts), len(reference))
@@ -284,7 +300,7 @@ def score_rows(cfg: DictConfig, samples: dict[str, list[Path]], prompts: list[Pr
         captions_cut(texts, *networks.clip)
     made = []
     with console.progress_bar() as bar:
-        for key, files in bar.track(samples.items(), description="FID and CLIP score"):
+        for key, files in bar.track(samples.items(), description="FID and CLIP score", total=len(samples)):
             scores = RowScores(row=key, missing=missing)
             if networks.clip is not None:
                 found = clip_scores(map(read_image, files), texts, *networks.clip)

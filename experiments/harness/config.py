@@ -9,25 +9,21 @@ from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import MISSING, BooleanNode, DictConfig, IntegerNode, OmegaConf
+from omegaconf import MISSING, AnyNode, BooleanNode, DictConfig, IntegerNode, OmegaConf
 
-from erta.errors import BudgetError, ErtaError, choice_index
+from erta.errors import BudgetError, ErtaError
 from erta.plan import PlanOptions
-from erta.site import SITES
 from experiments.bench.vbench import dimensions
+from experiments.harness.checks import check_values
 from experiments.harness.experiment_keys import OWN_KEYS
 from experiments.harness.help import help_node
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DEFAULT_SPEEDUP = 2.0
-DTYPES = ("float32", "bfloat16", "float16")
 BUDGETS = ("threshold", "speedup", "steps")
-OFFLOADS = ("none", "model", "sequential")
-FRAMES_FROM = ("decoded", "mp4")
+ROOT_KEYS = ("seed", "resume", "wait")
+TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "1", "0"})
 MP4_BLOCK = 16  # pixels
-WANDB_MODES = ("offline", "online", "disabled")
-# steps planned before the run; decided while it runs; parts inside the model; no cache
-METHOD_GROUPS = ("planned", "online", "inside", "none")
 
 
 @dataclass
@@ -67,7 +63,7 @@ class MethodFacts:
     """What a method says of itself: how it is shown, and what a comparison does with it."""
 
     title: str = MISSING  # in tables and figures
-    group: str = MISSING  # one of METHOD_GROUPS
+    group: str = MISSING  # one of checks.METHOD_GROUPS
     has_budget: bool = True  # it can be asked for a number of computed steps
     whole_steps: bool = False  # it chooses beforehand which steps are computed whole: its grid can be taken
     same_steps_as: str | None = None  # another method that chooses the same steps
@@ -151,6 +147,7 @@ class ExperimentConfig:
     reads: list[str] = field(default_factory=list)  # groups and keys
     benches: list[str] = field(default_factory=list)  # choices of `bench`; none: all that there are
     because: dict[str, str] = field(default_factory=dict)  # why a group or key is not read
+    ranks: bool = False  # it shares its work over the processes of torchrun
     keeps_folder: bool = False  # its run folder has one name: given again, it goes on there, finished or not
 
 
@@ -171,7 +168,12 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(
         name="config_schema",
-        node={**SCHEMA, "seed": IntegerNode(0, is_optional=False), "resume": BooleanNode(True, is_optional=False)},
+        node={
+            **SCHEMA,
+            "seed": IntegerNode(0, is_optional=False),
+            "resume": AnyNode(True),
+            "wait": BooleanNode(False, is_optional=False),
+        },
     )
     for name, keys in OWN_KEYS.items():
         store.store(group="keys", name=name, node=keys)
@@ -193,7 +195,7 @@ def all_keys() -> list[str]:
     files = [path.read_text() for path in sorted((CONF / "experiment").glob("*.yaml"))]
     own = {found[1]: found[2] for text in files if (found := re.search(r"/keys@(\w+): (\w+)", text))}
     named = {**SCHEMA, **{name: OWN_KEYS[keys] for name, keys in own.items()}}
-    return ["seed", "resume", *named, *(key for name, node in named.items() for key in below(node, f"{name}."))]
+    return [*ROOT_KEYS, *named, *(key for name, node in named.items() for key in below(node, f"{name}."))]
 
 
 def own_keys(cfg: DictConfig) -> DictConfig:
@@ -212,9 +214,14 @@ def check_is_read(cfg: DictConfig, overrides: list[str]) -> None:
         if not OmegaConf.is_dict(cfg[group]):
             raise ErtaError(f"{group}={cfg[group]}: {group} is a group of keys; python run.py --cfg job shows them")
     experiment = cfg.experiment
-    always = ("experiment", "seed", "resume", "wandb", experiment.name)
+    always = ("experiment", *ROOT_KEYS, "wandb", experiment.name)
     for override in overrides:
         key = override.split("=")[0].lstrip("~")
+        if key.startswith("experiment.") or key.endswith("._target_") or override.startswith("~"):
+            raise ErtaError(f"{override}: this is not set, but chosen with its group, as in experiment=… or cache=…")
+        value = override.partition("=")[2].strip()
+        if isinstance(OmegaConf.select(cfg, key), bool) and value.lower() not in TRUTHS:  # else any number is true
+            raise ErtaError(f"{key} must be true or false, not {value or 'empty'}")
         if not any(_is_in(key, part) for part in (*always, *experiment.reads)):
             choices = [part for part in experiment.reads if _is_in(part, key)]  # a group of which some keys are read
             if not choices:
@@ -283,15 +290,20 @@ def _check_mp4(cfg: DictConfig) -> None:
 
 
 def validate(cfg: DictConfig) -> None:
-    """Raise ErtaError for values that have the right type but no meaning."""
-    chosen = budget(cfg)
-    if chosen.get("threshold", 0) < 0:
-        raise BudgetError(f"cache.threshold must be ≥ 0, not {chosen['threshold']:g}")
-    if chosen.get("speedup", 1) < 1:
-        raise BudgetError(f"cache.speedup must be ≥ 1, not {chosen['speedup']:g}")
-    steps = cfg.model.num_inference_steps
-    if steps < 2:
-        raise ErtaError(f"model.num_inference_steps must be at least 2 for a cache to have anything to do, not {steps}")
+    """Raise ErtaError for values that have the right type but no meaning (see `checks`), and for those that do not go together."""
+    check_values(cfg)
+    _check_budget(cfg)
+    _check_shards(cfg)
+    _check_calibration_prompts(cfg)
+    dimensions.validate(cfg)
+    if cfg.model.compile and cfg.model.offload == "sequential":
+        raise ErtaError("model.compile=true and model.offload=sequential: layers that come and go cannot be compiled")
+    _check_mp4(cfg)
+    PlanOptions(**{option.name: cfg.cache[option.name] for option in fields(PlanOptions)})
+
+
+def _check_budget(cfg: DictConfig) -> None:
+    chosen, steps = budget(cfg), cfg.model.num_inference_steps
     if chosen.get("speedup", 1) > steps:
         raise BudgetError(
             f"cache.speedup={chosen['speedup']:g} cannot be reached with {steps} steps: one step is always computed, "
@@ -299,34 +311,3 @@ def validate(cfg: DictConfig) -> None:
         )
     if not 1 <= chosen.get("steps", 1) <= steps:
         raise BudgetError(f"cache.steps={chosen['steps']} must lie between 1 and model.num_inference_steps={steps}")
-    for key, value in {
-        "bench.num_prompts": cfg.bench.num_prompts,
-        "calibration.num_prompts": cfg.calibration.num_prompts,
-        "calibration.knob_prompts": cfg.calibration.knob_prompts,
-    }.items():
-        whole_suite = key == "bench.num_prompts" and value is None and cfg.bench.suite == "standard"
-        if not whole_suite and (value is None or value < 1):
-            raise ErtaError(f"{key} must be at least 1, not {value}")
-    for key, value in cfg.cache.options.items():
-        if isinstance(value, (int, float)) and value < 0:  # counts, shares and thresholds; before anything is measured
-            raise ErtaError(f"cache.options.{key} must be ≥ 0, not {value:g}")
-    _check_shards(cfg)
-    _check_calibration_prompts(cfg)
-    dimensions.validate(cfg)
-    if cfg.sweep.target_psnr_db is not None and not 0 < cfg.sweep.target_psnr_db < float("inf"):
-        raise ErtaError(f"sweep.target_psnr_db must be > 0, not {cfg.sweep.target_psnr_db:g}")
-    if cfg.calibration.window < 1:
-        raise ErtaError(f"calibration.window must be at least 1, not {cfg.calibration.window}")
-    choice_index("cache.site", cfg.cache.site, SITES)
-    choice_index("cache.rectifier_fit", cfg.cache.rectifier_fit, ("open", "closed"))
-    choice_index("cache.about.group", cfg.cache.about.group, METHOD_GROUPS)
-    for own_key, number in own_keys(cfg).items():
-        if type(number) is int and number < 1:
-            raise ErtaError(f"{cfg.experiment.name}.{own_key!s} must be at least 1, not {number}")
-    choice_index("model.dtype", cfg.model.dtype, DTYPES)
-    choice_index("model.offload", cfg.model.offload, OFFLOADS)
-    if cfg.model.compile and cfg.model.offload == "sequential":
-        raise ErtaError("model.compile=true and model.offload=sequential: layers that come and go cannot be compiled")
-    choice_index("bench.frames_from", cfg.bench.frames_from, FRAMES_FROM)
-    _check_mp4(cfg)
-    choice_index("wandb.mode", cfg.wandb.mode, WANDB_MODES)

@@ -62,6 +62,14 @@ class SolverTables:
 
 
 @dataclass
+class SolverLimits:
+    guidances: list[float] = field(default_factory=list)  # at which it is fitted, to be run at the model's own
+    weights: float = 0.05  # the random change of each layer, relative to its size
+    prompts: list[int] = field(default_factory=list)  # numbers of calibration prompts
+    positions: list[int] = field(default_factory=list)  # of the latents' entries that are kept
+
+
+@dataclass
 class Speed:
     pairs: int = 3  # of generations, uncached and cached
 
@@ -85,6 +93,7 @@ OWN_KEYS = {
     "members": Members,
     "decomposition": Decomposition,
     "regimes": Regimes,
+    "solver_limits": SolverLimits,
     "solver_tables": SolverTables,
     "speed": Speed,
     "train_tiny": TrainTiny,

@@ -77,18 +77,17 @@ def generate(
     )
 
 
-def possible_speedup(
-    calls: int, forwards: float, forward_s: float, rest_s: float, cached_calls: int | None = None
-) -> float:
-    """What a cache can reach at most: N (F + s) / (K F + M s), with M = N unless the cached run has fewer steps.
+def needed_s(denoise_s: float, forward_s: float, overhead_s: float, solver_s: float) -> float:
+    """What a cached generation needs of its own denoising: its forwards, and a solver that is no slower than the uncached one.
+
+    Never more than `denoise_s`, so uncached seconds over it bound the speed-up that was measured: the rest is the hook, and steps
+    that are slower than uncached ones.
 
     Args:
-        calls, forwards, cached_calls: N steps, of which K run the transformer, against M steps of the cached run; or
-            all three times the guidance branches, with seconds by branch.
-        forward_s, rest_s: of a forward, and of the rest of a step (the solver).
+        denoise_s, forward_s, overhead_s: of the cached generation: all of it, inside the transformer, inside the hook.
+        solver_s: of as many steps of the uncached one, beside its forwards.
     """
-    cached = calls if cached_calls is None else cached_calls
-    return calls * (forward_s + rest_s) / (forwards * forward_s + cached * rest_s)
+    return forward_s + min(solver_s, max(denoise_s - forward_s - overhead_s, 0.0))
 
 
 class _DenoiseClock:

@@ -23,7 +23,7 @@ def help_node(conf: Path) -> dict[str, Any]:
         "Keys you will want: model.num_inference_steps, model.guidance_scale, model.path, cache.threshold |",
         "cache.speedup | cache.steps (one of them), calibration.num_prompts, calibration.prompts, calibration.path,",
         "bench.num_prompts, bench.prompts, bench.frames_from, bench.dimensions (of VBench: names or all),",
-        "bench.python (its worker's interpreter), seed, resume, hydra.run.dir. An experiment's own keys stand under its name",
-        "(compare.quick, compare.workers, train_tiny.steps, …): see conf/experiment/. --cfg job prints the configuration, -m runs a sweep, --traceback shows where an error came from.",
+        "bench.python (its worker's interpreter), seed, resume, wait, hydra.run.dir. An experiment's own keys stand under its name",
+        "(compare.quick, compare.workers, train_tiny.steps, …): see conf/experiment/. --cfg job prints the configuration, -m runs a sweep (hydra/launcher=slurm or ray on a cluster), --traceback shows where an error came from.",
     ]
     return {"app_name": "run.py", "header": "", "footer": "", "template": "\n".join(lines).replace("$", "$$")}

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
-from experiments.harness.calibrations import MADE_HERE
+from experiments.harness.calibrations import kept_path, locked
 from experiments.harness.setup import Setup
-from experiments.output.run_folder import read_json, write_json
+from experiments.output import ranks
+from experiments.output.files import read_object, write_json
 
 COUNTED = 2  # raised when forwards are counted, or modules chosen, in another way: what was kept before is made anew
 _SPENT: ContextVar[dict[str, float] | None] = ContextVar("seconds of what is kept", default=None)
@@ -37,17 +39,27 @@ def kept(
     Args:
         before: what `made_with` was in earlier versions, whose files are still read.
     """
-    paths = [MADE_HERE / f"{setup.cfg.model.name}-{name}-{_digest(setup, one)}.json" for one in (made_with, *before)]
+    names = [f"{setup.cfg.model.name}-{name}-{_digest(setup, one)}.json" for one in (made_with, *before)]
+    paths = [kept_path(one) for one in names]
     path = next((path for path in paths if path.is_file()), paths[0])
-    found: dict[str, Any] | None = read_json(path)
-    if found is None or "made" not in found:
-        started = time.perf_counter()
-        made = make()
-        found = {"seconds": time.perf_counter() - started, "made": made}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
+    found = _read(path)
+    if found is None:
+        with ranks.alone(), locked(path):  # another process may have made it meanwhile
+            found = _read(path)
+            if found is None:
+                started = time.perf_counter()
+                made = make()
+                found = {"seconds": time.perf_counter() - started, "made": made}
+                write_json(path, found)
     note_spent(path.name, found["seconds"])
     return found["made"]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What is kept; None if it is absent or damaged."""
+    found = read_object(path)
+    is_whole = isinstance(found.get("made"), dict) and isinstance(found.get("seconds"), (int, float))
+    return found if is_whole else None
 
 
 def note_spent(name: str, seconds: float) -> None:

@@ -20,7 +20,8 @@ from analysis.comparison import results_of
 from erta.errors import ErtaError
 from experiments.harness.config import CONF
 from experiments.output import console
-from experiments.output.run_folder import STATE_FILE, config_hash, mark_finished, read_json, write_json
+from experiments.output.files import read_object, write_json
+from experiments.output.run_folder import STATE_FILE, config_hash, goes_on, mark_finished
 
 LOG, TIMES, RESULTS = "log.txt", "times.json", "results.md"
 NEARLY = 0.97  # of a command's bar, as long as it is not finished
@@ -56,9 +57,9 @@ def run_members(cfg: DictConfig, folder: Path, members: list[Member]) -> None:
     Raises ErtaError at the end for commands that failed, by name and with their last line.
     """
     _check(members)
-    times = read_json(folder / TIMES) or {}
+    times = read_object(folder / TIMES)
     expected = {one.name: times.get(one.name, 60 * one.minutes) for one in members}
-    todo = [one for one in members if not (cfg.resume and _is_done(folder / one.name, one))]
+    todo = [one for one in members if not (goes_on(cfg) and _is_done(folder / one.name, one))]
     for one in members:
         if one not in todo:
             console.note(f"done already: {one.name}")
@@ -136,7 +137,7 @@ def _composed(member: Member) -> DictConfig:
 
 
 def _is_done(folder: Path, member: Member) -> bool:
-    state = read_json(folder / STATE_FILE) or {}
+    state = read_object(folder / STATE_FILE)
     return bool(state.get("finished")) and state.get("config_hash") == config_hash(_composed(member))
 
 
@@ -145,7 +146,7 @@ def _run(member: Member, folder: Path, cfg: DictConfig, show: Any) -> str | None
     folder.mkdir(parents=True, exist_ok=True)
     progress = folder / "progress.json"
     rest = [f"hydra.run.dir={folder}", f"wandb.mode={cfg.wandb.mode}", f"wandb.project={cfg.wandb.project}"]
-    resume = [] if cfg.resume else ["resume=false"]
+    resume = [f"resume={str(cfg.resume).lower()}", "wait=true"]  # its last process may still be on its way out
     command = [sys.executable, str(CONF.parent / "run.py"), *member.overrides, *rest, *resume]
     environment = {**os.environ, console.PROGRESS_FILE: str(progress), console.PARENT: str(os.getpid())}
     with open(folder / LOG, "a", encoding="utf-8") as log:
@@ -166,7 +167,7 @@ def _run(member: Member, folder: Path, cfg: DictConfig, show: Any) -> str | None
 
 
 def _doing(progress: Path) -> str:
-    found = read_json(progress) or {}
+    found = read_object(progress)
     if not found.get("description"):
         return ""
     total = found.get("total")

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 
 from analysis.records import MainRecord, Memory, Steps, Timing
-from experiments.bench import fidelity, images
+from experiments.bench import fidelity
 from experiments.bench.fidelity import Lpips
 from experiments.bench.scene import scene_agreement
 from experiments.bench.vbench import evaluation
 from experiments.harness.arm import Arm
-from experiments.harness.generate import Sample, possible_speedup
+from experiments.harness.generate import Sample, needed_s
 from experiments.harness.setup import Setup
-from experiments.output import clips, console, report, tracking
+from experiments.output import clips, console, ranks, report, tracking
 from experiments.output.console import progress_bar
-from experiments.output.run_folder import append_line, describe_run, read_lines
+from experiments.output.files import append_line, read_own_lines
+from experiments.output.run_folder import describe_run
 from experiments.prompts.choose import Prompt
 from experiments.scenes import CHANCE_LEVEL
 
@@ -32,42 +33,88 @@ PER_PROMPT = "per_prompt.jsonl"
 def sample_all(
     setup: Setup, arm: Arm, prompts: list[Prompt], folder: Path, tracker: tracking.Tracker
 ) -> list[dict[str, Any]]:
-    """Both arms on every prompt, in turns; a line a prompt, kept in `folder`, where a second call goes on."""
-    cfg, pipe = setup.cfg, setup.pipe
-    for name in ARMS:
-        (folder / "samples" / name).mkdir(parents=True, exist_ok=True)
-    rows = read_lines(folder / PER_PROMPT)
+    """Both arms on every prompt, in turns; a line a prompt, kept in `folder`, where a second call goes on.
+
+    A line is known by its index, prompt and seed. Of several ranks (see `ranks`) each makes its share of what is missing.
+    """
+    pipe, places = setup.pipe, Places(setup, folder)
+    path = folder / PER_PROMPT
+
+    def index_of(row: dict[str, Any]) -> int | None:
+        index = row.get("index")
+        if not isinstance(index, int) or not 0 <= index < len(prompts):
+            return None
+        asked = prompts[index]
+        return (
+            index if [row.get(key) for key in ("id", "prompt", "seed")] == [asked.id, asked.text, asked.seed] else None
+        )
+
+    ranks.merge_lines(path)
+    rows = {row["index"]: row for row in ranks.same(lambda: read_own_lines(path, index_of))}
     if rows:
         console.note(f"going on in {folder}: {len(rows)} of {len(prompts)} prompts are done")
-    for row in rows:
-        tracker.log(row)
+    for index in sorted(rows):
+        tracker.log(rows[index])
+    lost = ranks.same(lambda: [index for index in sorted(rows) if not places.are_whole(prompts[index], index)])
+    todo = [index for index in range(len(prompts)) if index in lost or index not in rows]
     lpips, sides = Lpips(), {"uncached": Arm(None, setup.kwargs), "cached": arm}
     if len(rows) < len(prompts):  # warm-up, not measured
         Arm(None, {**setup.kwargs, "num_inference_steps": 2}).sample(pipe, prompts[0])
     with progress_bar() as bar:
-        task = bar.add_task("uncached and cached samples", total=len(prompts), completed=len(rows))
-        for index, prompt in enumerate(prompts):
-            kept = evaluation.clip_name(prompt, index) if cfg.model.num_frames else f"{index:03d}.png"
-            is_measured = index < len(rows)
-            if is_measured and all((folder / "samples" / name / kept).is_file() for name in ARMS):
-                continue
+        mine = ranks.share(todo)
+        task = bar.add_task("uncached and cached samples", total=len(mine) + len(rows), completed=len(rows))
+        for index in mine:
+            prompt = prompts[index]
             order = ARMS if index % 2 == 0 else ARMS[::-1]  # alternating, so that drift hits both
             samples = {name: sides[name].sample(pipe, prompt) for name in order}
-            compared: dict[str, np.ndarray] = {}
-            for name, sample in samples.items():
-                mp4 = folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
-                compared[name] = clips.frames_of(cfg.bench.frames_from, sample.frames, mp4)
-                clips.keep_lossless(sample.frames, folder / "samples" / name / kept, cfg.model.fps)
-                if index < report.MAX_CLIPS:
-                    clips.write_animation(sample.frames, folder / "samples" / name / f"{index:03d}.webp")
-            if is_measured:  # a lost sample is made anew; its row stays
+            compared = {name: places.keep(name, prompt, index, sample.frames) for name, sample in samples.items()}
+            if index in rows:  # a lost sample is made anew; its row stays
                 continue
             row = _measure(index, prompt, samples, fidelity.compare(compared["cached"], compared["uncached"], lpips))
-            append_line(folder / PER_PROMPT, row)
-            rows.append(row)
+            append_line(ranks.own_file(path), row)
             tracker.log(row)
             bar.advance(task)
-    return rows
+    ranks.merge_lines(path)
+    made = ranks.same(lambda: read_own_lines(path, index_of))
+    for row in made:
+        if row["index"] not in rows and row["index"] not in mine:  # another rank's
+            tracker.log(row)
+    return sorted(made, key=lambda row: row["index"])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the samples of a run are kept: without loss, as previews, and as mp4 where fidelity is measured on that."""
+
+    setup: Setup
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for name in ARMS:
+            (self.folder / "samples" / name).mkdir(parents=True, exist_ok=True)
+
+    def of(self, name: str, prompt: Prompt, index: int) -> list[Path]:
+        """The sample of one arm, and its preview if it has one."""
+        place = self.folder / "samples" / name
+        is_clip = self.setup.cfg.model.num_frames is not None
+        kept = place / (evaluation.clip_name(prompt, index) if is_clip else f"{index:03d}.png")
+        return [kept, place / f"{index:03d}.webp"] if index < report.MAX_CLIPS else [kept]
+
+    def are_whole(self, prompt: Prompt, index: int) -> bool:
+        """Whether all files of both arms are there and can be read."""
+        return all(clips.is_whole(path) for name in ARMS for path in self.of(name, prompt, index))
+
+    def keep(self, name: str, prompt: Prompt, index: int, frames: np.ndarray) -> np.ndarray:
+        """Write one sample; its frames as fidelity compares them."""
+        cfg = self.setup.cfg
+        compared = clips.frames_of(
+            cfg.bench.frames_from, frames, self.folder / "samples" / "mp4" / name / f"{index:03d}.mp4"
+        )
+        kept, *preview = self.of(name, prompt, index)
+        clips.keep_lossless(frames, kept, cfg.model.fps)
+        for path in preview:
+            clips.write_animation(frames, path)
+        return compared
 
 
 def _measure(index: int, prompt: Prompt, samples: dict[str, Sample], scores: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +141,9 @@ def summarise(
     arm: Arm,
     prompts: list[Prompt],
     rows: list[dict[str, Any]],
-    vbench: evaluation.Evaluation,
-    folder: Path,
+    scores: list[tuple[dict[str, Any], dict[str, str]]],
 ) -> MainRecord:
-    """The record of all samples, image and VBench scores among its metrics."""
+    """The record of all samples. `scores` are metrics of benchmarks, each with what is missing and why."""
     cfg, clock = setup.cfg, Clock(setup, arm, rows)
     metrics, missing = fidelity.summarise(rows)
     metrics["frames_from"] = cfg.bench.frames_from
@@ -110,7 +156,7 @@ def summarise(
         missing["scene_accuracy"] = "the prompts are not of the scene world"
     if rows[0]["cached"]["mask"] is not None and not clock.overhead_s:
         missing["hook_overhead"] = "another library's hooks: their own time is not told apart from the model's"
-    for found, absent in (vbench.summarise(), images.scores_of(cfg, folder, prompts)):
+    for found, absent in scores:
         metrics |= found
         missing |= absent
     mask = rows[0]["cached"]["mask"] or [1] * arm.num_steps
@@ -180,31 +226,26 @@ class Clock:
         return max(float(np.median(rest)) / self.steps, 0.0)
 
     def speedups(self) -> dict[str, float]:
-        """Measured; possible with as many forwards; and `speedup_realised`, how much of the possible one was reached.
+        """Measured; possible; and `speedup_realised`, how much of the possible one was reached.
 
-        The last is what the cached side's own forwards and the solver's steps take, over its whole denoising, median over
-        samples: the rest is the hook, and steps that are slower than uncached ones. Forwards of two runs differ by several
-        percent from one minute to the next, so a share in which uncached forwards stand for cached ones lies above 1 as
-        often as not; this one cannot.
+        Possible is the uncached denoising over what the cached side needed of its own: its own forwards, and the solver's
+        steps, which are no slower than the uncached side's. Both were measured in this run, pair by pair, so what was measured
+        cannot be more: the rest of the cached side is the hook, and steps that are slower than uncached ones.
         """
+        uncached_s, cached_s = self.median("uncached", "denoise_s"), self.median("cached", "denoise_s")
+        needed_s = float(np.median([self._needed_s(row["cached"]) for row in self.rows]))
         found = {
-            "speedup_denoise": self.median("uncached", "denoise_s") / self.median("cached", "denoise_s"),
+            "speedup_denoise": uncached_s / cached_s,
             "speedup_pipeline": self.median("uncached", "pipeline_s") / self.median("cached", "pipeline_s"),
-            "speedup_possible": possible_speedup(
-                self.steps,
-                self.forwards / self.branches,
-                self.forward_s * self.branches,
-                self.solver_s,
-                self.arm.num_steps,
-            ),
+            "speedup_possible": uncached_s / needed_s,
         }
         if self.overhead_s:
-            found["speedup_realised"] = float(np.median([self._realised(row["cached"]) for row in self.rows]))
+            found["speedup_realised"] = needed_s / cached_s
         return found
 
-    def _realised(self, cached: dict[str, Any]) -> float:
-        own_s = cached["denoise_s"] - cached["forward_s"] - cached["overhead_s"]
-        return (cached["forward_s"] + min(self.arm.num_steps * self.solver_s, own_s)) / cached["denoise_s"]
+    def _needed_s(self, cached: dict[str, Any]) -> float:
+        solver_s = self.arm.num_steps * self.solver_s
+        return needed_s(cached["denoise_s"], cached["forward_s"], cached["overhead_s"], solver_s)
 
     def timing(self) -> Timing:
         """For the record."""

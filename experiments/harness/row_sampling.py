@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,23 +27,21 @@ from experiments.bench.scene import scene_agreement
 from experiments.harness.arm import Arm, make_arm
 from experiments.harness.calibrations import get_calibration
 from experiments.harness.config import own_keys
-from experiments.harness.row_scores import RowBench, keep_sample
+from experiments.harness.row_scores import RowBench, keep_sample, sample_files
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
 from experiments.harness.workers import Event, shared_threads, side_by_side
-from experiments.output import console, tracking
-from experiments.output.clips import frames_of
+from experiments.output import console, ranks, tracking
+from experiments.output.clips import frames_of, is_whole
 from experiments.output.console import progress_bar
+from experiments.output.files import append_line, read_lines, read_object, read_own_lines, write_json
 from experiments.output.run_folder import (
-    append_line,
     check_inputs,
     describe_inputs,
     describe_run,
     environment,
     mark_finished,
-    read_json,
-    read_lines,
-    write_json,
+    write_record,
 )
 from experiments.prompts.choose import Prompt
 
@@ -102,7 +101,8 @@ def run_table(
         uncached_scene=[None] * len(prompts),
     )
     setup = Setup(cfg)
-    check_inputs(folder, describe_inputs(setup.pipe, prompts, get_calibration(setup)))
+    calibration = get_calibration(setup)
+    ranks.same(lambda: check_inputs(folder, describe_inputs(setup.pipe, prompts, calibration)))
     with tracking.start(cfg, folder) as tracker:
         references = [row for row in rows if row.label == table.reference][: tracking.SHOWN_PAIRS]
         pictured = frozenset([records.UNCACHED, *(row.key for row in references)])
@@ -111,6 +111,8 @@ def run_table(
         )
         samples = _sample(setup, work, rows, record, tracker)
         bench.score(folder, [row.key for row in rows if not samples.missing(row)], prompts)
+        if not ranks.is_first():
+            return
         found = records.read_rows(folder)
         written = tables.write(folder, found)
         reasons = [one.reason for one in Comparison(found).outcomes if one.reason]
@@ -127,23 +129,51 @@ def run_table(
 def _sample(
     setup: Setup, work: Work, rows: list[Row], record: records.RowsRecord, tracker: tracking.Tracker
 ) -> Samples:
-    """Every row on every prompt and noise. What the folder holds is not made again."""
-    samples = Samples(work.folder, rows, len(work.prompts))
-    for line in read_lines(work.folder / records.ROWS):
+    """Every row on every prompt and noise. What the folder holds is not made again. Ranks share the rows."""
+    samples = _held(work, rows)
+    known = set(samples.recorded)
+    for line in ranks.same(lambda: read_lines(work.folder / records.ROWS)):
         tracker.log(line, line["row"])
     for row in rows:
         if row.why_not is not None and row.key not in samples.left_out:
             samples.add(Event(LEFT, row.key, {"reason": row.why_not}))
-    with closing(_events(setup, work, rows, samples, record)) as events, progress_bar() as bar:
-        total = len(rows) * len(work.prompts)
+    _prepare(setup, work, rows, record)
+    pieces = ranks.share(samples.pieces())
+    with ranks.alone(), closing(_events(setup, work, pieces)) as events, progress_bar() as bar:
+        total = len(samples.done) + sum(len(missing) for piece in pieces for _, missing in piece)
         task = bar.add_task("rows", total=total, completed=len(samples.done), visible=False)
         for event in events:
             samples.add(event)
             if event.kind == SAMPLED:
                 tracker.log(event.about, event.row)
-            settled = len(samples.done) + sum(len(samples.missing(row)) for row in rows if row.key in samples.left_out)
+                known.add((event.row, event.about["index"]))
+            settled = len(samples.done) + sum(
+                len(missing) for piece in pieces for row, missing in piece if row.key in samples.left_out
+            )
             bar.update(task, description=event.row, completed=settled, visible=True)
-    return samples
+    if ranks.count() == 1:
+        return samples
+    left_out, failed = zip(*ranks.gathered((samples.left_out, samples.failed)), strict=True)
+    reasons = {key: reason for one in left_out for key, reason in one.items()}
+    if ranks.is_first() and reasons:
+        write_json(work.folder / records.LEFT_OUT, reasons)
+    merged = _held(work, rows)
+    merged.failed = [key for one in failed for key in one]
+    for line in ranks.same(lambda: read_lines(work.folder / records.ROWS)):
+        if (line["row"], line["index"]) not in known:  # another rank's
+            tracker.log(line, line["row"])
+    return merged
+
+
+def _held(work: Work, rows: list[Row]) -> Samples:
+    """What the folder holds, with what ranks of this command or of one before it have written."""
+    for name in (records.ROWS, records.SETUPS):
+        ranks.merge_lines(work.folder / name)
+
+    def is_kept(key: str, index: int) -> bool:
+        return all(map(is_whole, kept_files(work, key, index)))
+
+    return ranks.same(lambda: Samples(work.folder, rows, len(work.prompts), is_kept))
 
 
 def _track(tracker: tracking.Tracker, folder: Path, rows: list[Row], prompt: str) -> None:
@@ -154,13 +184,30 @@ def _track(tracker: tracking.Tracker, folder: Path, rows: list[Row], prompt: str
 
 
 class Samples:
-    """What a table's folder holds: samples, how their rows were set up, and why a row was left out."""
+    """What a table's folder holds: samples, how their rows were set up, and why a row was left out.
 
-    def __init__(self, folder: Path, rows: list[Row], count: int) -> None:
+    Attributes:
+        recorded: samples with a line of their own; `done`: those of which everything that is kept is there too.
+    """
+
+    def __init__(
+        self, folder: Path, rows: list[Row], count: int, is_kept: Callable[[str, int], bool] = lambda key, index: True
+    ) -> None:
         self.folder, self.rows, self.count = folder, rows, count
-        self.done = {(line["row"], line["index"]) for line in read_lines(folder / records.ROWS)}
-        self.setups = {line["row"] for line in read_lines(folder / records.SETUPS)}
-        self.left_out: dict[str, str] = read_json(folder / records.LEFT_OUT) or {}
+        keys = {row.key for row in rows}
+
+        def sample(line: dict[str, Any]) -> tuple[str, int] | None:
+            key, index = line.get("row"), line.get("index")
+            return (key, index) if key in keys and isinstance(index, int) and 0 <= index < count else None
+
+        def row(line: dict[str, Any]) -> str | None:
+            return line.get("row") if line.get("row") in keys else None
+
+        lines = read_own_lines(folder / records.ROWS, sample)
+        self.recorded = {(line["row"], line["index"]) for line in lines}
+        self.done = {one for one in self.recorded if is_kept(*one)}
+        self.setups = {line["row"] for line in read_own_lines(folder / records.SETUPS, row)}
+        self.left_out: dict[str, str] = {k: v for k, v in read_object(folder / records.LEFT_OUT).items() if k in keys}
         self.failed: list[str] = []
 
     def missing(self, row: Row) -> tuple[int, ...]:
@@ -178,37 +225,51 @@ class Samples:
     def add(self, event: Event) -> None:
         """Note what happened to a row, in the folder too."""
         if event.kind == SAMPLED:
-            self.done.add((event.row, event.about["index"]))
-            append_line(self.folder / records.ROWS, event.about)
+            one = (event.row, event.about["index"])
+            if one not in self.recorded:  # else a lost sample was made anew; its line stays
+                append_line(ranks.own_file(self.folder / records.ROWS), event.about)
+            self.recorded.add(one)
+            self.done.add(one)
         elif event.kind == SET_UP and event.row not in self.setups:
             self.setups.add(event.row)
-            append_line(self.folder / records.SETUPS, event.about)
+            append_line(ranks.own_file(self.folder / records.SETUPS), event.about)
         elif event.kind in (LEFT, FAILED):
             self.left_out[event.row] = event.about["reason"]
-            write_json(self.folder / records.LEFT_OUT, self.left_out)
+            if ranks.is_first():
+                write_json(self.folder / records.LEFT_OUT, self.left_out)
             self.failed += [event.row] if event.kind == FAILED else []
             console.note(f"{event.row} {event.kind}: {event.about['reason']}")
 
 
-def _events(
-    setup: Setup, work: Work, rows: list[Row], samples: Samples, record: records.RowsRecord
-) -> Generator[Event, None, None]:
-    """What happens to the missing rows, after the uncached samples that they are compared with were made."""
-    cfg, folder, pieces = work.cfg, work.folder, samples.pieces()
-    for row in {row.site: row for row in rows if row.site is not None}.values():  # once, and not in every process
+def _prepare(setup: Setup, work: Work, rows: list[Row], record: records.RowsRecord) -> None:
+    """What all rows need, once and not in every process: calibrations, and the uncached samples that they are compared with."""
+    for row in {row.site: row for row in rows if row.site is not None}.values():
         with suppress(ErtaError):  # the rows of that site say it
             get_calibration(setup.with_cache(compose_row(row)))
+    references, keep = uncached_samples(setup, work.prompts, work.folder), keeper(work)
+    if not ranks.is_first():
+        return
+    for index, frames in enumerate(references):
+        if not all(map(is_whole, kept_files(work, records.UNCACHED, index))):
+            keep(records.UNCACHED, index, frames)
+    scenes = [scene_agreement(p, frames) for p, frames in zip(work.prompts, references, strict=True)]
+    write_record(work.folder, replace(record, uncached_scene=scenes))
+
+
+def _events(setup: Setup, work: Work, pieces: list[Piece]) -> Generator[Event, None, None]:
+    """What happens to these rows."""
+    cfg = work.cfg
     by_default = cfg.model.embedded and not torch.cuda.is_available()  # a large model is in memory once
     asked, key = own_keys(cfg).workers, f"{cfg.experiment.name}.workers"
+    if ranks.count() > 1:
+        if (asked or 1) > 1:
+            raise ErtaError(f"{key}={asked}: the ranks of torchrun share the rows already; leave it out")
+        asked = 1
     with shared_threads(asked, len(pieces), by_default, key) as count:
-        references = uncached_samples(setup, work.prompts, folder)
-        keep = keeper(work)
-        for index, frames in enumerate(references):
-            keep(records.UNCACHED, index, frames)
-        scenes = [scene_agreement(p, frames) for p, frames in zip(work.prompts, references, strict=True)]
-        write_json(folder / records.RECORD, records.to_json(replace(record, uncached_scene=scenes)))
         device = environment()["device"]
         ran_on = device if count == 1 else f"{count} processes side by side, each on {device}"
+        if ranks.count() > 1:
+            ran_on = f"{ranks.count()} ranks, each on {device}"
         work = replace(work, ran_on=ran_on)
         if count == 1:
             sample = sampler(work, setup)
@@ -296,10 +357,15 @@ def keeper(work: Work) -> Callable[[str, int, np.ndarray], None]:
     """What keeps the k-th sample of a row, named by its key, as figures and the benchmark need it."""
 
     def keep(key: str, index: int, frames: np.ndarray) -> None:
-        shown = max(work.shown, int(key in work.pictured))
-        keep_sample(work.cfg, work.folder, key, work.prompts[index], index, frames, shown, work.lossless)
+        keep_sample(work.cfg, kept_files(work, key, index), frames)
 
     return keep
+
+
+def kept_files(work: Work, key: str, index: int) -> list[Path]:
+    """The files that are kept of the k-th sample of a row; none, where nobody looks at them."""
+    shown = max(work.shown, int(key in work.pictured))
+    return sample_files(work.cfg, work.folder, key, work.prompts[index], index, shown, work.lossless)
 
 
 def comparer(cfg: DictConfig) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
@@ -318,11 +384,12 @@ def uncached_samples(setup: Setup, prompts: list[Prompt], folder: Path) -> list[
     """Uncached samples, kept beside the rows so that a continued run compares with the same ones."""
     paths = [folder / UNCACHED / f"{index:03d}.npy" for index in range(len(prompts))]
     (folder / UNCACHED).mkdir(exist_ok=True)
-    missing = [(path, prompt) for path, prompt in zip(paths, prompts, strict=True) if not path.is_file()]
+    missing = ranks.share(ranks.same(lambda: [index for index, path in enumerate(paths) if not is_whole(path)]))
     if missing:
         with progress_bar() as bar:
-            for path, prompt in bar.track(missing, description="uncached samples"):
-                partial = path.with_suffix(".partial.npy")
-                np.save(partial, Arm(None, setup.kwargs).sample(setup.pipe, prompt).frames)
-                partial.replace(path)
+            for index in bar.track(missing, description="uncached samples"):
+                partial = paths[index].with_suffix(".partial.npy")
+                np.save(partial, Arm(None, setup.kwargs).sample(setup.pipe, prompts[index]).frames)
+                partial.replace(paths[index])
+    ranks.wait_for_all()
     return [np.load(path, mmap_mode="c") for path in paths]

@@ -12,8 +12,9 @@ from analysis.figures import SAMPLES, slug
 from analysis.records import RowScores
 from experiments.bench import images
 from experiments.bench.vbench import evaluation
+from experiments.output import ranks
 from experiments.output.clips import keep_lossless, write_animation
-from experiments.output.run_folder import append_line, read_lines
+from experiments.output.files import read_lines, write_lines
 from experiments.prompts.choose import Prompt, test_prompts
 
 
@@ -41,9 +42,9 @@ class RowBench:
     def score(self, folder: Path, rows: list[str], prompts: list[Prompt]) -> None:
         """Score the kept samples of these rows and of the uncached run; what is known already stays in `scores.jsonl`."""
         wanted = [records.UNCACHED, *rows]
-        if not self.keeps_all or set(wanted) <= {line["row"] for line in read_lines(folder / records.SCORES)}:
+        known = ranks.same(lambda: {line.get("row") for line in read_lines(folder / records.SCORES)})
+        if not self.keeps_all or set(wanted) <= known:
             return
-        (folder / records.SCORES).unlink(missing_ok=True)
         names = [sample_name(self.cfg, prompt, index) for index, prompt in enumerate(prompts)]
         places = {key: folder / SAMPLES / slug(key) for key in wanted}
         made: list[RowScores] = []
@@ -56,8 +57,8 @@ class RowBench:
             made += images.score_rows(
                 self.cfg, {key: [at / name for name in names] for key, at in places.items()}, prompts
             )
-        for one in made:
-            append_line(folder / records.SCORES, records.to_json(one))
+        if ranks.is_first():
+            write_lines(folder / records.SCORES, [records.to_json(one) for one in made])
 
 
 def sample_name(cfg: DictConfig, prompt: Prompt, index: int) -> str:
@@ -65,14 +66,22 @@ def sample_name(cfg: DictConfig, prompt: Prompt, index: int) -> str:
     return evaluation.clip_name(prompt, index) if cfg.model.num_frames else f"{index:03d}.png"
 
 
-def keep_sample(
-    cfg: DictConfig, folder: Path, key: str, prompt: Prompt, index: int, frames: np.ndarray, shown: int, lossless: bool
-) -> None:
-    """Keep a sample of a row: for a page if it is one of the first `shown`, and without loss if a benchmark reads it."""
+def sample_files(
+    cfg: DictConfig, folder: Path, key: str, prompt: Prompt, index: int, shown: int, lossless: bool
+) -> list[Path]:
+    """The files of a sample of a row: a preview for a page if it is one of the first `shown`, and one without loss if a
+    benchmark reads it.
+    """
     place = folder / SAMPLES / slug(key)
-    if lossless or index < shown:
-        place.mkdir(parents=True, exist_ok=True)
-    if lossless:
-        keep_lossless(frames, place / sample_name(cfg, prompt, index), cfg.model.fps)
-    if index < shown:
-        write_animation(frames, place / f"{index:03d}.webp")
+    kept = [place / sample_name(cfg, prompt, index)] if lossless else []
+    return kept + ([place / f"{index:03d}.webp"] if index < shown else [])
+
+
+def keep_sample(cfg: DictConfig, files: list[Path], frames: np.ndarray) -> None:
+    """Write a sample into its files (see `sample_files`)."""
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".webp":
+            write_animation(frames, path)
+        else:
+            keep_lossless(frames, path, cfg.model.fps)

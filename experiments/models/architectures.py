@@ -13,7 +13,7 @@ from erta.errors import ErtaError
 from experiments.models.load import ASSETS
 from experiments.models.open_sora.sizes import latent_frames
 from experiments.output import console
-from experiments.output.run_folder import read_json
+from experiments.output.files import read_json
 
 PUBLISHED = Path(__file__).with_name("architectures.yaml")
 

@@ -60,9 +60,9 @@ def place(pipe: Any, model: DictConfig) -> Any:
     if model.offload == "none":
         return pipe.to("cuda")
     if model.offload == "model":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())
     else:
-        pipe.enable_sequential_cpu_offload()
+        pipe.enable_sequential_cpu_offload(gpu_id=torch.cuda.current_device())
     return pipe
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from erta.errors import ErtaError
 
@@ -54,13 +56,16 @@ def write_animation(frames: np.ndarray, path: Path) -> None:
     small = images[0].width <= MAX_SHOWN_PX
     for image in images:
         image.thumbnail((MAX_SHOWN_PX, MAX_SHOWN_PX))
-    images[0].save(path, save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0, lossless=small, quality=80)
+    options: dict[str, Any] = {"duration": FRAME_MS, "loop": 0, "lossless": small, "quality": 80}
+    with _whole(path) as partial:
+        images[0].save(partial, "WEBP", save_all=True, append_images=images[1:], **options)
 
 
 def keep_lossless(frames: np.ndarray, path: Path, fps: int) -> None:
     """Write a sample without loss beyond 8 bits: clips as mp4, images as png, as the suffix says."""
     if path.suffix == ".png":
-        Image.fromarray(to_uint8(frames[0])).save(path)
+        with _whole(path) as partial:
+            Image.fromarray(to_uint8(frames[0])).save(partial, "PNG")
     else:
         write_lossless(frames, path, fps)
 
@@ -81,15 +86,40 @@ def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:
         "ffmpeg_log_level": "fatal",
     }
     try:
-        imageio.mimwrite(path, list(to_uint8(frames)), fps=fps, **settings)
-        if not is_whole_mp4(path):
-            raise OSError(errno.EIO, "the video was not written whole", str(path))
+        with _whole(path) as partial:
+            imageio.mimwrite(partial, list(to_uint8(frames)), fps=fps, **settings)
+            if not is_whole_mp4(partial):
+                raise OSError(errno.EIO, "the video was not written whole", str(path))
     except OSError as error:
-        full = error.errno == errno.ENOSPC or shutil.disk_usage(path.parent).free < FULL_DISK_BYTES
-        path.unlink(missing_ok=True)
-        if full:
+        if error.errno == errno.ENOSPC or shutil.disk_usage(path.parent).free < FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A place with the same suffix to write to, which becomes `path` at the end of the `with`, or is not left."""
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a sample or a preview is there and was written whole: pictures are read to their end, of clips the index."""
+    try:
+        if path.suffix == ".mp4":
+            return is_whole_mp4(path)
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r").size > 0
+        with Image.open(path) as image:
+            for frame in ImageSequence.Iterator(image):
+                frame.load()
+        return True
+    except (OSError, ValueError, SyntaxError, EOFError):  # Pillow's decoders raise all of them
+        return False
 
 
 def is_whole_mp4(path: Path) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +28,11 @@ from rich.table import Table
 # set for a command that another one runs: where it says how far it is, and the process that it must not outlive
 PROGRESS_FILE, PARENT = "ERTA_PROGRESS_FILE", "ERTA_PARENT"
 LOOK_EVERY_S = 0.5
+CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF)  # what writing to an output that nobody reads any more gives
 PIPED_WIDTH = 150  # columns where the output is a file or a pipe
+for _name in ("stdout", "stderr"):
+    if getattr(sys, _name) is None:  # the command was started without
+        setattr(sys, _name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
@@ -63,6 +68,42 @@ class _ReportedProgress(Progress):
             with open(partial, "w", encoding="utf-8") as file:
                 json.dump(said, file)
             os.replace(partial, path)
+
+
+class _Output:
+    """An output that may be closed: what is written then is lost, and the work goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._unless_closed():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unless_closed():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _unless_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in CLOSED:
+                raise
+            with suppress(OSError, ValueError, AttributeError):  # so that nothing fails at the end of the process
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def survive_closed_output() -> None:
+    """A terminal that is gone, or a pipe that nobody reads (`| head`), does not end the command."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), _Output):
+            setattr(sys, name, _Output(getattr(sys, name)))
 
 
 def quiet_process() -> None:

@@ -9,6 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,21 +23,20 @@ from omegaconf import DictConfig, OmegaConf
 from analysis import records
 from erta.calibration import Calibration
 from erta.errors import ErtaError
-from erta.signature import model_signature
+from erta.pipeline import find_denoiser
+from erta.signature import model_signature, weights_digest
+from experiments.output import console
+from experiments.output.files import read_object, write_json
+from experiments.output.owner import LOCK, OWNER, OwnedError, owning
 from experiments.prompts.choose import Prompt
 
 STATE_FILE = "state.json"
-RESULTS = (
-    records.RECORD,
-    records.PER_PROMPT,
-    records.ROWS,
-    records.SETUPS,
-    records.LEFT_OUT,
-    "growth.jsonl",
-    "vbench.jsonl",
-    "arms.jsonl",  # of earlier versions
-)
-NOT_HASHED = ("resume", "wandb", "sweep", "experiment", "cache.about")  # dotted; the experiment's name is
+RESULTS = (records.RECORD, records.LEFT_OUT)  # with all *.jsonl: what a new run in an old folder must not find
+BEGINNINGS = frozenset({STATE_FILE, LOCK, OWNER, ".hydra"})
+NOT_SEARCHED = frozenset({"samples", "uncached", "figures", "wandb", ".hydra", "calibrations"})
+PROJECT = Path(__file__).resolve().parents[2]
+SOURCES = ("erta", "experiments")
+NOT_HASHED = ("resume", "wait", "wandb", "sweep", "experiment", "cache.about")  # dotted; the experiment's name is
 PACKAGES = (
     "torch",
     "diffusers",
@@ -65,68 +67,172 @@ def config_hash(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Path:
-    """The folder of an unfinished run of this configuration, or `fresh` itself, ready to write.
+@contextmanager
+def open_folder(cfg: DictConfig, fresh: Path, chosen: bool) -> Iterator[Path]:
+    """Inside the `with`, this process's alone: the folder of an unfinished run of this configuration, or `fresh`, ready to write.
 
     Args:
         fresh: the folder that Hydra made for this run.
         chosen: it has a name (hydra.run.dir, or the experiment's own), so no other folder is looked at.
 
-    Raises ErtaError if the folder holds another run, or cannot be written.
+    A folder in which nothing was finished is taken away if the run fails. Raises ErtaError if the folder holds another run, is
+    at work in another process (see `owner`) or cannot be written.
     """
     digest = config_hash(cfg)
-    if not chosen:
-        for state_path in sorted(outputs_root(fresh).glob(f"**/{STATE_FILE}"), reverse=True):
-            state = read_json(state_path)
-            if cfg.resume and state and state.get("config_hash") == digest and not state.get("finished"):
-                return state_path.parent
-        while (fresh / STATE_FILE).exists():  # two runs in one second
-            fresh = fresh.with_name(f"{fresh.name}+")
-    state = read_json(fresh / STATE_FILE)
-    if state and state.get("config_hash") != digest:
-        raise ErtaError(f"{fresh} holds another run: choose another folder with hydra.run.dir=FOLDER, or delete it")
+    with ExitStack() as held:
+        try:
+            folder = _chosen(cfg, fresh, digest, held) if chosen else _found(cfg, fresh, digest, held)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ErtaError(
+                f"cannot write to {fresh}: {reason}. Choose another folder with hydra.run.dir=FOLDER."
+            ) from error
+        try:
+            yield folder
+        except BaseException:
+            tidy(folder)
+            raise
+
+
+def _found(cfg: DictConfig, fresh: Path, digest: str, held: ExitStack) -> Path:
+    """An unfinished run of this configuration below `outputs`, the newest first, else a new folder."""
+    for folder in sorted(run_folders(outputs_root(fresh)), reverse=True) if goes_on(cfg) else ():
+        if _is_unfinished(folder, digest):
+            with ExitStack() as one:
+                one.enter_context(owning(folder, digest, cfg.wait))
+                if _is_unfinished(folder, digest):  # and not finished while we waited
+                    held.push(one.pop_all())
+                    return _begin(cfg, folder, digest)
+    while True:
+        with ExitStack() as one:
+            try:
+                one.enter_context(owning(fresh, digest, wait=False))
+            except OwnedError as error:  # of two runs in one second
+                if goes_on(cfg) and (error.owner is None or error.owner.config_hash == digest):
+                    raise
+            else:
+                if not (fresh / STATE_FILE).exists():
+                    held.push(one.pop_all())
+                    return _begin(cfg, fresh, digest)
+        fresh = fresh.with_name(f"{fresh.name}+")
+
+
+def _chosen(cfg: DictConfig, folder: Path, digest: str, held: ExitStack) -> Path:
+    """The folder that has a name: an unfinished run of this configuration goes on there, a finished one starts anew."""
+    known = read_object(folder / STATE_FILE).get("config_hash")
+    if known not in (None, digest):
+        raise ErtaError(f"{folder} holds another run: choose another folder with hydra.run.dir=FOLDER, or delete it")
+    held.enter_context(owning(folder, digest, cfg.wait))
+    return _begin(cfg, folder, digest)
+
+
+def _begin(cfg: DictConfig, folder: Path, digest: str) -> Path:
+    state = read_object(folder / STATE_FILE)
+    if state.get("finished") or (state and not goes_on(cfg)):
+        for path in [*folder.glob("*.jsonl"), *(folder / name for name in RESULTS)]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "uncached", ignore_errors=True)
+        state = {}
+    forces = str(cfg.resume).lower() == "force"
+    write_json(folder / STATE_FILE, {**state, "config_hash": digest, "finished": False, "forces": forces})
+    return folder
+
+
+def goes_on(cfg: DictConfig) -> bool:
+    """Whether an unfinished run is continued: `resume` is true or force."""
+    return str(cfg.resume).lower() != "false"
+
+
+def _is_unfinished(folder: Path, digest: str) -> bool:
+    state = read_object(folder / STATE_FILE)
+    return state.get("config_hash") == digest and not state.get("finished")
+
+
+def run_folders(root: Path) -> Iterator[Path]:
+    """Every folder below `root` that holds a run; what lies in samples and the like is not looked through."""
+    for here, below, files in os.walk(root):
+        below[:] = sorted(set(below) - NOT_SEARCHED)
+        if STATE_FILE in files:
+            yield Path(here)
+
+
+def tidy(folder: Path) -> None:
+    """Take a folder away in which nothing but the beginning of a run stands, and the empty ones above it below `outputs`."""
     try:
-        fresh.mkdir(parents=True, exist_ok=True)
-        anew = (state or {}).get("finished") or not cfg.resume
-        if state and anew:
-            for name in RESULTS:
-                (fresh / name).unlink(missing_ok=True)
-            shutil.rmtree(fresh / "uncached", ignore_errors=True)
-            state = None
-        write_json(fresh / STATE_FILE, {**(state or {}), "config_hash": digest, "finished": False})
-    except OSError as error:
-        raise ErtaError(
-            f"cannot write to {fresh}: {error.strerror}. Choose another folder with hydra.run.dir=FOLDER."
-        ) from error
-    return fresh
+        there = {path.name for path in folder.iterdir() if not _is_empty(path)}
+    except OSError:
+        return
+    if there - BEGINNINGS:
+        return
+    for name in sorted(there | {path.name for path in folder.iterdir()}):
+        path = folder / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    root, here = outputs_root(folder), Path.cwd()
+    for one in (folder, *(parent for parent in folder.parents if parent.is_relative_to(root) and root != folder)):
+        if one == here or one in here.parents:
+            return
+        with suppress(OSError):
+            one.rmdir()
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether there is no file in a folder, at any depth."""
+    return path.is_dir() and not path.is_symlink() and not any(files for _, _, files in os.walk(path))
 
 
 def describe_inputs(pipe: Any, prompts: list[Prompt], calibration: Calibration | None) -> dict[str, Any]:
-    """What the rows of a run depend on beyond its configuration."""
+    """What the rows of a run depend on beyond its configuration: code, versions and device among it."""
     return {
         "prompts": [[prompt.text, prompt.seed, prompt.id] for prompt in prompts],
         "weights": model_signature(pipe)["weights"],
-        "calibration": calibration and [calibration.signature["weights"], calibration.record["prompts"]],
+        "parts": {
+            name: weights_digest(part)
+            for name, part in sorted(pipe.components.items())
+            if isinstance(part, torch.nn.Module) and any(True for _ in part.parameters())
+        },
+        "calibration": calibration
+        and [calibration.signature["weights"], calibration.record["prompts"], calibration.digest()],
+        "source": source_digest(*SOURCES, without=("experiments/training",)),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "dtype": str(find_denoiser(pipe).dtype),
     }
 
 
-def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Note what a run reads (prompts, weights, calibration); a continued run must read the same.
+def source_digest(*folders: str, without: Sequence[str] = ()) -> str:
+    """Digest of every Python file of these folders of the project."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (PROJECT / folder).rglob("*.py")):
+        name = path.relative_to(PROJECT).as_posix()
+        if not name.startswith(tuple(without) or "/"):
+            digest.update(f"{name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
-    Raises ErtaError if an input changed since the run began: its finished rows would not belong together.
+
+def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Note what a run reads (prompts, weights, calibration, code, …); a continued run must read the same.
+
+    Under `resume=force` it goes on all the same, and the record says what changed. Raises ErtaError if an input changed since
+    the run began: its finished rows would not belong together.
     """
-    state = read_json(folder / STATE_FILE) or {}
+    state = read_object(folder / STATE_FILE)
     before = state.get("inputs")
     inputs = json.loads(json.dumps(inputs))
-    changed = [key for key in inputs if before is not None and before.get(key) != inputs[key]]
+    changed = [key for key in inputs if isinstance(before, dict) and before.get(key) != inputs[key]]
+    if changed and not state.get("forces"):
+        raise ErtaError(
+            f"{', '.join(changed)} changed since the run in {folder} began: start anew with resume=false, or go on with "
+            "resume=force, which the record then says"
+        )
     if changed:
-        raise ErtaError(f"{', '.join(changed)} changed since the run in {folder} began: start anew with resume=false")
-    write_json(folder / STATE_FILE, {**state, "inputs": inputs})
+        console.note(f"going on although {', '.join(changed)} changed since the run began; the record says so")
+    forced = sorted({*state.get("forced", ()), *changed})
+    write_json(folder / STATE_FILE, {**state, "inputs": inputs, "forced": forced})
 
 
 def mark_finished(folder: Path) -> None:
     """The next run of this configuration starts anew."""
-    write_json(folder / STATE_FILE, {**(read_json(folder / STATE_FILE) or {}), "finished": True})
+    write_json(folder / STATE_FILE, {**read_object(folder / STATE_FILE), "finished": True})
 
 
 def outputs_root(fresh: Path) -> Path:
@@ -136,55 +242,14 @@ def outputs_root(fresh: Path) -> Path:
 
 def finish(folder: Path, record: records.Record) -> None:
     """Write `record.json` and mark the run as finished."""
-    write_json(folder / records.RECORD, records.to_json(record))
+    write_record(folder, record)
     mark_finished(folder)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
-    try:
-        partial.write_bytes(records.utf8(json.dumps(data, indent=1, ensure_ascii=False) + "\n"))
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> Any:
-    """Parsed JSON, or None if the file is absent or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def append_line(path: Path, data: dict[str, Any]) -> None:
-    """Append one JSON line and make sure that it is on disk."""
-    with open(path, "ab") as file:
-        file.write(records.utf8(json.dumps(data, ensure_ascii=False) + "\n"))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSONL file; what a crash or a full disk left of the last one is cut off the file."""
-    if not path.is_file():
-        return []
-    rows, whole = [], 0
-    content = path.read_bytes()
-    for line in content.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        rows.append(row)
-        whole += len(line)
-    if whole < len(content):
-        os.truncate(path, whole)
-    return rows
+def write_record(folder: Path, record: records.Record) -> None:
+    """Write `record.json`, with the inputs that changed while the run was forced on, if any did."""
+    forced = read_object(folder / STATE_FILE).get("forced", [])
+    write_json(folder / records.RECORD, records.to_json(replace(record, forced=forced)))
 
 
 def environment() -> dict[str, Any]:
@@ -216,7 +281,11 @@ def describe_run(cfg: DictConfig, prompts: list[Prompt]) -> dict[str, Any]:
 
 def _command() -> str:
     """What was typed, without what does not decide the result: where it was written, what W&B was told."""
-    typed = [part for part in sys.argv[1:] if not part.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "wandb."))]
+    typed = [
+        part
+        for part in sys.argv[1:]
+        if not part.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "wandb.", "resume=", "wait="))
+    ]
     return " ".join(["python", Path(sys.argv[0]).name, *typed])
 
 

@@ -22,7 +22,15 @@ from erta.errors import ErtaError
 from experiments.output import console
 
 SWEEP_FILE = "sweep.json"
-NO_MATTER = ("hydra.sweep.dir", "hydra/launcher", "hydra.launcher", "hydra.mode", "resume", "wandb")  # to what is swept
+NO_MATTER = (
+    "hydra.sweep.dir",
+    "hydra/launcher",
+    "hydra.launcher",
+    "hydra.mode",
+    "resume",
+    "wait",
+    "wandb",
+)  # to what is swept
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
@@ -49,7 +57,8 @@ class Begin(Callback):
 
 def _open_sweep(config: DictConfig) -> Path:
     from analysis import sweeps
-    from experiments.output.run_folder import outputs_root, read_json, write_json
+    from experiments.output.files import read_object, write_json
+    from experiments.output.run_folder import goes_on, outputs_root
 
     overrides = config.hydra.overrides
     given = [*overrides.hydra, *overrides.task]
@@ -61,8 +70,8 @@ def _open_sweep(config: DictConfig) -> Path:
         while (folder / SWEEP_FILE).exists():  # two sweeps in one second
             folder = folder.with_name(f"{folder.name}+")
         for path in sorted(outputs_root(folder).glob(f"**/{SWEEP_FILE}"), reverse=True):
-            state = read_json(path) or {}
-            if config.resume and state.get("overrides") == deciding and not state.get("finished"):
+            state = read_object(path)
+            if goes_on(config) and state.get("overrides") == deciding and not state.get("finished"):
                 folder = path.parent
                 console.note(f"going on with the sweep in {folder}")
                 break
@@ -93,7 +102,7 @@ class Member:
     def note(self, state: Literal["started", "finished", "failed"], error: str | None = None) -> None:
         """Write down how it stands, for the table at the end."""
         from analysis import records, sweeps
-        from experiments.output.run_folder import write_json
+        from experiments.output.files import write_json
 
         file = self._sweep / sweeps.MEMBERS / f"{self._number}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,27 +110,34 @@ class Member:
         entry = sweeps.Member(number=self._number, overrides=self._overrides, folder=folder, state=state, error=error)
         write_json(file, records.to_json(entry))
 
-    def open(self, cfg: DictConfig) -> tuple[Path, bool]:
-        """Its folder, ready to write, and whether it holds this run already, finished.
+    @contextmanager
+    def open(self, cfg: DictConfig) -> Iterator[tuple[Path, bool]]:
+        """Inside the `with`: its folder, ready to write and this process's alone, and whether it holds this run, finished.
 
         Looked for in the sweep's folder alone, so that a sweep lies in one place. Raises ErtaError as `open_folder` does.
         """
         from analysis import sweeps
-        from experiments.output.run_folder import STATE_FILE, config_hash, open_folder, read_json
+        from experiments.output.files import read_object
+        from experiments.output.run_folder import STATE_FILE, config_hash, goes_on, open_folder, run_folders
 
         digest, fresh = config_hash(cfg), self._folder
         taken = {one.folder for one in sweeps.read_members(self._sweep) if one.number != self._number}
-        for path in sorted(self._sweep.glob(f"**/{STATE_FILE}")) if cfg.resume else ():
-            state, is_free = read_json(path) or {}, os.path.relpath(path.parent, self._sweep) not in taken
+        for path in sorted(run_folders(self._sweep)) if goes_on(cfg) else ():
+            state, is_free = read_object(path / STATE_FILE), os.path.relpath(path, self._sweep) not in taken
             if state.get("config_hash") == digest and (state.get("finished") or is_free):
-                self._folder = path.parent
-                self.note("started")
-                return path.parent, bool(state.get("finished"))
-        while (read_json(fresh / STATE_FILE) or {}).get("config_hash", digest) != digest:  # of an earlier command
+                if state.get("finished"):
+                    self._folder = path
+                    self.note("started")
+                    yield path, True
+                    return
+                fresh = path
+                break
+        while read_object(fresh / STATE_FILE).get("config_hash", digest) != digest:  # of an earlier command
             fresh = fresh.with_name(f"{fresh.name}+")
-        self._folder = open_folder(cfg, fresh, chosen=True)
-        self.note("started")
-        return self._folder, False
+        self._folder = fresh
+        with open_folder(cfg, fresh, chosen=True) as folder:
+            self.note("started")
+            yield folder, False
 
 
 def objective(cfg: DictConfig, folder: Path) -> float | None:
@@ -147,6 +163,11 @@ def shown_at_its_end() -> Iterator[None]:
     except Refused as refused:
         raise (refused.__cause__ or refused) from None
     except Exception as error:
+        if type(error).__module__.startswith("submitit."):
+            raise ErtaError(
+                "a job ended without a word: it was killed, or its node is gone. What was finished is kept: the same command goes "
+                "on, with wait=true while others of its jobs are still at work."
+            ) from error
         if Begin.folder is None or not _has_failed(Begin.folder):
             raise
         trouble = error  # of Hydra, as its runs failed: they are named
@@ -165,7 +186,7 @@ def _has_failed(folder: Path) -> bool:
 
 def _show(folder: Path, trouble: Exception | None) -> None:
     from analysis import sweeps
-    from experiments.output.run_folder import read_json, write_json
+    from experiments.output.files import read_json, write_json
 
     sweep = sweeps.load(folder)
     sweeps.show(sweep, console.table, console.note)

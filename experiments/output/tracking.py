@@ -27,7 +27,8 @@ from analysis.records import RecordError
 from analysis.wandb_runs import FRAME, check_access
 from erta.errors import ErtaError
 from experiments.output import console
-from experiments.output.run_folder import STATE_FILE, as_plain, read_json, write_json
+from experiments.output.files import read_object, write_json
+from experiments.output.run_folder import STATE_FILE, as_plain
 
 SHOWN_PAIRS = 4  # of clips, as media
 KEPT = ("record.json", "plan.json", "per_prompt.jsonl", "rows.jsonl", "setups.jsonl", "growth.jsonl", "table.md")
@@ -165,7 +166,7 @@ def check(cfg: DictConfig) -> None:
 @contextmanager
 def start(cfg: DictConfig, folder: Path) -> Iterator[Tracker]:
     """A tracker of one run, its files in `folder`/wandb. Raises ErtaError if a run online does not start."""
-    if cfg.wandb.mode == "disabled":
+    if cfg.wandb.mode == "disabled" or int(os.environ.get("RANK", 0)):  # the first rank speaks for all
         yield Tracker(None, folder)
         return
     with _surroundings(folder):
@@ -189,7 +190,7 @@ def _import() -> Any:
 def _begin(cfg: DictConfig, folder: Path) -> Any:
     """The run, new or going on; None if it does not start offline."""
     wandb = _import()
-    state = read_json(folder / STATE_FILE) or {}
+    state = read_object(folder / STATE_FILE)
     run_id = state.get("wandb_id") or secrets.token_hex(4)
     online = cfg.wandb.mode == "online"
     try:

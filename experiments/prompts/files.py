@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,44 @@ def read_prompt_file(path: Path) -> list[FilePrompt]:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ErtaError(
+                f"{path}, line 1 cannot be read twice: it is a pipe or a device. Save the prompts as a file"
+            )
         content = path.read_bytes()
     except OSError as error:
-        raise ErtaError(f"cannot read the prompts from {path}: {error.strerror}") from error
+        raise ErtaError(f"cannot read the prompts from {path}: {(error.strerror or str(error)).lower()}") from error
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ErtaError(f"{path}, line {line} is not UTF-8 text: save the file as UTF-8") from error
+    alone = re.search(r"\r(?!\n)", text)
+    if alone:
+        line = text[: alone.start()].count("\n") + 1
+        raise ErtaError(f"{path}, line {line} ends in a carriage return alone: save the file with line ends \\n")
+    return text
+
+
+def _checked(where: str, text: str) -> str:
+    """A prompt without characters that are none: halves of a surrogate pair, controls."""
+    for character in text:
+        if unicodedata.category(character) in ("Cs", "Cc"):
+            raise ErtaError(f"{where} holds {character!r}, which is no character of a text: take it out")
+    return text
+
+
+def _parsed(where: str, text: str, column: bool = True) -> Any:
+    """JSON. Raises ErtaError with what is wrong."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = where if column else f"{where}, line {error.lineno}"
+        raise ErtaError(f"{place} is not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ErtaError(f"{where if column else f'{where}, line 1'} is nested too deeply to be prompts") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ErtaError(f"{where if column else f'{where}, line 1'} is not JSON: {error}") from error
 
 
 def _prompt(path: Path, index: int, line: str, is_json: bool) -> FilePrompt:
@@ -65,23 +97,21 @@ def _prompt(path: Path, index: int, line: str, is_json: bool) -> FilePrompt:
     if not line:
         raise ErtaError(f"{where} is empty: one prompt a line")
     if not is_json:
-        return FilePrompt(line, place)
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ErtaError(f"{where} is not JSON: {error.msg} (column {error.colno})") from error
+        return FilePrompt(_checked(where, line), place)
+    entry = _parsed(where, line)
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ErtaError(f'{where} has no prompt: a line is {{"prompt": "…"}}, with "id" and "seed" if wanted')
     unknown = sorted(entry.keys() - JSONL_KEYS)
     if unknown:
         raise ErtaError(f"{where}: unknown key {unknown[0]!r}, a line has prompt, id and seed")
-    return FilePrompt(entry["prompt"].strip(), _id(where, entry.get("id", place)), _seed(where, entry.get("seed")))
+    text = _checked(where, entry["prompt"].strip())
+    return FilePrompt(text, _id(where, entry.get("id", place)), _seed(where, entry.get("seed")))
 
 
 def _id(where: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
         raise ErtaError(f"{where}: id must be text or an integer, not {json.dumps(value)}")
-    return str(value)
+    return _checked(where, str(value))
 
 
 def _seed(where: str, value: Any) -> int | None:
@@ -93,10 +123,7 @@ def _seed(where: str, value: Any) -> int | None:
 
 
 def _coco_captions(path: Path, text: str) -> list[FilePrompt]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ErtaError(f"{path}, line {error.lineno} is not JSON: {error.msg} (column {error.colno})") from error
+    content = _parsed(str(path), text, column=False)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise ErtaError(
@@ -114,5 +141,5 @@ def _coco_captions(path: Path, text: str) -> list[FilePrompt]:
         caption = entry.get("caption")
         if not isinstance(caption, str) or not caption.strip():
             raise ErtaError(f"{where} has no caption")
-        captions[image] = FilePrompt(" ".join(caption.split()), image)
+        captions[image] = FilePrompt(_checked(where, " ".join(caption.split())), image)
     return list(captions.values())

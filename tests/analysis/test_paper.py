@@ -25,6 +25,10 @@ SERIES = {
         "Euler": {"nodes": [0, 2], "sigmas": [1.0, 0.5, 0.0], "velocity": [[-0.5], [-0.5]], "latent": [[0.0], [0.0]]},
         "fitted": {"nodes": [0, 1], "sigmas": [1.0, 0.8, 0.0], "velocity": [[-0.2, 0.0], [-0.9, 0.1]], "latent": [[0.1, 0.0], [0.1, 0.2]]},
     }},
+    "solver_limits": {"conditions": {
+        "as calibrated": {"psnr_db": [40.0, 50.0], "matched": [40.0, 50.0], "flips": 0.0, "prompts": ["a", "b"]},
+        "elsewhere": {"psnr_db": [20.0, 30.0], "matched": [40.0, 50.0], "flips": 0.5, "prompts": ["a", "b"]},
+    }, "predicted": None, "moved": [30.0, 31.0]},
     "fig2a_error_profile": {
         "true": [[0.1, 0.2, 0.3], [0.1, 0.3, 0.3]], "predicted": [[0.2, 0.2, 0.2]] * 2, "profile": [0.1, 0.2, 0.3],
     },

@@ -177,6 +177,16 @@ def test_budgets(recorded):
     assert erta.fit(pipe, trajectories, nodes=[0, 3, 5], options=options).solver.nodes == (0, 3, 5)
     least = erta.fit(pipe, trajectories, psnr_db=30.0, options=options)
     assert least.report["predicted"]["median_psnr_db"] >= 30 and least.solver.num_steps < STEPS
+    low, high, ran = (
+        0,
+        STEPS,
+        least.solver.num_steps,
+    )  # one run a budget that is tried, and one to fit; mutant: two each
+    while high - low > 1:
+        middle = (low + high) // 2
+        ran += middle
+        low, high = (low, middle) if middle >= least.solver.num_steps else (middle, high)
+    assert least.report["forwards"] == ran * trajectories.num_prompts
     fewer = erta.fit(pipe, trajectories, steps=least.solver.num_steps - 1, options=options)
     assert fewer.report["predicted"]["median_psnr_db"] < 30
     for wrong in (

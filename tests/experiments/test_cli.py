@@ -21,7 +21,7 @@ BAD = {
     "impossible speed-up": (["cache.speedup=100"], "largest is 6"),
     "speed-up below one": (["cache.speedup=0.5"], "≥ 1"),
     "more steps than exist": (["cache.steps=7"], "between 1 and"),
-    "no step": (["cache.steps=0"], "between 1 and"),
+    "no step": (["cache.steps=0"], "at least 1, not 0"),
     "zero inference steps": (["model.num_inference_steps=0"], "at least 2"),
     "one inference step": (["model.num_inference_steps=1"], "at least 2"),
     "zero prompts": (["bench.num_prompts=0"], "at least 1"),
@@ -33,8 +33,8 @@ BAD = {
     "missing folder": (["model.path=nowhere"], "is not a folder"),
     "missing prompt file": (["bench.prompts=nowhere.txt"], "cannot read the prompts"),
     "unknown frames": (["bench.frames_from=gif"], "bench.frames_from must be one of decoded, mp4"),
-    "mp4 of images": (["bench.frames_from=mp4", "model.num_frames=null"], "is for videos"),
-    "mp4 of odd sizes": (["bench.frames_from=mp4", "model.width=40"], "multiples of 16"),
+    "mp4 of images": (["bench.frames_from=mp4", "model=flux_tiny", "model.num_frames=null"], "is for videos"),
+    "mp4 of odd sizes": (["model.width=40"], "model.width must be a multiple of 16"),
     "train something else": (["experiment=train_tiny", "model=wan21"], "embedded"),
 }
 

@@ -12,7 +12,7 @@ from analysis import records, tables
 from erta.errors import BudgetError, ErtaError
 from experiments import compare
 from experiments.harness import catalogue
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 
 
 def test_comparison_command(command, tmp_path, monkeypatch):

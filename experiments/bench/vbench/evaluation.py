@@ -14,8 +14,8 @@ from experiments.bench.vbench.dimensions import cache_dir, requested, why_not
 from experiments.bench.vbench.runner import UnreadableVideoError, evaluate, failed_imports, find_info
 from experiments.bench.vbench.scores import GROUPS, aggregate, paired_difference
 from experiments.bench.vbench.suite import Suite, check_complete, load_suite
-from experiments.output import console
-from experiments.output.run_folder import append_line, read_lines
+from experiments.output import console, ranks
+from experiments.output.files import append_line, read_lines
 from experiments.prompts.choose import Prompt
 
 SCORES = "vbench.jsonl"
@@ -69,20 +69,33 @@ class Evaluation:
         if not ready:
             return
         check_complete(list(samples.values()), list(names))
-        done = {row["dimension"]: row for row in read_lines(folder / SCORES)}
-        for name in ready:
-            if not samples.keys() <= done.get(name, {}).keys():
+        path = folder / SCORES
+
+        def held() -> dict[str, dict[str, Any]]:
+            ranks.merge_lines(path)
+            lines = ranks.same(lambda: [row for row in read_lines(path) if row.get("dimension") in ready])
+            return {row["dimension"]: row for row in lines}
+
+        done = held()
+        todo = ranks.share([name for name in ready if not samples.keys() <= done.get(name, {}).keys()])
+        with console.progress_bar() as bar:
+            task = bar.add_task("VBench", total=len(todo), visible=bool(todo))
+            for name in todo:
+                bar.update(task, description=f"VBench: {name}")
                 entries = None if self.suite is None else self.suite.manifest(name)
                 try:
-                    with console.out.status(f"VBench: {name}"):
-                        arms = evaluate(name, samples, names, self.python, entries)
+                    arms = evaluate(name, samples, names, self.python, entries)
                 except UnreadableVideoError:
                     raise
                 except ErtaError as error:  # the other dimensions are worth having
                     self.missing[name] = str(error)
-                    continue
-                done[name] = {"dimension": name, **arms}
-                append_line(folder / SCORES, done[name])
+                else:
+                    append_line(ranks.own_file(path), {"dimension": name, **arms})
+                bar.advance(task)
+        done = held()
+        for missing in ranks.gathered(self.missing):
+            self.missing |= missing
+        for name in (name for name in ready if name not in self.missing):
             self.scores[name] = {arm: done[name][arm] for arm in samples}
 
     def rows(self, names: list[str]) -> list[RowScores]:

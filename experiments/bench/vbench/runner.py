@@ -17,6 +17,7 @@ from erta.errors import ErtaError
 
 WORKER = Path(__file__).with_name("worker.py")
 BASE_TIMEOUT_S, TIMEOUT_PER_VIDEO_S = 1800, 120
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # the worker is alone
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # what is missing was named before, not fetched
 
 
@@ -90,10 +91,11 @@ def _ask(request: dict[str, Any], python: str | None, timeout_s: float) -> dict[
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         asked.write_text(json.dumps({**request, "scratch": scratch}))
+        surroundings = {key: value for key, value in os.environ.items() if not key.startswith(OF_RANKS)}
         command = [python or sys.executable, str(WORKER), str(asked), str(answer)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, check=False, env={**os.environ, **OFFLINE}
+                command, capture_output=True, text=True, timeout=timeout_s, check=False, env={**surroundings, **OFFLINE}
             )
         except subprocess.TimeoutExpired as error:
             raise ErtaError(f"the VBench worker took more than {timeout_s:.0f} s") from error

@@ -19,7 +19,7 @@ from erta.scheduler import with_grid
 from erta.signature import check_signature
 from erta.solver import Solver, linear_solver
 from experiments.harness.arm import Arm
-from experiments.harness.calibrations import CALIBRATION_SEED, MADE_HERE
+from experiments.harness.calibrations import CALIBRATION_SEED, kept_path
 from experiments.harness.kept import kept, note_spent
 from experiments.harness.setup import Setup
 from experiments.output import console
@@ -81,7 +81,7 @@ def kept_trajectories(setup: Setup, name: str, prompts: list[str], seeds: list[i
     """
     made_for = {key: value for key, value in setup.signature.items() if key != "site"}
     digest = hashlib.sha256(json.dumps([made_for, setup.size, prompts, seeds, setup.kwargs]).encode()).hexdigest()[:10]
-    path = MADE_HERE / f"{setup.cfg.model.name}-{name}-{digest}.safetensors"
+    path = kept_path(f"{setup.cfg.model.name}-{name}-{digest}.safetensors")
     partial = path.with_name(path.stem + ".unfinished.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):

@@ -18,7 +18,7 @@ from erta.errors import ErtaError
 from experiments.bench import fidelity
 from experiments.bench.fidelity import Lpips, psnr_db, ssim
 from experiments.output import clips
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from experiments.scenes import render, sample_scene
 
 

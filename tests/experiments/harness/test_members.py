@@ -20,7 +20,8 @@ from experiments.harness import members
 from experiments.harness.config import CONF
 from experiments.harness.members import Member, chosen, run_members
 from experiments.output import console
-from experiments.output.run_folder import STATE_FILE, config_hash, write_json
+from experiments.output.files import write_json
+from experiments.output.run_folder import STATE_FILE, config_hash
 from tests.commands import QUICK
 
 MINE = [Member("one", ("experiment=model_card",)), Member("two", ("experiment=model_card", "model=flux_tiny"))]

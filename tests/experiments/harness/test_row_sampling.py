@@ -14,7 +14,7 @@ from erta.errors import BudgetError, ExecutionMismatch
 from experiments.harness import arm, row_sampling
 from experiments.harness.generate import Sample
 from experiments.harness.rows import Row
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from experiments.prompts.choose import Prompt
 from tests.commands import folders
 

@@ -15,7 +15,7 @@ import torch
 from erta.errors import BudgetError, ErtaError
 from experiments.harness import workers
 from experiments.harness.workers import Event, shared_threads
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 
 
 def misbehave(piece: str) -> None:

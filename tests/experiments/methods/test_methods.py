@@ -15,7 +15,7 @@ import experiments.methods
 from erta.online import online
 from experiments.harness import catalogue
 from experiments.methods.easycache import EasyCache
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from tests.commands import folders
 from tests.pipelines import FLUX_CALL, build_flux, generate
 

@@ -25,7 +25,7 @@ from experiments.methods.l2p import combination_of
 from experiments.methods.l2p import combinations as l2p_weights
 from experiments.methods.meancache import MeanCache, foretold
 from experiments.methods.oss import Search
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from tests.commands import config, folders
 from tests.pipelines import CALL, PROMPTS, STEPS, build_pipe, run
 

@@ -19,7 +19,7 @@ from experiments.harness import config
 from experiments.harness.config import CONF
 from experiments.harness.generate import generate
 from experiments.models import load
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from tests.commands import folders
 from tests.pipelines import CALL, PROMPTS, build_pipe, run
 

@@ -34,7 +34,7 @@ def test_a_clip_that_a_full_disk_cut_off_is_an_error_and_no_file(tmp_path, monke
     free = [1 << 30]
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free[0]}))
     for kept in (0, moov // 2, moov, len(content) - 1):
-        monkeypatch.setattr(imageio.v2, "mimwrite", lambda *a, kept=kept, **k: path.write_bytes(content[:kept]))
+        monkeypatch.setattr(imageio.v2, "mimwrite", lambda to, *a, kept=kept, **k: to.write_bytes(content[:kept]))
         for free[0], message in ((1 << 30, "not written whole"), (0, "No space left")):
             with pytest.raises(OSError, match=message):
                 clips.write_lossless(clip(), path)

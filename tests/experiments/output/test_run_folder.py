@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,16 +10,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from erta.errors import ErtaError
-from experiments.harness import pair
+from experiments.harness import calibrations, pair
+from experiments.harness.calibrations import kept_path
 from experiments.harness.config import CONF
-from experiments.output.run_folder import (
-    append_line,
-    check_inputs,
-    environment,
-    mark_finished,
-    open_folder,
-    read_lines,
-)
+from experiments.output import clips
+from experiments.output.files import append_line, read_lines
+from experiments.output.run_folder import check_inputs, environment, mark_finished, open_folder
 from tests.commands import folders
 
 
@@ -80,29 +77,29 @@ def config(*overrides: str):
 @pytest.mark.parametrize("chosen", [True, False])
 def test_other_weights_do_not_continue_a_run(tmp_path, chosen):
     """Mutant: a folder named by the user forgets what its rows were made with."""
-    folder = open_folder(config(), tmp_path / "outputs" / "run", chosen)
-    check_inputs(folder, {"weights": "a"})
-    append_line(folder / "rows.jsonl", {"row": 1})
-    again = open_folder(config(), tmp_path / "outputs" / ("run" if chosen else "later"), chosen)
-    assert again == folder
-    check_inputs(again, {"weights": "a"})
-    with pytest.raises(ErtaError, match="weights changed since the run in .* began: start anew with resume=false"):
-        check_inputs(again, {"weights": "b"})
+    with open_folder(config(), tmp_path / "outputs" / "run", chosen) as folder:
+        check_inputs(folder, {"weights": "a"})
+        append_line(folder / "rows.jsonl", {"row": 1})
+    with open_folder(config(), tmp_path / "outputs" / ("run" if chosen else "later"), chosen) as again:
+        assert again == folder
+        check_inputs(again, {"weights": "a"})
+        with pytest.raises(ErtaError, match="weights changed since the run in .* began: start anew with resume=false"):
+            check_inputs(again, {"weights": "b"})
     assert read_lines(folder / "rows.jsonl") == [{"row": 1}]
 
 
 @pytest.mark.parametrize("how", ["finished", "resume=false"])
 def test_a_new_run_in_the_same_folder_starts_with_nothing(tmp_path, how):
     """Mutants: the old inputs kept, so that new weights are refused for ever; a comparison's old set-up times kept."""
-    folder = open_folder(config(), tmp_path / "run", True)
-    check_inputs(folder, {"weights": "a"})
+    with open_folder(config(), tmp_path / "run", True) as folder:
+        check_inputs(folder, {"weights": "a"})
     append_line(folder / "rows.jsonl", {"row": 1})
     append_line(folder / "arms.jsonl", {"row": 1, "calibration_s": 9.0})
     (folder / "left_out.json").write_text('{"row": "why"}')
     if how == "finished":
         mark_finished(folder)
-    open_folder(config(*([how] if "=" in how else [])), folder, True)
-    check_inputs(folder, {"weights": "b"})
+    with open_folder(config(*([how] if "=" in how else [])), folder, True):
+        check_inputs(folder, {"weights": "b"})
     assert read_lines(folder / "rows.jsonl") == read_lines(folder / "arms.jsonl") == []
     assert not (folder / "left_out.json").exists()
 
@@ -118,3 +115,75 @@ def test_the_command_says_what_decides_the_result(monkeypatch):
     ]
     monkeypatch.setattr(sys, "argv", typed)
     assert environment()["command"] == "python run.py model=wan21_tiny cache.steps=25"
+
+
+def test_rows_that_stand_twice_and_torn_previews_are_made_anew(command, tmp_path):
+    """Mutants: rows counted, so that a prompt twice there stands for another; a truncated preview blocks the run for ever."""
+    job = ("cache=uniform", "bench=fidelity", "hydra.run.dir=out")
+    assert command(*job)[0] == 0
+    folder = tmp_path / "out"
+    record, rows = json.loads((folder / "record.json").read_text()), read_lines(folder / "per_prompt.jsonl")
+    lines = (folder / "per_prompt.jsonl").read_text().splitlines(keepends=True)
+    foreign = json.dumps({**rows[0], "index": 0, "seed": 77}) + "\n"
+    (folder / "per_prompt.jsonl").write_text(foreign + lines[0] + lines[1] + lines[1])
+    preview = folder / "samples" / "cached" / "000.webp"
+    preview.write_bytes(preview.read_bytes()[:300])
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "finished": False}))
+    code, printed = command(*job)
+    assert code == 0 and "1 of 3 prompts are done" in printed and "foreign, or twice there" in printed, printed
+    again = json.loads((folder / "record.json").read_text())
+    assert again["metrics"]["psnr_db"] == record["metrics"]["psnr_db"] and again["forced"] == []
+    found = read_lines(folder / "per_prompt.jsonl")
+    assert sorted(row["index"] for row in found) == [0, 1, 2] and clips.is_whole(preview)
+
+
+def test_other_code_does_not_continue_a_run_unless_it_is_forced(command, tmp_path, monkeypatch):
+    """Mutant: rows of two versions of the code in one record, which does not say so."""
+    append = pair.append_line
+
+    def interrupted(path, row):
+        append(path, row)
+        raise KeyboardInterrupt
+
+    job = ("cache=uniform", "bench=fidelity", "hydra.run.dir=out")
+    monkeypatch.setattr(pair, "append_line", interrupted)
+    assert command(*job)[0] == 130
+    monkeypatch.setattr(pair, "append_line", append)
+    state = json.loads((tmp_path / "out" / "state.json").read_text())
+    state["inputs"]["source"] = "another"
+    (tmp_path / "out" / "state.json").write_text(json.dumps(state))
+    code, printed = command(*job)
+    assert code == 1 and "source changed since the run in" in printed and "resume=force" in printed
+    code, printed = command(*job, "resume=force")
+    assert code == 0 and json.loads((tmp_path / "out" / "record.json").read_text())["forced"] == ["source"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "3", '{"config_hash": 3}'])
+def test_a_foreign_state_file_breaks_nothing(tmp_path, content):
+    foreign = tmp_path / "outputs" / "day" / "foreign"
+    foreign.mkdir(parents=True)
+    (foreign / "state.json").write_text(content)
+    with open_folder(config(), tmp_path / "outputs" / "day" / "run", False) as folder:
+        assert folder.name == "run"
+    assert (foreign / "state.json").read_text() == content
+
+
+def test_a_command_that_fails_leaves_no_folder(command, tmp_path):
+    for bad in ("calibration.path=nowhere.safetensors", "seed=-1", "bench.prompts=nowhere.txt"):
+        assert command(bad)[0] == 1 and not (tmp_path / "outputs").exists(), bad
+    code, printed = command("hydra.run.dir=")
+    assert code == 1 and "names no folder" in printed and not (tmp_path / ".hydra").exists()
+
+
+def test_another_folder_where_the_working_one_cannot_be_written(tmp_path, monkeypatch):
+    """Calibrations too. Mutant: outputs/calibrations of the working folder, whatever that is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert kept_path("a.json") == Path("outputs/calibrations/a.json")
+    monkeypatch.setattr(calibrations.os, "access", lambda place, mode: "home" in str(place) or place != tmp_path)
+    (tmp_path / "home").mkdir()
+    assert kept_path("a.json") == tmp_path / "home" / ".cache" / "erta" / "calibrations" / "a.json"
+    Path("outputs/calibrations").mkdir(parents=True)
+    Path("outputs/calibrations/a.json").write_text("{}")
+    assert kept_path("a.json") == Path("outputs/calibrations/a.json")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 import erta
 from erta.errors import ErtaError
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from experiments.prompts.files import FilePrompt, read_prompt_file
 from tests.commands import folders
 
@@ -134,3 +135,27 @@ def test_calibration_prompts_that_cannot_be_used(command, tmp_path):
     assert "seed.jsonl gives a seed to '001'" in said("calibration.prompts=seed.jsonl")
     assert "cannot read the prompts from none.txt" in said("calibration.prompts=none.txt")
     assert "would not be read" in said("calibration.prompts=one.txt", "calibration.path=x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"a red circle\ra blue star\r", "line 1 ends in a carriage return alone"),
+        ("p.txt", b"a red circle\n\x00\n", r"line 2 holds '\\x00'"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "a\\ud800"}\n', "line 2 holds"),
+        ("p.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000 + b"\n", "line 2 is nested too deeply"),
+        ("p.json", b"[" * 100_000, "line 1 is nested too deeply"),
+        ("p.jsonl", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n", "line 1 is not JSON"),
+    ],
+)
+def test_content_that_is_no_text(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ErtaError, match=said):
+        read_prompt_file(tmp_path / name)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """Mutant: a command that hangs until somebody writes."""
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(ErtaError, match="line 1 cannot be read twice: it is a pipe"):
+        read_prompt_file(tmp_path / "p.txt")

@@ -9,6 +9,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from safetensors.torch import load_file
 from torch import nn
 
+from erta.errors import ErtaError
+from experiments import train_tiny
 from experiments.scenes import Object, Scene, caption, render, sample_scene
 from experiments.scenes.captions import words_of
 from experiments.scenes.tokenizer import build_tokenizer
@@ -25,6 +27,7 @@ from experiments.training.video_transformer import (
     object_cells,
 )
 from experiments.training.video_vae import build_vae, set_latent_statistics
+from tests import commands
 
 
 def trainer(folder) -> tuple[Trainer, nn.Module]:
@@ -207,3 +210,19 @@ def test_tokenizer_drops_punctuation_and_case():
     ids = tokenizer("red zebra").input_ids
     assert ids[1] == tokenizer.unk_token_id and ids[-1] == tokenizer.eos_token_id
     assert build_text_encoder(len(tokenizer), 0).config.d_model == TEXT_DIM
+
+
+def test_checkpoints_go_on_under_their_own_code(tmp_path, monkeypatch):
+    """Mutants: checkpoints of two versions of the world mixed; `resume=false` that throws hours of training away."""
+    work = tmp_path / "work"
+    for _ in range(2):
+        train_tiny.check_source(commands.config("experiment=train_tiny"), work)
+    (work / "checkpoint.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(train_tiny, "source_digest", lambda *_: "another")
+    with pytest.raises(ErtaError, match="source changed since the run in .*work began"):
+        train_tiny.check_source(commands.config("experiment=train_tiny"), work)
+    train_tiny.check_source(commands.config("experiment=train_tiny", "resume=force"), work)
+    train_tiny.check_source(commands.config("experiment=train_tiny", "resume=false"), work)
+    assert not (work / "checkpoint.safetensors").exists() and list(
+        tmp_path.glob("work.before-*/checkpoint.safetensors")
+    )

@@ -12,7 +12,7 @@ from erta.errors import ErtaError
 from experiments.bench.vbench import evaluation, suite
 from experiments.harness import pair
 from experiments.output import clips
-from experiments.output.run_folder import read_lines
+from experiments.output.files import read_lines
 from tests import commands
 from tests.experiments.bench.vbench.suites import ENTRIES, LONG
 from tests.experiments.bench.vbench.test_scores import MADE_UP
