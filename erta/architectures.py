@@ -1,12 +1,13 @@
 """All that the project knows of a transformer class, one entry each: add an entry here, and every room knows the class.
 
 What is not named in an entry is unknown, and what needs it says so before anything is computed. `site=output` works without
-one on every class whose output is the velocity alone.
+one on every class whose output is of the form of its input, with the channels on axis 1 or, of packed tokens, last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,8 +80,9 @@ class Architecture:
         inputs: what its pipeline calls it with beside latent, timestep and text.
         is_packed: its pipeline packs 2x2 latents into one token.
         is_told_the_step: its pipeline's `cache_context` carries step and sigma, which diffusers' SeaCache asks for.
-        beside_velocity: what its output holds beside the velocity; such a class is refused, since a reused step could not
-            give that.
+        beside_velocity: where its output holds more than the velocity, which a reused step repeats from the last computed
+            one: `channels`, as many again (a learned variance, which pipelines drop), or `output`, a second one (sound).
+        references_before: the argument that says how many tokens of references lie before the latent's, and are not answered.
         published: models with published sizes in `experiments/models/architectures.yaml`.
     """
 
@@ -95,6 +97,7 @@ class Architecture:
     is_packed: bool = False
     is_told_the_step: bool = False
     beside_velocity: str | None = None
+    references_before: str | None = None
     published: tuple[str, ...] = ()
 
     def channel_axis_of(self, latent: torch.Tensor) -> int:
@@ -148,8 +151,35 @@ def model_name(transformer: nn.Module) -> str:
 
 
 def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The latent (or the tokens) that a module was called with."""
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    """The latent (or the tokens) that a module was called with; a list of them, one a sample, as one tensor.
+
+    Raises InstallError for a list of latents that are not of one shape.
+    """
+    latent = raw_latent(args, kwargs)
+    if not isinstance(latent, list):
+        return latent
+    if len({getattr(one, "shape", None) for one in latent}) > 1 or not isinstance(latent[0], torch.Tensor):
+        raise InstallError("this call gives its transformer latents of several shapes: that cannot be cached")
+    return torch.stack(latent)
+
+
+HOOK_NAME = "erta_cache"  # of ours, in diffusers' registry of a transformer's hooks
+
+
+@contextmanager
+def at_rest(transformer: nn.Module) -> Iterator[None]:
+    """Inside the `with`, no forward of another thread has the transformer's blocks exchanged (`site=blocks`)."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook(HOOK_NAME)
+    with nullcontext() if hook is None else hook.lock:
+        yield
+
+
+def raw_latent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The latent in the form in which a module was given it."""
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    return args[0] if args else kwargs["x"]
 
 
 def _wan_signal(transformer: Any, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -270,10 +300,14 @@ ENTRIES = (
         is_told_the_step=True,
         published=("open_sora_12",),
     ),
-    Architecture("PixArtTransformer2DModel", beside_velocity="a learned variance"),
-    Architecture("LatteTransformer3DModel", beside_velocity="a learned variance"),
-    Architecture("HunyuanDiT2DModel", beside_velocity="a learned variance"),
-    Architecture("LuminaNextDiT2DModel", beside_velocity="a learned variance"),
-    Architecture("LTX2VideoTransformer3DModel", beside_velocity="the sound's"),
+    Architecture("Flux2Transformer2DModel", references_before="num_ref_tokens"),  # at the first step, by Klein KV
+    Architecture("PixArtTransformer2DModel", beside_velocity="channels"),
+    Architecture("LatteTransformer3DModel", beside_velocity="channels"),
+    Architecture("HunyuanDiT2DModel", beside_velocity="channels"),
+    Architecture("LuminaNextDiT2DModel", beside_velocity="channels"),
+    Architecture("SanaTransformer2DModel", beside_velocity="channels"),
+    Architecture("LTX2VideoTransformer3DModel", beside_velocity="output"),
+    Architecture("Kandinsky5Transformer3DModel", channel_axis=4),  # (b, frames, height, width, channels)
+    Architecture("ConsisIDTransformer3DModel", channel_axis=2),  # (b, frames, channels, height, width)
 )
 ARCHITECTURES = {entry.name: entry for entry in ENTRIES}

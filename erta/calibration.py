@@ -22,7 +22,7 @@ from erta.architectures import architecture_of
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
 from erta.files import replacing
 from erta.grid import adjusted_sigmas, longer_last_step, step_scale
-from erta.guidance import guidance_scale_of, second_scale_of
+from erta.guidance import combining_scale_of, guidance_scale_of, second_scale_of
 from erta.hooks import observed
 from erta.loading import Fields, check_array, check_readable
 from erta.pipeline import call_arguments, check_bare, find_denoiser, find_denoisers, latent_call
@@ -37,15 +37,15 @@ from erta.policy import (
     threshold_mask,
     uniform_mask,
 )
+from erta.prompts import single_calls
 from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
-from erta.scheduler import counting, has_sigmas, nominal_sigmas, step_index
-from erta.signature import check_signature, model_signature
+from erta.scheduler import first_index, has_movable_sigmas
+from erta.signature import argument_signature, check_signature, model_signature
 from erta.site import SITES, make_site
 from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
 
 SCHEMA = "erta.calibration/2"
 DEFAULT_WINDOW = 16
-PER_PROMPT = frozenset({"prompt", "generator", "latents"})  # set for each prompt
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,10 @@ def _check_loaded(calibration: Calibration, path: str | Path) -> None:
     signature.text("site", SITES)
     signature.text("grid", ("sigmas", "timesteps"))
     signature.wholes("latent_shape")
-    signature.number("guidance_scale", 0, optional=True)
-    signature.number("guidance_scale_2", 0, optional=True)
+    for key in ("guidance_scale", "guidance_scale_2"):
+        signature.number(key, 0, optional=True)
     signature.whole("takeover", 0, steps, optional=True)
+    signature.whole("begin", 0, optional=True)
     record.texts("prompts", 1)
     record.texts("skipped")
     for key in ("seconds", "forward_s"):
@@ -294,7 +295,7 @@ def _options_that_count(options: PlanOptions) -> dict[str, Any]:
 
 def calibrate(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str] | None = None,
     *,
     site: str = "output",
     window: int = DEFAULT_WINDOW,
@@ -307,40 +308,35 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline with one transformer, or with two of which the second takes over at some step
             (Wan2.2); residuals of one are never compared with the other's.
-        prompts: at least one; the paper's appendix finds 20 as good as 1000.
+        prompts: at least one, or None with `prompt_embeds=` among the rest, (prompts, tokens, width) as the pipeline takes
+            them; the paper's appendix finds 20 as good as 1000.
         site: where the residual lives, `output` or `blocks` (see `erta.site`); plans inherit it.
         window: how many steps apart a pair may be; longer reuse cannot be planned.
         seed: prompt k starts from the noise of a CPU generator seeded with seed + k.
         on_prompt: called after every prompt with its number and the calibration so far (progress, saving).
         pipeline_kwargs: go to the pipeline: num_inference_steps, guidance_scale, height, width, ...
 
-    A prompt with an output that is not finite is left out, with a warning that names prompt and step.
+    A prompt with an output that is not finite is left out, with a warning that names prompt and step. What the pipeline runs
+    of its schedule is what is planned: with `strength` below 1 a part of it, with `sigmas=` those.
 
-    Raises ErtaError for no prompts, none left, or guidance that cannot be told apart; InstallError for a transformer that the
-    site does not know.
+    Raises ErtaError for no prompts, none left, more than one sample a prompt, guidance that cannot be told apart or changes on
+    the way, and a solver of more than one forward a step; InstallError for a transformer that the site does not know.
     """
-    if not prompts:
-        raise ErtaError("calibration needs at least one prompt")
-    if taken := sorted(PER_PROMPT & pipeline_kwargs.keys()):
-        raise ErtaError(
-            f"calibrate(…, {taken[0]}=…) is not read: each of prompts is run from the noise of seed and its number"
-        )
+    calls = single_calls(prompts, pipeline_kwargs)
     choice_index("site", site, SITES)
     if window < 1:
         raise ErtaError(f"window must be at least 1, not {window}")
-    if pipeline_kwargs.get("num_videos_per_prompt", pipeline_kwargs.get("num_images_per_prompt", 1)) != 1:
-        raise ErtaError("calibrate with one sample per prompt")
     check_bare(pipe)
     make_site(site, find_denoiser(pipe))  # raises InstallError for what this site cannot be on
     calibration: Calibration | None = None
     skipped: list[str] = []
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, arguments) in enumerate(calls):
         try:
-            one = _calibrate_one(pipe, prompt, seed + index, site, window, pipeline_kwargs)
+            one = _calibrate_one(pipe, prompt, latent_call(None, seed + index, arguments), seed + index, site, window)
         except NonFiniteError as error:
             skipped.append(prompt)
             named = f"prompt {index + 1} ({prompt!r}): {error}"
-            if index == len(prompts) - 1 and calibration is None:
+            if index == len(calls) - 1 and calibration is None:
                 raise NonFiniteError(f"{named}; no prompt is left") from error
             warnings.warn(f"{named}; it is left out of the calibration", stacklevel=2)
         except ErtaError as error:
@@ -355,32 +351,37 @@ def calibrate(
     return calibration
 
 
-def _calibrate_one(
-    pipe: Any, prompt: str, seed: int, site: str, window: int, pipeline_kwargs: dict[str, Any]
-) -> Calibration:
+def _calibrate_one(pipe: Any, prompt: str, call: dict[str, Any], seed: int, site: str, window: int) -> Calibration:
     transformers, architecture = find_denoisers(pipe), architecture_of(find_denoiser(pipe))
-    kwargs = latent_call(prompt, seed, pipeline_kwargs)
-    arguments = call_arguments(type(pipe), pipe, (), kwargs)
+    arguments = call_arguments(type(pipe), pipe, (), call)
     scale, second = guidance_scale_of(arguments), second_scale_of(arguments)
-    observer = TrajectoryObserver(window, scale, architecture, eager=site != "output", guidance_scale_2=second)
-    scheduler = counting(pipe.scheduler)
-    with observed(transformers, observer.observe, partial(make_site, site), lambda: step_index(scheduler)) as hooks:
-        own_scheduler, pipe.scheduler = pipe.scheduler, scheduler
+    observer = TrajectoryObserver(
+        window,
+        scale,
+        architecture,
+        eager=site != "output",
+        guidance_scale_2=second,
+        combines_by=combining_scale_of(arguments),
+    )
+    with observed(pipe, observer.observe, partial(make_site, site)) as session:
+        session.show_step = observer.stepped
         started = time.perf_counter()
-        try:
-            pipe(**kwargs)
-        finally:
-            pipe.scheduler = own_scheduler
-    sigmas = nominal_sigmas(scheduler)
+        pipe(**call)
+        scheduler, sigmas = session.scheduler, session.sigmas
+    if not len(sigmas):
+        raise ErtaError(f"{type(pipe).__name__} denoised without setting a grid of steps: there is nothing to plan on")
     statistics = observer.finish(len(sigmas) - 1)
     signature = {
         **model_signature(pipe),
+        **argument_signature(arguments),
         "sigmas": [float(s) for s in sigmas],
+        "begin": first_index(scheduler),
         "guidance_scale": None if scale is None else float(scale),
         "latent_shape": list(observer.latent_shape or ()),
         "branches": observer.branches,
+        "given_to_solver": observer.given_to_solver,
         "site": site,
-        "grid": "sigmas" if has_sigmas(scheduler) else "timesteps",
+        "grid": "sigmas" if has_movable_sigmas(scheduler) else "timesteps",
     }
     if 1 in transformers:
         signature["guidance_scale_2"] = None if second is None else float(second)
@@ -391,7 +392,7 @@ def _calibrate_one(
         "first_seed": seed,
         "window": window,
         "seconds": time.perf_counter() - started,
-        "forward_s": sum(hook.transformer.seconds for hook in hooks),
+        "forward_s": sum(hook.transformer.seconds for hook in session.hooks.values()),
         "device": str(pipe._execution_device),
         "dtype": str(find_denoiser(pipe).dtype),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},

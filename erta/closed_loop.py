@@ -17,17 +17,18 @@ import torch
 from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError, choice_index
 from erta.guidance import branches_of, split
-from erta.pipeline import SESSION, find_denoiser, latent_call
+from erta.pipeline import find_denoiser, latent_call
 from erta.plan import Plan, Rectification
+from erta.prompts import prompt_list
 from erta.rectifier import RECTIFIERS, Moments, fit_linear
-from erta.session import cached
+from erta.session import cached, planned_session
 from erta.statistics import channel_moments
 
 
 def refit(
     pipe: Any,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     seed: int = 0,
     rectifier: str = "channel",
@@ -44,13 +45,12 @@ def refit(
 
     Raises ErtaError without prompts, or for a plan that reuses nothing.
     """
-    if not prompts:
-        raise ErtaError("fitting needs at least one prompt")
+    texts = prompt_list(prompts)
     if plan.branches is None or all(plan.mask):
         raise ErtaError("only a plan from a calibration, with reused steps, can be fitted again")
     choice_index("rectifier", rectifier, RECTIFIERS)
     moments: Moments | None = None
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(texts):
         one = _observe(pipe, plan, prompt, seed + index, pipeline_kwargs)
         moments = one if moments is None else moments.merge(one)
         if on_prompt is not None:
@@ -86,7 +86,7 @@ def _observe(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str, An
             found[step, branches.index(name)] = sums, value.numel() // value.shape[axis]
 
     with cached(pipe, plan):
-        pipe.__dict__[SESSION].show_reuse(note)
+        planned_session(pipe).show_reuse(note)
         pipe(**latent_call(prompt, seed, kwargs))
     channels = next(iter(found.values()))[0].shape[1]
     arrays = np.zeros((6, plan.num_steps, len(branches), channels))

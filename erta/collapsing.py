@@ -31,11 +31,21 @@ def collapse(pipe: Any, plan: Plan, trajectories: Trajectories | None = None) ->
     A rectifier whose coefficients differ by guidance branch is no function of the guided output, which is all that a solver
     sees. In its place one is fitted to the guided output along `trajectories` (`erta.record`).
 
-    Raises ErtaError for `site=blocks`, for the sigmoid form, for a rectifier that differs by branch without trajectories, and
-    for a scheduler that is not linear; SignatureMismatch for a plan of another model.
+    Raises ErtaError for `site=blocks`, for a part of a schedule, for a pipeline that gives its solver something else than
+    velocities, for the sigmoid form, for a rectifier that differs by branch without trajectories, and for a scheduler that is not
+    linear; SignatureMismatch for a plan of another model.
     """
     if plan.site != "output":
         raise ErtaError(f"site={plan.site} runs parts of the transformer at reused steps: only site=output is a solver")
+    if plan.begin:
+        raise ErtaError("this plan is for a part of a schedule (strength below 1): only whole schedules are solvers")
+    given = (plan.signature or {}).get("given_to_solver", "velocity")
+    if given == "else" or (given == "negated" and plan.reuse == "residual"):
+        raise ErtaError(
+            f"{type(pipe).__name__} does not give its solver the guided velocity, but "
+            + ("the same negated: plan with reuse='velocity'" if given == "negated" else "something else made of it")
+            + ", so that this plan is no solver. Use erta.cached"
+        )
     if plan.signature is not None:
         check_signature(plan.signature, model_signature(pipe))
     nominal = plan.sigmas if plan.nominal_sigmas is None else plan.nominal_sigmas

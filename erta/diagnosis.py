@@ -12,9 +12,7 @@ with u the outputs that the cached run used, v(xc) and v(x) the model's on the c
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +23,14 @@ from torch import nn
 from erta.architectures import Architecture, architecture_of
 from erta.coefficients import Coefficients
 from erta.errors import ErtaError
-from erta.guidance import branches_of, guidance_scale_of, guide, second_scale_of, split
+from erta.guidance import branches_of, combining_scale_of, guide, is_known_pair, second_scale_of, split
 from erta.hooks import observed
-from erta.pipeline import SESSION, call_arguments, find_denoiser, find_denoisers, latent_call
+from erta.pipeline import Session, call_arguments, find_denoiser, latent_call
 from erta.plan import Plan
-from erta.scheduler import step_index
-from erta.session import cached
+from erta.scheduler import first_index
+from erta.session import cached, planned_session
 from erta.site import SeenForward, Site, make_site
-from erta.trajectories import watched
+from erta.trajectories import steps_shown
 
 DIRECTION_STRIDE = 100_000  # between the seeds of the directions
 _Scales = tuple[float | None, float | None]
@@ -64,10 +62,15 @@ def decompose(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_k
     """Split the error of one cached run against the uncached run from the same noise (ERTACache, Eq. 11, made exact).
 
     Costs two uncached runs: at reused steps the model is evaluated as well. Raises what `erta.cached` raises, and
-    ErtaError for schedulers without sigmas.
+    ErtaError for schedulers without sigmas and for guidance branches without names.
     """
     if not hasattr(pipe.scheduler, "step_index"):
         raise ErtaError(f"{type(pipe.scheduler).__name__} does not step along sigmas: its error is not split")
+    if plan.branches is not None and len(plan.branches) > 1 and not is_known_pair(plan.branches):
+        raise ErtaError(
+            f"this pipeline does not name its guidance branches, which are {list(plan.branches)} here: its error is not split. "
+            "Switch guidance off"
+        )
     reused = _run_cached(pipe, plan, prompt, seed, pipeline_kwargs)  # first, since it checks the call against the plan
     uncached = _run_uncached(pipe, plan, prompt, seed, pipeline_kwargs)
     steps = range(plan.num_steps)
@@ -161,7 +164,7 @@ def propagation_gain(
             raise ErtaError(f"there is no step {changed} to disturb, or {relative_size:g} is lost in rounding")
         return latents, size
 
-    with watched(pipe, look):
+    with steps_shown(pipe, look):
         undisturbed = _final_latents(pipe(**latent_call(prompt, seed, pipeline_kwargs)))
     gains = np.empty((len(after_steps), 1 if along else directions))
     for place, step in enumerate(after_steps):
@@ -186,7 +189,7 @@ def reuse_error_by_channel(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0,
         sums.append(error.mean(dim=[d for d in range(error.ndim) if d != axis]))
 
     with cached(pipe, plan):
-        pipe.__dict__[SESSION].show_reuse(note)
+        planned_session(pipe).show_reuse(note)
         pipe(**latent_call(prompt, seed, pipeline_kwargs))
     if not sums:
         raise ErtaError("this plan reuses nothing, so there is no error to look at")
@@ -206,31 +209,22 @@ class _Run:
     def integrate(self, noise: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
         """The solver alone over given outputs: linear in noise and outputs together."""
         scheduler, x = copy.deepcopy(self.scheduler), noise
-        for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        for timestep, output in zip(scheduler.timesteps[first_index(scheduler) :], outputs, strict=True):
             x = scheduler.step(output, timestep, x, return_dict=False)[0]
         return x.double()
 
 
-@contextmanager
-def _recorded(pipe: Any, run: _Run) -> Iterator[None]:
-    """Note what the pipeline's scheduler is given at every step."""
-    scheduler, own_step = pipe.scheduler, pipe.scheduler.step
+def _record(session: Session, run: _Run) -> None:
+    """Note what the scheduler of the session's calls is given at every step."""
 
-    @functools.wraps(own_step)  # pipelines inspect its signature
-    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def note(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         if run.scheduler is None:
-            del scheduler.step
             run.scheduler = copy.deepcopy(scheduler)
-            scheduler.step = step
+            del run.scheduler.step  # the solver's own, which notes nothing
             run.noise = sample.double()
         run.outputs.append(model_output.double())
-        return own_step(model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        del scheduler.step
+    session.show_step = note
 
 
 class _OpenLoop:
@@ -267,8 +261,8 @@ def _run_uncached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[st
     def site_of(transformer: nn.Module) -> Site:
         return make_site(plan.site, transformer, plan.reuse)
 
-    step = functools.partial(step_index, pipe.scheduler)
-    with observed(find_denoisers(pipe), open_loop.observe, site_of, step), _recorded(pipe, run):
+    with observed(pipe, open_loop.observe, site_of) as session:
+        _record(session, run)
         run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
     run.open_loop_errors = open_loop.guided()
     return run
@@ -283,9 +277,12 @@ def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str,
         true.setdefault(step, {}).update(parts)
 
     with cached(pipe, plan) as trace:
-        pipe.__dict__[SESSION].show_reuse(note)
-        with _recorded(pipe, run):
-            run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
+        session = planned_session(pipe)
+        session.show_reuse(note)
+        _record(session, run)
+        run.latents = _final_latents(pipe(**latent_call(prompt, seed, kwargs)))
+    if true and next(iter(next(iter(true.values())).values())).shape != run.outputs[0].shape:
+        raise ErtaError("the solver is given a part of what the transformer makes (references): its error is not split")
     for step, output in enumerate(run.outputs):
         run.truth.append(guide(true[step], scales[trace.stages[step]]) if step in true else output)
     return run
@@ -294,7 +291,7 @@ def _run_cached(pipe: Any, plan: Plan, prompt: str, seed: int, kwargs: dict[str,
 def _guidance_scales(pipe: Any, prompt: str, kwargs: dict[str, Any]) -> _Scales:
     """Of the first and the second transformer."""
     arguments = call_arguments(type(pipe), pipe, (), {**kwargs, "prompt": prompt})
-    return guidance_scale_of(arguments), second_scale_of(arguments)
+    return combining_scale_of(arguments), second_scale_of(arguments)
 
 
 def _final_latents(result: Any) -> torch.Tensor:

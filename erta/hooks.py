@@ -1,7 +1,7 @@
-"""The one place that touches a pipeline's forward: hooks on the root transformer, or on each of two (Wan2.2).
+"""What happens at a forward of a transformer: a plan is carried out, or an uncached run is looked at.
 
-Both hooks replace the transformer's forward through diffusers' own hook registry and come off without a
-trace. The step comes from the scheduler, the guidance branch from the pipeline's `cache_context`.
+The step comes from the scheduler, the guidance branch from the pipeline's `cache_context`, or from what can be seen of a call
+without one (see `erta.guidance`). How a forward gets here, and nobody else's, is the matter of `erta.attachment`.
 """
 
 from __future__ import annotations
@@ -11,82 +11,112 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from erta.architectures import architecture_of, latent_of
+from erta.architectures import architecture_of
+from erta.attachment import (
+    Answers,
+    attach,
+    attach_again_if_dropped,
+    check_free,
+    check_weights_form,
+    detach,
+    weights_form,
+)
 from erta.coefficients import Coefficients
 from erta.errors import ExecutionMismatch, InstallError, SignatureMismatch
-from erta.guidance import SINGLE_BRANCH, branches_of
-from erta.pipeline import SESSION, Session, find_denoisers
+from erta.guidance import branches_of, unnamed_context
+from erta.pipeline import Session, find_denoisers, leaving
 from erta.plan import Plan
-from erta.site import SeenForward, Site
-from erta.trace import CallTrace, Stopwatch, Trace
+from erta.scheduler import check_one_forward_a_step, counting, first_index, settle_start, step_index
+from erta.site import BlocksSite, SeenForward, Site
+from erta.trace import CallTrace, Stopwatch, Trace, UncheckedTrace
 
-HOOK_NAME = "erta_cache"
-OBSERVER_NAME = "erta_observer"
-AnyHook = TypeVar("AnyHook", bound="_BranchHook")
+AnyHook = TypeVar("AnyHook", bound="BranchHook")
 OnReuse = Callable[[int, str, torch.Tensor, Callable[[], torch.Tensor]], None]
+Forward = Callable[..., Any]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _BranchState(BaseState):
-    """What one guidance branch keeps: the last computed residual (or velocity)."""
+class BranchHook(Answers):
+    """What a session does at a forward of one transformer. Keeps something for each guidance branch."""
 
-    def __init__(self) -> None:
-        self.value: torch.Tensor | None = None
+    branches: tuple[str, ...] | None = None  # that are planned
+    samples: int | None = None  # that the call at hand makes, where that tells branches apart
+    started: Callable[[], None]  # called at the first forward of every call
+
+    def __init__(self, site: Site, scheduler: Callable[[], Any]) -> None:
+        self.site, self.scheduler = site, scheduler
+        self.kept: dict[str, torch.Tensor | None] = {}
+        self.beside: dict[str, torch.Tensor | None] = {}
+        self._step, self._place, self._begin = -1, 0, 0
+
+    @property
+    def exchanges_blocks(self) -> bool:  # type: ignore[override]
+        return isinstance(self.site, BlocksSite)
 
     def reset(self) -> None:
-        self.value = None
+        """See `Answers`."""
+        self.kept.clear()
+        self.beside.clear()
+        self._step = -1
+
+    def place(self, context: str | None, x: torch.Tensor) -> tuple[int, str]:
+        """The step and the guidance branch of a forward. Raises what `unnamed_context` raises."""
+        scheduler, before = self.scheduler(), self._step
+        if before < 0:
+            self.started()
+            self._begin = first_index(scheduler)
+        step = self._step = step_index(scheduler) - self._begin
+        if context is not None:
+            return step, context
+        self._place = self._place + 1 if step == before else 0
+        return step, unnamed_context(self._place, x.shape[0], self.samples, self.branches)
 
 
-class _BranchHook(ModelHook):
-    """Knows the current guidance branch, and the forward under which it was attached."""
+class CachingHook(BranchHook):
+    """What hooks that leave forwards out have in common: a trace, and the clock around the transformer."""
 
-    _is_stateful = True
-    attached_as: Any = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.states = StateManager(_BranchState)
-
-    def branch(self) -> str:
-        if self.states._context is None:
-            self.states.set_context(CacheContext(name=SINGLE_BRANCH))
-        return self.states.context.name
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.states.reset()
-        return module
-
-
-class CachingHook(_BranchHook):
-    """What hooks that leave forwards out have in common: a trace, a site, the clock around the transformer."""
-
-    def __init__(self, trace: CallTrace, site: Site, current_step: Callable[[], int]) -> None:
-        super().__init__()
-        self.trace, self.site, self.current_step = trace, site, current_step
+    def __init__(self, trace: CallTrace, site: Site, scheduler: Callable[[], Any]) -> None:
+        super().__init__(site, scheduler)
+        self.trace = trace
         self.inside_s = 0.0  # of the last forward, as the CPU sees it
 
-    def _timed(self, forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def _timed(self, forward: Forward, device: torch.device) -> Forward:
         """The transformer's forward alone on the trace's clock; what the site does around it is the hook's time."""
+        return _Timed(self, forward, device)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            called = time.perf_counter()
-            self.trace.transformer.start(device)
-            output = forward(*args, **kwargs)
-            self.trace.transformer.stop()
-            self.inside_s = time.perf_counter() - called
-            return output
+    def _keep(self, branch: str, output: Any, kept: torch.Tensor | None, call: _Arguments) -> None:
+        """Keep of a computed step what reused ones need, nothing where `kept` is None, and note it."""
+        self.kept[branch] = kept
+        if self.site.architecture.beside_velocity is None:
+            return
+        beside = self.beside[branch] = None if kept is None else self.site.parts(output, *call).beside
+        if beside is not None:
+            self.trace.cached[f"{branch}, beside"] = beside
 
-        return run
 
-    @staticmethod
-    def _answer(velocity: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-        """A predicted velocity in the form that the pipeline asked for."""
-        return Transformer2DModelOutput(sample=velocity) if kwargs.get("return_dict", True) else (velocity,)
+class _Timed:
+    """See `CachingHook._timed`."""
+
+    __slots__ = ("device", "forward", "hook")
+
+    def __init__(self, hook: CachingHook, forward: Forward, device: torch.device) -> None:
+        self.hook, self.forward, self.device = hook, forward, device
+
+    def around(self, forward: Forward) -> _Timed:
+        """The same clock around another forward."""
+        return _Timed(self.hook, forward, self.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        called, clock = time.perf_counter(), self.hook.trace.transformer
+        clock.start(self.device)
+        output = self.forward(*args, **kwargs)
+        clock.stop()
+        self.hook.inside_s = time.perf_counter() - called
+        return output
 
 
 class CacheHook(CachingHook):
@@ -101,46 +131,55 @@ class CacheHook(CachingHook):
     `replaces` is the hook of the one that ran before, whose residuals are freed as soon as this one computes.
     """
 
+    trace: Trace
+
     def __init__(
         self,
         plan: Plan,
         trace: Trace,
         site: Site,
-        current_step: Callable[[], int],
+        scheduler: Callable[[], Any],
         stage: int = 0,
         replaces: CacheHook | None = None,
     ) -> None:
-        super().__init__(trace, site, current_step)
+        super().__init__(trace, site, scheduler)
         self.plan, self.stage, self.replaces = plan, stage, replaces
+        self.branches = plan.branches
+        self.planned: set[str] = set()  # cache contexts that the plan knows, as far as they were seen
         self.coefficients: Coefficients | None = None
         self.on_reuse: OnReuse | None = None
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def answer(
+        self, module: nn.Module, forward: Forward, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         entered = time.perf_counter()
-        x, forward = latent_of(args, kwargs), self.fn_ref.original_forward
-        step, branch = self.current_step(), self.branch()
+        x = self.site.latent(args, kwargs)
+        step, branch = self.place(context, x)
         self._check(x, step, branch)
         self.trace.stages[step] = self.stage
-        state = self.states.get_state()
         if self.plan.mask[step]:
             if self.replaces is not None:
-                self.replaces.states.reset()
+                self.replaces.reset()
             output, residual = self.site.compute(self._timed(forward, x.device), args, kwargs)
-            state.value = residual if self.plan.is_reused(step + 1) else None
-            self.trace.computed(branch, step, state.value, time.perf_counter() - entered - self.inside_s)
+            kept = residual if self.plan.is_reused(step + 1) else None
+            self._keep(branch, output, kept, (args, kwargs))
+            self.trace.computed(branch, step, kept, time.perf_counter() - entered - self.inside_s)
             return output
-        if state.value is None:
+        kept = self.kept.get(branch)
+        if kept is None:
             raise ExecutionMismatch(
                 f"step {step} of branch {branch!r} is to be reused, but nothing was computed before"
             )
-        velocity = self.site.predict(forward, args, kwargs, state.value)
+        velocity = self.site.predict(forward, args, kwargs, kept)
         if self.on_reuse is not None:
-            self.on_reuse(step, branch, velocity, lambda: self.site.compute(forward, args, kwargs)[0][0])
+            self.on_reuse(
+                step, branch, velocity, lambda: self.site.parts(forward(*args, **kwargs), args, kwargs).velocity
+            )
         if self.coefficients is None:
             self.coefficients = Coefficients(self.plan, architecture_of(module))
         velocity = self.coefficients.rectify(velocity, step, branch)
         self.trace.reused(branch, step, time.perf_counter() - entered)
-        return self._answer(velocity, kwargs)
+        return self.site.answer(velocity, self.beside.get(branch), args, kwargs)
 
     def _check(self, x: torch.Tensor, step: int, branch: str) -> None:
         plan = self.plan
@@ -151,25 +190,30 @@ class CacheHook(CachingHook):
             raise SignatureMismatch("takeover", f"step {plan.takeover}", f"another: step {step} is the {runs}'s")
         if plan.latent_shape is not None and tuple(x.shape[1:]) != plan.latent_shape:
             raise SignatureMismatch("latent_shape", plan.latent_shape, tuple(x.shape[1:]))
-        if plan.branches is not None and not set(branches_of(branch, plan.guidance_scale)) <= set(plan.branches):
-            raise SignatureMismatch("branches", plan.branches, branch)
+        if branch not in self.planned:
+            if plan.branches is not None and not set(branches_of(branch, plan.guidance_scale)) <= set(plan.branches):
+                raise SignatureMismatch("branches", plan.branches, branch)
+            self.planned.add(branch)
 
 
 Observer = Callable[[SeenForward], None]  # called once a forward, in order of the steps
 
 
-class ObserverHook(_BranchHook):
+class ObserverHook(BranchHook):
     """Runs the transformer as it is, and shows an observer every output and what a cache would have made of it."""
 
-    def __init__(self, observer: Observer, site: Site, current_step: Callable[[], int], stage: int = 0) -> None:
-        super().__init__()
-        self.observer, self.site, self.current_step, self.stage = observer, site, current_step, stage
+    samples = 1
+
+    def __init__(self, observer: Observer, site: Site, scheduler: Callable[[], Any], stage: int = 0) -> None:
+        super().__init__(site, scheduler)
+        self.observer, self.stage = observer, stage
         self.transformer = Stopwatch()
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = self.fn_ref.original_forward
-        step, branch = self.current_step(), self.branch()
-        x = latent_of(args, kwargs).detach()
+    def answer(
+        self, module: nn.Module, forward: Forward, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        x = self.site.latent(args, kwargs).detach()
+        step, branch = self.place(context, x)
         self.transformer.start(x.device)
         output, kept = self.site.compute(forward, args, kwargs)
         self.transformer.stop()
@@ -177,121 +221,107 @@ class ObserverHook(_BranchHook):
         def predict(earlier: torch.Tensor) -> torch.Tensor:
             return self.site.predict(forward, args, kwargs, earlier).detach()
 
-        self.observer(SeenForward(step, branch, x, output[0].detach(), kept.detach(), predict, self.stage))
+        velocity = self.site.parts(output, args, kwargs).velocity.detach()
+        self.observer(SeenForward(step, branch, x, velocity, kept.detach(), predict, self.stage))
         return output
 
 
 class HookedSession(Session, Generic[AnyHook]):
-    """A session with a hook on each transformer, by stage."""
+    """A session that answers, or watches, the forwards of each transformer, by stage."""
 
     def __init__(self, pipe: Any, scheduler: Any, trace: CallTrace, hooks: Mapping[int, AnyHook]) -> None:
         super().__init__(pipe, scheduler, trace)
         self.transformers, self.hooks = find_denoisers(pipe), hooks
+        self.weights = {stage: weights_form(transformer) for stage, transformer in self.transformers.items()}
+        for hook in hooks.values():
+            hook.started = self.first_forward
 
     def put_on(self, pipe: Any) -> None:
         """Hooks first: if one is refused, the pipeline is as it was."""
-        attach_all(self.transformers, self.hooks, HOOK_NAME)
+        done: list[nn.Module] = []
+        try:
+            for stage, transformer in self.transformers.items():
+                attach(transformer, self, self.hooks[stage])
+                done.append(transformer)
+        except InstallError:
+            for transformer in done:
+                detach(transformer, self)
+            raise
         super().put_on(pipe)
 
-    def take_off(self, pipe: Any) -> None:
-        """See `Session`. Raises InstallError if another hook lies on top of ours."""
-        if pipe.__dict__.get(SESSION) is self:
-            detach_all(self.transformers, HOOK_NAME)
-        super().take_off(pipe)
+    def let_go(self) -> None:
+        """See `Session`."""
+        for transformer in self.transformers.values():
+            detach(transformer, self)
 
-    def before_call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """After an exception the last call's state survives, and offload renews its own hooks after every call."""
+    def before_call(self, pipe: Any, arguments: dict[str, Any]) -> None:
+        """Forget the last call, and look whether the transformers are still those that the hooks are on.
+
+        The scheduler of the call is made of whatever the pipeline has now. Raises InstallError for a transformer that was
+        exchanged, compiled whole, quantised, emptied, or got a cache of diffusers.
+        """
+        present = find_denoisers(pipe)
         for stage, transformer in self.transformers.items():
-            attach_again_if_dropped(transformer, self.hooks[stage])
-            self.hooks[stage].reset_state(transformer)
+            now = present.get(stage)
+            check_free(transformer if now is None else now)
+            if now is not transformer:
+                raise InstallError(
+                    "the pipeline got another transformer since erta was installed: call erta.uninstall(pipe), then install "
+                    "a plan that was made for it"
+                )
+            check_weights_form(transformer, self.weights[stage])
+            attach_again_if_dropped(transformer)
+        self.scheduler = self.scheduler_of_call(pipe.scheduler)
+        for hook in self.hooks.values():
+            hook.reset()
+
+    def first_forward(self) -> None:
+        """Now the scheduler has its grid. To be extended: raise ErtaError for one that does not do."""
+        settle_start(self.scheduler, getattr(self.owner(), "_num_timesteps", None))
+
+    def scheduler_of_call(self, own: Any) -> Any:
+        """What a call runs with in place of the pipeline's own scheduler."""
+        return counting(own)
+
+    def after_call(self) -> None:
+        """See `Session`."""
+        for hook in self.hooks.values():
+            hook.reset()
+
+
+class ObservedSession(HookedSession[ObserverHook]):
+    """The session of an uncached run that is looked at. `sigmas` is the grid that the last call ran, (num_steps + 1,)."""
+
+    def __init__(self, pipe: Any, hooks: Mapping[int, ObserverHook]) -> None:
+        super().__init__(pipe, pipe.scheduler, UncheckedTrace(), hooks)
+        self._grid = np.empty(0)
+        self.show_grid = self._note_grid
+
+    def _note_grid(self, sigmas: np.ndarray) -> None:
+        self._grid = sigmas
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        return self._grid[first_index(self.scheduler) :]
+
+    def first_forward(self) -> None:
+        """See `HookedSession`. Raises what `check_one_forward_a_step` raises."""
+        super().first_forward()
+        check_one_forward_a_step(self.scheduler, self.sigmas)
 
 
 @contextmanager
-def observed(
-    transformers: dict[int, nn.Module],
-    observer: Observer,
-    site_of: Callable[[nn.Module], Site],
-    current_step: Callable[[], int],
-) -> Iterator[list[ObserverHook]]:
-    """An `ObserverHook` on each transformer, by stage, inside the `with`; raises what `attach` raises."""
+def observed(pipe: Any, observer: Observer, site_of: Callable[[nn.Module], Site]) -> Iterator[ObservedSession]:
+    """Calls of `pipe` inside the `with` are uncached and shown to `observer`. Raises what `attach` raises."""
+
+    def scheduler() -> Any:
+        return session.scheduler
+
     hooks = {
-        stage: ObserverHook(observer, site_of(transformer), current_step, stage)
-        for stage, transformer in transformers.items()
+        stage: ObserverHook(observer, site_of(transformer), scheduler, stage)
+        for stage, transformer in find_denoisers(pipe).items()
     }
-    attach_all(transformers, hooks, OBSERVER_NAME)
-    try:
-        yield list(hooks.values())
-    finally:
-        detach_all(transformers, OBSERVER_NAME)
-
-
-def attach_all(transformers: dict[int, nn.Module], hooks: Mapping[int, _BranchHook], name: str) -> None:
-    """`attach` for each transformer and hook of a stage: all of them, or none if one is refused."""
-    done: list[nn.Module] = []
-    try:
-        for stage, transformer in transformers.items():
-            attach(transformer, hooks[stage], name)
-            done.append(transformer)
-    except InstallError:
-        for transformer in done:
-            detach(transformer, name)
-        raise
-
-
-def detach_all(transformers: dict[int, nn.Module], name: str) -> None:
-    """Take a hook off each transformer: off all of them, or off none if another hook lies on top of one."""
-    for transformer in transformers.values():
-        check_detachable(transformer, name)
-    for transformer in transformers.values():
-        detach(transformer, name)
-
-
-def attach(transformer: nn.Module, hook: _BranchHook, name: str) -> None:
-    """Register a hook; raises InstallError if a cache is on this transformer already, or it was compiled whole."""
-    if getattr(transformer, "is_cache_enabled", False):
-        raise InstallError(
-            "diffusers' own cache is enabled on this transformer: call transformer.disable_cache() before installing erta"
-        )
-    if getattr(transformer, "_compiled_call_impl", None) is not None or hasattr(transformer, "_orig_mod"):
-        raise InstallError(
-            "this transformer was compiled whole: a cache inside it would compile anew at every step. Use transformer.compile_repeated_blocks(fullgraph=True), which a cache leaves alone"
-        )
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    for taken in (HOOK_NAME, OBSERVER_NAME):
-        if registry.get_hook(taken) is not None:
-            raise InstallError("erta is installed on this transformer already: call erta.uninstall(pipe) first")
-    registry.register_hook(hook, name)
-    hook.attached_as = transformer.__dict__["forward"]
-
-
-def attach_again_if_dropped(transformer: nn.Module, hook: _BranchHook) -> None:
-    """Put our forward back on top of accelerate's, which model offload renews after every pipeline call."""
-    current = transformer.__dict__.get("forward")
-    renewed = hasattr(transformer, "_hf_hook") and transformer._old_forward is not hook.attached_as
-    if renewed and current is not hook.attached_as:
-        hook.fn_ref.original_forward = current
-        transformer.forward = hook.attached_as
-
-
-def check_detachable(transformer: nn.Module, name: str) -> None:
-    """Raise InstallError if another hook was put on top of ours: taking ours off would break it."""
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    order = registry._hook_order
-    if name in order and order[-1] != name:
-        raise InstallError(f"the hook {order[-1]!r} was put on top of erta's: remove that one first")
-    if name in order and getattr(transformer, "_old_forward", None) is registry.hooks[name].attached_as:
-        raise InstallError(
-            "model offload was enabled after erta was installed: call pipe.remove_all_hooks(), then erta.uninstall(pipe)"
-        )
-
-
-def detach(transformer: nn.Module, name: str) -> None:
-    """Take a hook off and leave the module as it was; does nothing if the hook is gone."""
-    check_detachable(transformer, name)
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    if registry.get_hook(name) is None:
-        return
-    registry.remove_hook(name, recurse=False)
-    own = transformer.__dict__.get("forward")
-    if getattr(own, "__func__", None) is type(transformer).forward:
-        del transformer.__dict__["forward"]  # the class's own forward again, as before the first hook
+    session = ObservedSession(pipe, hooks)
+    session.put_on(pipe)
+    with leaving(lambda: session.take_off(pipe)):
+        yield session

@@ -22,8 +22,10 @@ def interpolate(calibration: Calibration, sigmas: np.ndarray) -> Calibration:
 
     Pairs farther apart than its window stay unknown. Counts of samples become one, so spreads are not carried
     over; the time of a generation is scaled to the new number of steps. Raises ErtaError for a grid that reaches beyond the
-    calibrated one, and for a calibration of two transformers.
+    calibrated one, and for a calibration of two transformers or of a part of a schedule.
     """
+    if calibration.signature.get("begin"):
+        raise ErtaError("a calibration of a part of a schedule (strength below 1) is not interpolated: calibrate anew")
     if calibration.takeover is not None:
         raise ErtaError(
             "a calibration of two transformers is not interpolated, since their statistics do not continue each "

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from erta.architectures import latent_of
 from erta.errors import ExecutionMismatch
-from erta.hooks import CachingHook, HookedSession
-from erta.pipeline import check_bare, find_denoisers, single_denoiser
-from erta.scheduler import counting, step_index
+from erta.hooks import CachingHook, Forward, HookedSession
+from erta.pipeline import check_bare, find_denoisers, leaving, single_denoiser
+from erta.scheduler import counting, first_index
 from erta.site import Site, make_site
 from erta.trace import NOTHING_RECEIVED, CallTrace
 
@@ -82,23 +81,27 @@ class OnlineTrace(CallTrace):
     num_steps: int = 0
     rule: OnlineRule | None = None
 
-    def finish(self) -> None:
+    def finish(self, interrupted: bool = False) -> None:
         """Check that every branch saw every step once, in order, and weigh the cache and what the rule kept.
 
-        Raises ExecutionMismatch.
+        Of an interrupted call, every step that it got to. Raises ExecutionMismatch.
         """
-        if not self.executed:
+        self.interrupted = interrupted and (not self.executed or self.num_executed < self.num_steps)
+        if not self.executed and not self.interrupted:
             raise ExecutionMismatch(NOTHING_RECEIVED)
+        wanted = list(range(self.num_executed if self.interrupted else self.num_steps))
         for branch, steps in self.executed.items():
-            if [step for step, _ in steps] != list(range(self.num_steps)):
+            if [step for step, _ in steps] != wanted:
                 raise ExecutionMismatch(
                     f"branch {branch!r} was called at {len(steps)} steps, not once at each of {self.num_steps}. Was "
-                    "the pipeline interrupted, or the cache put under another hook?"
+                    "guidance switched off on the way, or the cache put under another hook?"
                 )
         self.weigh([*self.cached.values(), *tensors_in({} if self.rule is None else vars(self.rule))])
 
     def summary(self) -> str:
         """One line for people: computed steps by branch, seconds, cache bytes; loud if nothing was reused."""
+        if self.interrupted:
+            return f"interrupted after {self.num_executed} of {self.num_steps} steps"
         if not self.reused_anything():
             return f"did not reuse anything: all {self.num_steps} steps were computed in every branch"
         branches = ", ".join(f"{branch}: {count:g}" for branch, count in sorted(self.forwards.items()))
@@ -118,29 +121,32 @@ class OnlineHook(CachingHook):
         rule: OnlineRule,
         trace: OnlineTrace,
         site: Site,
-        current_step: Callable[[], int],
-        num_steps: Callable[[], int],
+        scheduler: Callable[[], Any],
     ) -> None:
-        super().__init__(trace, site, current_step)
-        self.rule, self.num_steps = rule, num_steps
+        super().__init__(trace, site, scheduler)
+        self.rule = rule
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def answer(
+        self, module: nn.Module, forward: Forward, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         entered = time.perf_counter()
         if not self.trace.executed:
-            self.trace.num_steps = self.num_steps()
+            scheduler = self.scheduler()
+            self.trace.num_steps = len(scheduler.timesteps) - first_index(scheduler)
             self.rule.begin(self.trace.num_steps)
-        x, forward = latent_of(args, kwargs), self.fn_ref.original_forward
-        step, branch, total = self.current_step(), self.branch(), self.trace.num_steps
-        call = Call(step, total, branch, x.detach(), module, args, kwargs, forward)
-        state = self.states.get_state()
-        if state.value is None or self.rule.should_compute(call):
-            output, state.value = self.site.compute(self._timed(forward, x.device), args, kwargs)
-            self.rule.computed(call, output[0].detach(), state.value.detach())
-            self.trace.computed(call.branch, call.step, state.value, time.perf_counter() - entered - self.inside_s)
+        x = self.site.latent(args, kwargs)
+        step, branch = self.place(context, x)
+        call = Call(step, self.trace.num_steps, branch, x.detach(), module, args, kwargs, forward)
+        kept = self.kept.get(branch)
+        if kept is None or self.rule.should_compute(call):
+            output, kept = self.site.compute(self._timed(forward, x.device), args, kwargs)
+            self._keep(branch, output, kept, (args, kwargs))
+            self.rule.computed(call, self.site.parts(output, args, kwargs).velocity.detach(), kept.detach())
+            self.trace.computed(call.branch, call.step, kept, time.perf_counter() - entered - self.inside_s)
             return output
-        velocity = self.site.predict(forward, args, kwargs, self.rule.stand_in(call, state.value))
+        velocity = self.site.predict(forward, args, kwargs, self.rule.stand_in(call, kept))
         self.trace.reused(call.branch, call.step, time.perf_counter() - entered)
-        return self._answer(velocity, kwargs)
+        return self.site.answer(velocity, self.beside.get(branch), args, kwargs)
 
 
 @contextmanager
@@ -166,22 +172,17 @@ def online(
         ExecutionMismatch: a call did not pass through the hook once a step and branch.
     """
     check_bare(pipe)
-    transformer = single_denoiser(pipe)
-    scheduler, trace = counting(pipe.scheduler), OnlineTrace(reuse_share=reuse_share)
-    hook = OnlineHook(
-        rule,
-        trace,
-        make_site(site, transformer, reuse) if isinstance(site, str) else site(transformer),
-        lambda: step_index(scheduler),
-        lambda: len(scheduler.timesteps),
-    )
-    trace.rule = rule
-    session = HookedSession(pipe, scheduler, trace, dict.fromkeys(find_denoisers(pipe), hook))
+    transformer, trace = single_denoiser(pipe), OnlineTrace(reuse_share=reuse_share, rule=rule)
+
+    def scheduler() -> Any:
+        return session.scheduler
+
+    place = make_site(site, transformer, reuse) if isinstance(site, str) else site(transformer)
+    hook = OnlineHook(rule, trace, place, scheduler)
+    session = HookedSession(pipe, counting(pipe.scheduler), trace, dict.fromkeys(find_denoisers(pipe), hook))
     session.put_on(pipe)
-    try:
+    with leaving(lambda: session.take_off(pipe)):
         yield trace
-    finally:
-        session.take_off(pipe)
 
 
 def mean_change(now: torch.Tensor, before: torch.Tensor) -> float:

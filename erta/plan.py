@@ -144,6 +144,11 @@ class Plan:
         return len(self.mask)
 
     @property
+    def begin(self) -> int:
+        """Where the steps begin in the scheduler's grid: not 0 for a part of a schedule (image-to-image)."""
+        return int((self.signature or {}).get("begin") or 0)
+
+    @property
     def num_computed(self) -> int:
         return sum(self.mask)
 
@@ -152,7 +157,12 @@ class Plan:
         return step < self.num_steps and not self.mask[step]
 
     def grid_only(self) -> Plan:
-        """`plan_grid`: the same solver on this plan's computed sigmas, every one computed, no cache."""
+        """`plan_grid`: the same solver on this plan's computed sigmas, every one computed, no cache.
+
+        Raises ErtaError for a part of a schedule: the pipeline cuts its steps itself.
+        """
+        if self.begin:
+            raise ErtaError("a plan for a part of a schedule (strength below 1) has no grid of its own")
         return Plan(
             mask=(True,) * self.num_computed,
             sigmas=computed_sigmas(self.sigmas, self.mask),

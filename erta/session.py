@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
 from typing import Any
 
-from erta.errors import SignatureMismatch
-from erta.guidance import guidance_scale_of, second_scale_of
+from torch import nn
+
+from erta.attachment import clear
+from erta.errors import InstallError
+from erta.guidance import samples_of
 from erta.hooks import CacheHook, HookedSession, OnReuse
-from erta.pipeline import SESSION, Session, call_arguments, check_bare, find_denoisers
+from erta.pipeline import check_bare, find_denoisers, leaving, session_of
 from erta.plan import Plan
-from erta.scheduler import planned_scheduler, step_index
-from erta.signature import check_signature, model_signature
+from erta.scheduler import check_start, planned_scheduler
+from erta.signature import check_arguments, check_signature, model_signature, passing_signature
 from erta.site import make_site
 from erta.trace import Trace
 
 
-@contextmanager
-def cached(pipe: Any, plan: Plan) -> Iterator[Trace]:
+class cached(AbstractContextManager[Trace]):
     """Run `pipe` under `plan` inside the `with`; afterwards, or after an exception, it is as before.
 
-    Yields a Trace of the last call. Every call checks at its end that what was executed is what was planned.
+    Only calls of this pipeline object are cached. Others that share its transformer, made before or inside the `with` or in
+    another thread, and forwards by hand run as they always do. What you change inside (another scheduler, hooks of other
+    libraries, devices) stays; what the plan does not fit any more is refused at the next call.
+
+    Gives a Trace of the last call. Every call checks at its end that what was executed is what was planned; one that was
+    interrupted (`pipe._interrupt`) returns what it has, and the trace says so.
 
     Raises:
         SignatureMismatch: the plan was made for another model, scheduler, size, guidance or number of steps.
         ExecutionMismatch: a call did not execute the plan.
-        InstallError: a cache is installed already.
+        InstallError: a cache is on this pipeline already, or its transformer is not one that a cache can be put on.
     """
-    trace = install(pipe, plan)
-    try:
-        yield trace
-    finally:
-        uninstall(pipe)
+
+    def __init__(self, pipe: Any, plan: Plan) -> None:
+        self.pipe, self.plan = pipe, plan
+        self._inside: ExitStack | None = None
+
+    def __enter__(self) -> Trace:
+        trace = install(self.pipe, self.plan)
+        self._inside = ExitStack()
+        self._inside.enter_context(leaving(lambda: uninstall(self.pipe)))
+        return trace
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        inside, self._inside = self._inside, None
+        return None if inside is None else inside.__exit__(kind, error, traceback)
 
 
 def install(pipe: Any, plan: Plan) -> Trace:
@@ -45,19 +63,32 @@ def install(pipe: Any, plan: Plan) -> Trace:
         made_in, now = plan.signature.get("dtype"), str(next(iter(transformers.values())).dtype)
         if made_in is not None and made_in != now:
             warnings.warn(f"the calibration was made in {made_in}, the model runs in {now}", stacklevel=3)
-    scheduler = planned_scheduler(pipe.scheduler, plan)
     trace = Trace(plan)
     hooks: dict[int, CacheHook] = {}
+
+    def scheduler() -> Any:
+        return session.scheduler
+
     for stage, transformer in transformers.items():
         site = make_site(plan.site, transformer, plan.reuse)
-        hooks[stage] = CacheHook(plan, trace, site, lambda: step_index(scheduler), stage, hooks.get(stage - 1))
-    PlannedSession(pipe, scheduler, trace, hooks).put_on(pipe)
+        hooks[stage] = CacheHook(plan, trace, site, scheduler, stage, hooks.get(stage - 1))
+    session = PlannedSession(pipe, planned_scheduler(pipe.scheduler, plan), trace, hooks)
+    session.put_on(pipe)
     return trace
 
 
 def uninstall(pipe: Any) -> None:
-    """Take the cache off. Does nothing on a pipeline without one; raises InstallError if another hook lies on top."""
-    session: Session | None = pipe.__dict__.get(SESSION)
+    """Take the cache off, from under hooks of others too. Does nothing where there is none.
+
+    Args:
+        pipe: a pipeline; or a transformer, from which whatever holds a cache of ours on it takes it off.
+
+    Raises InstallError while a call of that pipeline runs.
+    """
+    if isinstance(pipe, nn.Module):
+        clear(pipe)
+        return
+    session = session_of(pipe)
     if session is not None:
         session.take_off(pipe)
 
@@ -67,20 +98,35 @@ class PlannedSession(HookedSession[CacheHook]):
 
     trace: Trace
 
-    def before_call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `Session`. Raises SignatureMismatch for arguments that the plan was not made for."""
-        plan, bound = self.trace.plan, call_arguments(self.pipe_class, pipe, args, kwargs)
-        steps, scale = bound.get("num_inference_steps"), guidance_scale_of(bound)
-        if steps is not None and steps != plan.num_steps:
-            raise SignatureMismatch("num_inference_steps", plan.num_steps, steps)
-        if plan.guidance_scale is not None and scale is not None and scale != plan.guidance_scale:
-            raise SignatureMismatch("guidance_scale", plan.guidance_scale, scale)
-        second = second_scale_of(bound)
-        if plan.guidance_scale_2 is not None and second != plan.guidance_scale_2:
-            raise SignatureMismatch("guidance_scale_2", plan.guidance_scale_2, second)
-        super().before_call(pipe, args, kwargs)
+    def before_call(self, pipe: Any, arguments: dict[str, Any]) -> None:
+        """See `HookedSession`. Raises SignatureMismatch for arguments that the plan was not made for."""
+        plan = self.trace.plan
+        check_arguments(plan, arguments)
+        super().before_call(pipe, arguments)
+        if plan.signature is not None:
+            check_signature(plan.signature, passing_signature(pipe, arguments))
+        samples = None if plan.branches is None else samples_of(arguments)
+        for hook in self.hooks.values():
+            hook.samples = samples
+
+    def first_forward(self) -> None:
+        """See `HookedSession`. Raises SignatureMismatch if the run begins at another step of its grid than the plan."""
+        super().first_forward()
+        check_start(self.scheduler, self.trace.plan)
+
+    def scheduler_of_call(self, own: Any) -> Any:
+        """The plan's grid under whatever scheduler the pipeline has now."""
+        return planned_scheduler(own, self.trace.plan)
 
     def show_reuse(self, on_reuse: OnReuse) -> None:
         """Show every prediction at a reused step, of each transformer, to `on_reuse` (see `CacheHook`)."""
         for hook in self.hooks.values():
             hook.on_reuse = on_reuse
+
+
+def planned_session(pipe: Any) -> PlannedSession:
+    """The session of the plan that is on this pipeline. Raises InstallError if there is none."""
+    session = session_of(pipe)
+    if not isinstance(session, PlannedSession):
+        raise InstallError("no plan is installed on this pipeline")
+    return session

@@ -67,9 +67,11 @@ class CallTrace:
     reused step's embeddings and head count as the hook's. `stages` holds for each step of a planned run which
     transformer it ran in, or was reused in place of: 0, or 1 for a pipeline's second one. `reuse_share` is what part of
     a forward a reused step runs all the same, if it is known: a probe of the first block, or embeddings and head.
+    `interrupted` says that the pipeline was told to stop (`pipe._interrupt`) before its last step.
     """
 
     calls: int = 0
+    interrupted: bool = False
     executed: dict[str, list[tuple[int, bool]]] = field(default_factory=dict)
     stages: dict[int, int] = field(default_factory=dict)
     cached: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -82,7 +84,7 @@ class CallTrace:
     def begin(self) -> None:
         """Forget the last call."""
         self.executed, self.stages, self.cached = {}, {}, {}
-        self.transformer, self.overhead_s = Stopwatch(), 0.0
+        self.transformer, self.overhead_s, self.interrupted = Stopwatch(), 0.0, False
 
     def computed(self, branch: str, step: int, value: torch.Tensor | None, overhead_s: float) -> None:
         """Note a computed step and the tensor that it left in the cache; of one that was dropped the size stays."""
@@ -98,8 +100,8 @@ class CallTrace:
         self.executed.setdefault(branch, []).append((step, False))
         self.overhead_s += overhead_s
 
-    def finish(self) -> None:
-        """To be overridden: check the call that ended. Raises ExecutionMismatch."""
+    def finish(self, interrupted: bool = False) -> None:
+        """To be overridden: check the call that ended, or that was interrupted. Raises ExecutionMismatch."""
         raise NotImplementedError
 
     @property
@@ -119,6 +121,11 @@ class CallTrace:
         """Whether any forward of the last call was left out."""
         return any(not computed for steps in self.executed.values() for _, computed in steps)
 
+    @property
+    def num_executed(self) -> int:
+        """Steps that the last call got to."""
+        return max(map(len, self.executed.values()), default=0)
+
     def weigh(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note bytes and types of what a call kept, and let go of it."""
         kept = {id(value): value for value in tensors}.values()
@@ -128,38 +135,52 @@ class CallTrace:
         self.calls += 1
 
 
+class UncheckedTrace(CallTrace):
+    """The trace of a run that nothing was planned for: whoever looks at it checks what it sees."""
+
+    def finish(self, interrupted: bool = False) -> None:
+        """Nothing was planned."""
+        self.interrupted = interrupted
+
+
 @dataclass
 class Trace(CallTrace):
     """The trace of a planned run, which is checked against its plan."""
 
     plan: Plan
 
-    def finish(self) -> None:
-        """Check the call that ended against the plan. Raises ExecutionMismatch if they differ."""
+    def finish(self, interrupted: bool = False) -> None:
+        """Check the call that ended against the plan, of an interrupted one what it got to. Raises ExecutionMismatch."""
         plan = self.plan
-        if not self.executed:
+        self.interrupted = interrupted and self.num_executed < plan.num_steps
+        if not self.executed and not self.interrupted:
             raise ExecutionMismatch(NOTHING_RECEIVED)
         used = expand(self.executed, plan.guidance_scale)
-        if plan.branches is not None and used != set(plan.branches):
+        if plan.branches is not None and used != set(plan.branches) and self.executed:
             raise ExecutionMismatch(
                 f"the plan is for the guidance branches {sorted(plan.branches)}, the call used {sorted(used)}"
             )
-        wanted = list(enumerate(plan.mask))
+        wanted = list(enumerate(plan.mask))[: self.num_executed if self.interrupted else None]
         for branch, steps in self.executed.items():
             if steps != wanted:
                 first = next((k for k, (a, b) in enumerate(zip(steps, wanted, strict=False)) if a != b), None)
                 where = f"first difference at call {first}" if first is not None else f"{len(steps)} calls"
                 raise ExecutionMismatch(
                     f"branch {branch!r} did not execute the plan ({plan.num_steps} steps, {plan.num_computed} computed): "
-                    f"{where}. Was the pipeline interrupted, or called with other steps?"
+                    f"{where}. Was guidance switched off on the way, or the cache put under another hook?"
                 )
         self.weigh(self.cached.values())
 
     def summary(self) -> str:
-        """One line for people: computed and reused steps, seconds, cache bytes."""
+        """One line for people: computed and reused steps, seconds, cache bytes; of an interrupted call, how far it got."""
         plan, branches = self.plan, ", ".join(f"{k}: {n:g}" for k, n in sorted(self.forwards.items()))
+        stopped = (
+            f"interrupted after {self.num_executed} of {plan.num_steps} steps. Of the plan: "
+            if self.interrupted
+            else ""
+        )
         return (
-            f"{plan.num_computed} of {plan.num_steps} steps computed, {plan.num_steps - plan.num_computed} reused; "
+            f"{stopped}{plan.num_computed} of {plan.num_steps} steps computed, {plan.num_steps - plan.num_computed} reused; "
             f"forwards {branches or 'none'}; {self.forward_s:.3f} s in the transformer, "
             f"{1000 * self.overhead_s:.2f} ms in the hook; cache {self.cache_bytes} bytes ({self.cache_dtype or 'empty'})"
         )

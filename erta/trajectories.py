@@ -7,7 +7,6 @@ pipeline whose scheduler integrates over sigmas.
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 import time
@@ -28,14 +27,14 @@ from erta.errors import ErtaError, NonFiniteError
 from erta.files import replacing
 from erta.guidance import guidance_scale_of, second_scale_of
 from erta.loading import Fields, check_array, check_readable
-from erta.pipeline import call_arguments, check_bare, find_denoiser, takeover_step
-from erta.scheduler import nominal_sigmas
-from erta.signature import check_signature, model_signature
+from erta.pipeline import Session, call_arguments, check_bare, find_denoiser, leaving, takeover_step
+from erta.scheduler import ShowResult, check_one_forward_a_step, first_index, nominal_sigmas
+from erta.signature import argument_signature, check_signature, model_signature
+from erta.trace import UncheckedTrace
 
 SCHEMA = "erta.trajectories/1"
 POSITIONS = 4096  # of a latent that are kept; see `erta.record`
 SHOWN = 16384  # values of a decoded sample that are kept
-Look = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -213,28 +212,21 @@ def sampled_positions(size: int, count: int) -> np.ndarray:
 
 
 @contextmanager
-def watched(pipe: Any, look: Look) -> Iterator[Any]:
-    """Inside the `with` the pipeline runs with a copy of its scheduler that shows every step to `look`.
+def steps_shown(pipe: Any, look: ShowResult) -> Iterator[Any]:
+    """Calls of `pipe` inside the `with` run with a copy of its scheduler that shows every step to `look`.
 
-    `look(output, latent, next latent)`. Yields the copy.
+    `look(output, latent, next latent)`. Yields the copy. Nobody else's calls are changed, and the transformer is not touched.
     """
-    own, base = pipe.scheduler, type(pipe.scheduler)
+    session = Session(pipe, copy.deepcopy(pipe.scheduler), UncheckedTrace())
+    session.show_result = look
+    session.put_on(pipe)
+    with leaving(lambda: session.take_off(pipe)):
+        yield session.scheduler
 
-    @functools.wraps(base.step)  # pipelines inspect its signature
-    def step(
-        self: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        result = base.step(self, model_output, timestep, sample, *args, **kwargs)
-        look(model_output, sample, result[0] if isinstance(result, tuple) else result.prev_sample)
-        return result
 
-    copied = copy.deepcopy(own)
-    copied.__class__ = type(base.__name__, (base,), {"step": step, "__module__": base.__module__})
-    pipe.scheduler = copied
-    try:
-        yield copied
-    finally:
-        pipe.scheduler = own
+def _check_whole(run: int, steps: int) -> None:
+    if run != steps:
+        raise ErtaError(f"this call runs {run} of {steps} steps (strength below 1?): a solver is fitted to whole runs")
 
 
 def _record_call(
@@ -248,6 +240,9 @@ def _record_call(
     def look(output: torch.Tensor, latent: torch.Tensor, after: torch.Tensor) -> None:
         nonlocal chosen
         if chosen is None:
+            check_one_forward_a_step(scheduler, nominal_sigmas(scheduler))
+            steps = len(scheduler.timesteps)
+            _check_whole(min(getattr(pipe, "_num_timesteps", steps), steps - first_index(scheduler)), steps)
             shapes.append(tuple(latent.shape))
             chosen = torch.from_numpy(sampled_positions(math.prod(latent.shape[1:]), positions)).to(latent.device)
             latents.append(latent.flatten(1)[:, chosen].float().cpu())
@@ -257,15 +252,11 @@ def _record_call(
     kwargs = batch_call(prompts, seeds, decode, pipeline_kwargs)
     arguments = call_arguments(type(pipe), pipe, (), kwargs)
     started = time.perf_counter()
-    with watched(pipe, look) as scheduler:
+    with steps_shown(pipe, look) as scheduler:
         made = pipe(**kwargs)
         takeover = takeover_step(pipe, scheduler.timesteps)
     sigmas = nominal_sigmas(scheduler)
-    if len(outputs) != len(sigmas) - 1:
-        raise ErtaError(
-            f"this call runs {len(outputs)} of the {len(sigmas) - 1} steps of its grid (strength below 1, or two evaluations a "
-            "step): a solver is fitted to whole runs"
-        )
+    _check_whole(len(outputs), len(sigmas) - 1)
     (shape,) = shapes
     if shape[0] != len(prompts):
         raise ErtaError(f"{len(prompts)} prompts make {shape[0]} samples: record with one sample a prompt")
@@ -285,6 +276,7 @@ def _record_call(
         decoded=decoded_values(made, decode)[kept],
         signature={
             **model_signature(pipe),
+            **argument_signature(arguments),
             "sigmas": [float(sigma) for sigma in sigmas],
             "guidance_scale": None if scale is None else float(scale),
             "guidance_scale_2": None if second is None or takeover is None else float(second),

@@ -19,6 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+import erta
+from erta.scheduler import nominal_sigmas
 from experiments.models.open_sora.autoencoder import AutoencoderKLOpenSora
 from experiments.models.open_sora.pipeline import OpenSoraPipeline
 from experiments.models.open_sora.sizes import rectified_flow
@@ -47,7 +49,7 @@ def dpmpp() -> DPMSolverMultistepScheduler:
 SOLVERS = {"unipc": unipc, "euler": euler, "dpmpp": dpmpp}
 
 
-def build_pipe(solver: str = "unipc") -> WanPipeline:
+def build_pipe(solver: str = "unipc", layers: int = 2) -> WanPipeline:
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
@@ -59,7 +61,7 @@ def build_pipe(solver: str = "unipc") -> WanPipeline:
         text_dim=TEXT_DIM,
         freq_dim=32,
         ffn_dim=48,
-        num_layers=2,
+        num_layers=layers,
         rope_max_seq_len=32,
     ).eval()
     # an untrained output is near zero; a larger one makes every difference visible
@@ -80,6 +82,16 @@ def run(pipe: WanPipeline, prompt: str = PROMPTS[0], seed: int = 3, **changes) -
     """Final latents of one generation."""
     kwargs = {**CALL, **changes}
     return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **kwargs).frames
+
+
+SOME = (True, True, False, True, False, False, True, False)
+
+
+def bare_plan(pipe, mask=SOME, **changes) -> erta.Plan:
+    """A plan on the scheduler's own grid, without a calibration."""
+    pipe.scheduler.set_timesteps(len(mask))
+    sigmas = nominal_sigmas(pipe.scheduler)
+    return erta.Plan(mask=mask, sigmas=sigmas, nominal_sigmas=sigmas, **changes)
 
 
 SITE_MASK = (True, True, False, True, False, False)

@@ -85,13 +85,40 @@ def load_clip(source: str | Path) -> tuple[nn.Module, Any]:
 
 
 def clip_scores(images: Iterable[torch.Tensor], prompts: list[str], model: nn.Module, processor: Any) -> np.ndarray:
-    """CLIP score of every image with its prompt, 100 max(cosine, 0) (Hessel et al. 2021); images uint8 (3, h, w)."""
-    metric = CLIPScore(model_name_or_path=lambda: (_ForTorchmetrics(model), processor))
+    """CLIP score of every image with its prompt, 100 max(cosine, 0) (Hessel et al. 2021); images uint8 (3, h, w).
+
+    A caption that is longer than the text encoder's context is cut as its tokenizer cuts it, with the end token kept, which is
+    where CLIP reads the text off (see `captions_cut`).
+    """
+    context = context_of(model)
+
+    def cutting(text: list[str] | None = None, **options: Any) -> Any:
+        cut = {} if text is None else {"text": text, "truncation": True, "max_length": context}
+        return processor(**cut, **options)
+
+    metric = CLIPScore(model_name_or_path=lambda: (_ForTorchmetrics(model), cutting))
     scores = []
     with torch.no_grad():
         for image, prompt in zip(images, prompts, strict=True):
             scores.append(float(metric(image[None], [prompt])))
     return np.array(scores)
+
+
+def context_of(model: nn.Module) -> int:
+    """Tokens that a CLIPModel's text encoder reads, begin and end among them: 77 of OpenAI's."""
+    return int(model.config.text_config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
+
+
+def captions_cut(prompts: list[str], model: nn.Module, processor: Any) -> int:
+    """How many captions are longer than the text encoder's context; says so on the console if any are."""
+    context, tokenizer = context_of(model), processor.tokenizer
+    long = sum(len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) > context for prompt in prompts)
+    if long:
+        console.note(
+            f"{long} of {len(prompts)} captions are longer than the {context} tokens that this CLIP reads: their scores are of "
+            "what was left when they were cut"
+        )
+    return long
 
 
 def fid(features: int | nn.Module, reference: Iterable[torch.Tensor], images: Iterable[torch.Tensor]) -> float:
@@ -234,6 +261,7 @@ def score(cfg: DictConfig, folder: Path, prompts: list[Prompt]) -> tuple[dict[st
         per_arm = {arm: clip_scores(map(read_image, files), texts, *networks.clip) for arm, files in arms.items()}
         metrics[f"clip_score_{name}"] = float(per_arm["cached"].mean())
         metrics[f"clip_score_{name}_uncached"] = float(per_arm["uncached"].mean())
+        metrics[f"clip_captions_cut_{name}"] = captions_cut(texts, *networks.clip)
         difference = paired_interval(per_arm["cached"] - per_arm["uncached"])
         metrics[f"clip_score_{name}_difference"] = [difference.mean, difference.low, difference.high]
     reference = reference_images(cfg, prompts)
@@ -268,6 +296,8 @@ def score_rows(cfg: DictConfig, samples: dict[str, list[Path]], prompts: list[Pr
             networks.missing["fid_inception"] if reference else "no reference images: bench.reference=FOLDER"
         )
     distance = None if features is None or not reference else fid_to(features[1], _opened(reference))
+    if networks.clip is not None:
+        captions_cut(texts, *networks.clip)
     made = []
     with console.progress_bar() as bar:
         for key, files in bar.track(samples.items(), description="FID and CLIP score", total=len(samples)):

@@ -144,8 +144,7 @@ class ProbeSite(BlocksSite):
             self.before.register_forward_pre_hook(self._note, with_kwargs=True),
         ]
         try:
-            with self._stack(self.alone):
-                call.forward(*call.args, **(call.kwargs or {}))
+            self.run(self.alone, call.forward, call.args, call.kwargs or {})
         finally:
             for handle in handles:
                 handle.remove()

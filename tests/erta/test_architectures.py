@@ -11,6 +11,7 @@ import erta
 from erta import architectures
 from erta.architectures import ARCHITECTURES, Architecture, BlockStack, CallSizes, architecture_of
 from erta.online import Call
+from erta.policy import sources
 from experiments.harness.setup import Setup
 from experiments.methods.common.modules import components_of
 from experiments.methods.delta_dit import arm as delta_dit
@@ -18,7 +19,7 @@ from experiments.methods.teacache import modulated_input
 from experiments.models.architectures import PUBLISHED, known_class
 from experiments.models.costs import flops_without_blocks
 from tests.commands import config
-from tests.pipelines import CALL, PROMPTS, build_pipe
+from tests.pipelines import CALL, PROMPTS, STEPS, build_pipe, run
 
 
 class MadeUpTransformer(WanTransformer3DModel):
@@ -79,15 +80,33 @@ def test_one_entry_makes_a_class_known_everywhere(monkeypatch):
     assert flops_without_blocks(bare, sizes) > 0 and len(bare.blocks) == 0
 
 
-def test_an_output_with_more_than_the_velocity_is_refused(monkeypatch):
-    """Mutant: the part beside it dropped in silence at reused steps."""
-    pipe = made_up_pipe()
-    monkeypatch.setitem(
-        ARCHITECTURES, "MadeUpTransformer", Architecture("MadeUpTransformer", beside_velocity="a map of depth")
-    )
-    with pytest.raises(erta.InstallError, match="holds a map of depth beside the velocity"):
-        erta.calibrate(pipe, PROMPTS[:1], **CALL)
-    assert "forward" not in pipe.transformer.__dict__
+class WithSound(WanTransformer3DModel):
+    """Gives a second output beside the velocity, as LTX-2 gives the sound's."""
+
+    def forward(self, *args, **kwargs):
+        velocity = super().forward(*args, **kwargs)[0]
+        return velocity, velocity.flatten(2).mean(2)
+
+
+def test_a_second_output_is_repeated(monkeypatch):
+    """As it was at the last computed step, branch by branch, and counted as cache. Mutants: left out; the other branch's."""
+    pipe, seen = build_pipe(), []
+    pipe.transformer.__class__ = WithSound
+    monkeypatch.setitem(ARCHITECTURES, "WithSound", Architecture("WithSound", beside_velocity="output"))
+    plain = run(pipe)
+    calibration = erta.calibrate(pipe, PROMPTS[:1], window=6, **CALL)
+    with erta.cached(pipe, calibration.plan(steps=STEPS)):
+        assert torch.equal(run(pipe), plain)
+    pipe.transformer.register_forward_hook(lambda module, args, output: seen.append(output))
+    plan = calibration.plan(steps=4)
+    with erta.cached(pipe, plan) as trace:
+        latents = run(pipe)
+    for step, source in enumerate(sources(plan.mask)):
+        for branch in range(2):
+            assert torch.equal(seen[2 * step + branch][1], seen[2 * source + branch][1])
+            assert source == step or not torch.equal(seen[2 * step + branch][0], seen[2 * source + branch][0])
+    assert not torch.equal(seen[0][1], seen[1][1])
+    assert trace.cache_bytes == 2 * 4 * (latents.numel() + seen[0][1].numel())
 
 
 def test_channels_of_packed_and_unpacked_latents():

@@ -77,13 +77,16 @@ def test_a_run_that_computes_everything_says_so():
     assert not trace.reused_anything() and trace.summary().startswith("did not reuse anything")
 
 
-def test_an_interrupted_pipeline_is_refused():
-    """Mutant: the check at the end of a call left out, so half a run passes for a whole one."""
+def test_an_interrupted_pipeline_says_so():
+    """Mutants: half a run passes for a whole one, or is an error."""
     pipe = build_pipe()
 
     def stop(pipe, step, timestep, values):
         pipe._interrupt = step >= 3
         return values
 
-    with online(pipe, Scripted(2)), pytest.raises(erta.ExecutionMismatch, match="called at 4 steps"):
+    with online(pipe, Scripted(2)) as trace:
         run(pipe, callback_on_step_end=stop)
+        assert trace.interrupted and trace.summary() == "interrupted after 4 of 8 steps"
+        run(pipe)
+        assert not trace.interrupted and trace.num_executed == STEPS

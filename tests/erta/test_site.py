@@ -21,14 +21,12 @@ from tests.pipelines import (
     CALL,
     COG_CALL,
     EVERY_MODEL,
-    FLUX_CALL,
     LTX_CALL,
     MODELS,
     PROMPTS,
     SITE_MASK,
     WAN_CALL,
     build_cogvideox,
-    build_flux,
     build_ltx,
     build_pipe,
     generate,
@@ -162,15 +160,6 @@ def test_schedulers_without_sigmas(kind):
         generate(pipe, {**COG_CALL, "num_inference_steps": 3})
     with pytest.raises(erta.ErtaError, match="does not step along sigmas"):
         erta.decompose(pipe, plan, PROMPTS[0], **COG_CALL)
-
-
-def test_true_guidance_beside_the_embedded_one_is_refused():
-    pipe = build_flux()
-    with pytest.raises(erta.ErtaError, match="true_cfg_scale"):
-        erta.calibrate(pipe, PROMPTS[:1], negative_prompt="a red star", true_cfg_scale=2.0, **FLUX_CALL)
-    calibration = erta.calibrate(pipe, PROMPTS[:1], window=4, **FLUX_CALL)
-    with erta.cached(pipe, calibration.plan(steps=3)), pytest.raises(erta.ErtaError, match="true_cfg_scale"):
-        generate(pipe, {**FLUX_CALL, "negative_prompt": "a red star", "true_cfg_scale": 2.0})
 
 
 def test_unknown_blocks_are_refused():

@@ -126,7 +126,7 @@ def test_states_do_not_mix():
 
     def look(pipe, step, timestep, values):
         hooks = pipe.__dict__[SESSION].hooks
-        held.append([len(hooks[stage].states._state_cache) for stage in (0, 1)])
+        held.append([len(hooks[stage].kept) for stage in (0, 1)])
         return {}
 
     with erta.cached(pipe, bare_plan(pipe, mask)) as trace:

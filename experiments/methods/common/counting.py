@@ -18,9 +18,9 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
-from erta.architectures import latent_of
+from erta.architectures import HOOK_NAME, latent_of
+from erta.attachment import ContextHook
 from erta.errors import InstallError
-from erta.hooks import HOOK_NAME, OBSERVER_NAME, _BranchHook
 from erta.online import OnlineTrace, tensors_in
 from erta.pipeline import Session, check_bare, single_denoiser
 from erta.scheduler import counting, step_index
@@ -51,7 +51,7 @@ class CountedTrace(OnlineTrace):
         self.executed.setdefault(branch, []).append((step, share > WHOLE))
 
 
-class CountingHook(_BranchHook):
+class CountingHook(ContextHook):
     """Runs the transformer, with whatever cache is inside, and sums the shares of the layers that were run.
 
     Hooks that keep one state for all guidance branches get one for each, put in place before every forward.
@@ -194,7 +194,7 @@ def counted(
 
 def _check_free(pipe: Any, transformer: nn.Module) -> None:
     registry = getattr(transformer, "_diffusers_hook", None)
-    taken = registry is not None and any(registry.get_hook(name) for name in (HOOK_NAME, OBSERVER_NAME))
+    taken = registry is not None and registry.get_hook(HOOK_NAME) is not None
     check_bare(pipe)
     if taken:
         raise InstallError("erta is installed on this pipeline: call erta.uninstall(pipe) before a cache of diffusers")
@@ -228,7 +228,8 @@ class CountedSession(Session):
         super().__init__(pipe, scheduler, trace)
         self.transformer, self.clear = transformer, clear
 
-    def before_call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_call(self, pipe: Any, arguments: dict[str, Any]) -> None:
         """See `Session`."""
+        super().before_call(pipe, arguments)
         HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks()
         self.clear()

@@ -50,6 +50,27 @@ def test_clip_score_is_the_hundredfold_cosine(random_clip):
     assert np.abs(cosines).max() > 0.01
 
 
+def test_captions_longer_than_the_context_are_cut_with_their_end(random_clip, capsys):
+    """As the tokenizer cuts them, the end token kept, from which CLIP reads. Mutants: the end cut off; nothing said."""
+    model, processor = random_clip
+    context, picture = images.context_of(model), noise(1)
+    long = " ".join(["red circle"] * context)
+    words = ["red", "circle"] * context
+    cut = " ".join(words[: context - 1])  # and the end
+    assert processor.tokenizer(cut)["input_ids"][-1] == processor.tokenizer.eos_token_id
+    found, wanted = (clip_scores(picture, [text], model, processor) for text in (long, cut))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    pixels = (picture.float() / 255 - IMAGE_MEAN) / IMAGE_STD
+    tokens = processor.tokenizer([cut], return_tensors="pt")
+    with torch.no_grad():
+        seen = model.visual_projection(model.vision_model(pixels).pooler_output)
+        read = model.text_projection(model.text_model(**tokens).pooler_output)
+    assert float(found[0]) == pytest.approx(100 * max(0.0, float(torch.cosine_similarity(seen, read))), abs=1e-3)
+    assert images.captions_cut([long, cut, PROMPTS[0]], model, processor) == 1
+    assert f"1 of 3 captions are longer than the {context} tokens" in " ".join(capsys.readouterr().out.split())
+    assert images.captions_cut(PROMPTS, model, processor) == 0 and not capsys.readouterr().out
+
+
 def test_one_reference_serves_many_sets(random_clip):
     """As `fid` gives it for each alone. Mutants: the images of the set before kept; the reference's forgotten."""
     features = ClipFeatures(*random_clip)
