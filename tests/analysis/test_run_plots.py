@@ -138,6 +138,7 @@ def run_of(folder: Path, method: str, mask: list[int], injected: float) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_decompositions_of_several_runs_are_compared(tmp_path, capsys, monkeypatch):
     """Mutants: the order of the files, budgets under one name, a folder that is none stops the others, exit code 0."""
     runs = [run_of(tmp_path / "a", "policy", [1, 0, 0], 0.4), run_of(tmp_path / "b", "ertacache", [1, 0, 1], 0.3)]

@@ -136,6 +136,7 @@ def test_online_without_a_key():
     assert "W&B refuses the key" in looked(WANDB_API_KEY="short")[0]
 
 
+@pytest.mark.slow
 def test_online_without_a_server():
     """One that refuses, and one that takes the call and says nothing. Mutant: minutes of silence."""
     said, seconds = looked(WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")

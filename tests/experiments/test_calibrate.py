@@ -11,6 +11,7 @@ import pytest
 import erta
 
 
+@pytest.mark.slow
 def test_calibration_is_reused_and_resumed(command, tmp_path, monkeypatch):
     code, printed = command("bench=fidelity")
     assert code == 0, printed

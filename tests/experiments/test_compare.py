@@ -15,6 +15,7 @@ from experiments.harness import catalogue
 from experiments.output.files import read_lines
 
 
+@pytest.mark.slow
 def test_comparison_command(command, tmp_path, monkeypatch):
     """Mutants: a failure that ends the run, or that exits with 0; a row that hides its reason; tables of unfinished rows
     that sample, or forget why a row was left out.

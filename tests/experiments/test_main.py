@@ -27,7 +27,13 @@ def test_every_variant_is_a_key(command, tmp_path):
     assert code == 1 and "site was 'blocks'" in printed
 
 
-@pytest.mark.parametrize("cache", ["none", "uniform", "fewer_steps", "plan_grid", "ertacache"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        "ertacache",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "uniform", "fewer_steps", "plan_grid")),
+    ],
+)
 def test_main_job(command, tmp_path, cache):
     code, printed = command(f"cache={cache}", "bench=fidelity")
     assert code == 0, printed

@@ -21,7 +21,7 @@ from tests.pipelines import CALL, PROMPTS
         ("flux_dev", 11.9, [4096, 64], 4096 * 3072 * 2 / 1e6),
         ("cogvideox_2b", 1.69, [13, 16, 60, 90], None),
         ("open_sora_12", 1.2076, [4, 15, 60, 106], 2 * 15 * 30 * 53 * 1152 * 2 / 1e6),
-        ("hunyuan_video", 12.8, [16, 33, 68, 120], None),
+        pytest.param("hunyuan_video", 12.8, [16, 33, 68, 120], None, marks=pytest.mark.slow),
     ],
 )
 def test_cards_of_the_real_models(model, billions, latent, blocks_mb):

@@ -18,6 +18,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_measured_drawn_and_go_on(command, tmp_path, name):
     """A second call of a killed run measures what is missing alone. Mutant: prompts measured twice."""

@@ -74,6 +74,7 @@ def test_the_page_is_whole_quiet_and_fits(browser, made, width, scheme):
         assert shown.page.locator("h3").all_inner_texts()[0].startswith("All methods: tiny, 2 held-out prompts")
 
 
+@pytest.mark.slow
 def test_clips_play_in_step_and_images_stand(browser, made):
     with opened(browser, made) as shown:
         seen = list(shown.frames_seen())

@@ -17,6 +17,7 @@ def check(found: list[bad_inputs.Answer]) -> None:
     assert counts["good"] > 0.97 * len(found), [one for one in found if one.verdict == "weak"]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_bad_values():
     """Mutant: a key without a check."""
     check(bad_inputs.answers(EVERY))

@@ -73,6 +73,7 @@ def test_searched_methods_in_the_harness(command, tmp_path, cache):
 README = Path(experiments.methods.__file__).with_name("README.md")
 
 
+@pytest.mark.slow
 def test_how_to_add_a_method_as_the_readme_says(command, tmp_path, monkeypatch):
     """The two files of the README, in a temporary folder, and nothing else."""
     section = README.read_text().split("## How to add a method")[1].split("\n## ")[0]

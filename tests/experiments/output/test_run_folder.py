@@ -117,6 +117,7 @@ def test_the_command_says_what_decides_the_result(monkeypatch):
     assert environment()["command"] == "python run.py model=wan21_tiny cache.steps=25"
 
 
+@pytest.mark.slow
 def test_rows_that_stand_twice_and_torn_previews_are_made_anew(command, tmp_path):
     """Mutants: rows counted, so that a prompt twice there stands for another; a truncated preview blocks the run for ever."""
     job = ("cache=uniform", "bench=fidelity", "hydra.run.dir=out")

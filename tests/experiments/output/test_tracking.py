@@ -92,6 +92,7 @@ def test_what_is_told_comes_back(tracked, tmp_path):
     assert b"plan.json" in next(folder.glob("wandb/offline-run-*/*.wandb")).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_the_same_run(command, tmp_path, monkeypatch):
     """Mutants: a new id, finished samples not told again, the samples of both parts counted twice."""
     sample_all = pair.append_line

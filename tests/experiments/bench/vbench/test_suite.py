@@ -53,6 +53,7 @@ def test_names_that_no_file_can_have():
     assert names[0].startswith("a long prompt, très très") and names[4].startswith("a b_")
 
 
+@pytest.mark.slow
 def test_the_package_lists_the_same_videos_and_dimensions(tmp_path):
     """Oracle: VBench's own search by name in a folder of our names finds for each entry what we list for it, and
     it has the same dimensions and refuses the same ones for other prompts."""
