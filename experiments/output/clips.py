@@ -99,7 +99,7 @@ def write_lossless(frames: np.ndarray, path: Path, fps: int = 8) -> None:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A place with the same suffix to write to, which becomes `path` at the end of the `with`, or is not left."""
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{os.getpid()}.partial{path.suffix}")  # a clip's own name may be as long as names can be
     try:
         yield partial
         partial.replace(path)

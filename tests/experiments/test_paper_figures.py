@@ -57,9 +57,9 @@ def test_long_video_is_timed_at_every_size(command, tmp_path):
     series = json.loads((folder / "record.json").read_text())["series"]["sizes"]
     assert [(one["frames"], one["height"]) for one in series] == [(5, 64), (9, 64), (5, 96)]
     assert all(len(one["speedups"]) == 2 and one["forwards"] == [12, 6] for one in series)
-    assert all(1 < one["possible"] <= 2.0 for one in series)
+    assert all(1 < one["possible"] < 3 and one["possible"] > 0.9 * np.median(one["speedups"]) for one in series)
     code, printed = command("experiment=long_video", "long_video.sides=[0.5]")
-    assert code == 1 and "factors ≥ 1" in printed
+    assert code == 1 and "entry is ≥ 1" in printed
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_calibration_sizes(command, tmp_path):
         psnr["1 prompt (3)"] != psnr["2 prompts (3)"]
         and "as good with 1 prompt as with 2, within 0.5 dB" in (folder / "table.md").read_text()
     )
-    for wrong in ("[0,2]", "[3]"):
+    for wrong, why in (("[0,2]", "each entry is at least 1"), ("[3]", "at least two numbers of prompts")):
         code, printed = command("experiment=calibration_size", f"calibration_size.sizes={wrong}", *given, quick=False)
-        assert code == 1 and "at least two numbers of prompts" in printed
+        assert code == 1 and why in printed
 
 
 @pytest.mark.slow
