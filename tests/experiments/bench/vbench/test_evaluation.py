@@ -123,7 +123,7 @@ def test_damaged_and_lost_videos(command, tmp_path, small_suite, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", interrupted)
     assert command(*FLICKER)[0] == 130
     (folder,) = commands.folders(tmp_path)
-    damaged, lost = (folder / "samples" / "cached" / f"a blue star-{k}.mp4" for k in (0, 1))
+    damaged, lost = sorted((folder / "samples" / "cached").glob("*.mp4"))[:2]
     before, rows = [path.read_bytes() for path in (damaged, lost)], (folder / "per_prompt.jsonl").read_text()
     damaged.write_bytes(b"\0" * 500)
     lost.unlink()
