@@ -16,7 +16,11 @@ if __name__ == "__main__" and sys.platform == "linux" and not any(key in os.envi
     os.environ.update(ALLOCATOR)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-from experiments.cli import main  # noqa: E402
+try:
+    from experiments.cli import main
+except KeyboardInterrupt:  # the libraries take seconds to load
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests import soak
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("ERTA_SOAK" not in os.environ, reason="asked for with ERTA_SOAK=1")
 def test_two_minutes_of_disturbed_runs(tmp_path, weights):
     """Nothing finished lost, no record that differs. Mutants: see tests/experiments/output."""
     job = (*soak.JOB, f"model.path={weights}", "model.num_frames=5")
