@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from erta.architectures import architecture_of
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
-from erta.files import replacing
+from erta.files import save_arrays
 from erta.grid import adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import combining_scale_of, guidance_scale_of, second_scale_of
 from erta.hooks import observed
@@ -222,11 +221,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write tensors and JSON metadata as one safetensors file."""
-        metadata = {"schema": SCHEMA, "signature": json.dumps(self.signature), "record": json.dumps(self.record)}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            save_file({k: np.ascontiguousarray(v) for k, v in self.statistics.to_arrays().items()}, partial, metadata)
+        save_arrays(path, self.statistics.to_arrays(), SCHEMA, self.signature, self.record)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

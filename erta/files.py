@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 
 @contextmanager
@@ -26,3 +31,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_arrays(
+    path: str | Path, arrays: Mapping[str, np.ndarray], schema: str, signature: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Write arrays, and what they are of and how they were made as JSON metadata, as one safetensors file."""
+    metadata = {"schema": schema, "signature": json.dumps(signature), "record": json.dumps(record)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError
-from erta.files import replacing
+from erta.files import save_arrays
 from erta.guidance import guidance_scale_of, second_scale_of
 from erta.loading import Fields, check_array, check_readable
 from erta.pipeline import Session, call_arguments, check_bare, find_denoiser, leaving, takeover_step
@@ -96,11 +95,8 @@ class Trajectories:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: P (2 N + 1) M floats, 26 MB for 16 prompts of 50 steps."""
-        metadata = {"schema": SCHEMA, "signature": json.dumps(self.signature), "record": json.dumps(self.record)}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}, partial, metadata)
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        save_arrays(path, arrays, SCHEMA, self.signature, self.record)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectories:
