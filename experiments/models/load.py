@@ -49,7 +49,8 @@ def load_pipeline(cfg: DictConfig) -> Any:
         raise ErtaError(f"model.guidance_scale_2 is for pipelines with two transformers, and {model.name} has one")
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
-    _tile_and_compile(pipe, model)
+    _tile(pipe, model)
+    compile_blocks(pipe, model)
     return place(pipe, model)
 
 
@@ -66,20 +67,28 @@ def place(pipe: Any, model: DictConfig) -> Any:
     return pipe
 
 
-def _tile_and_compile(pipe: Any, model: DictConfig) -> None:
+def _tile(pipe: Any, model: DictConfig) -> None:
     if model.vae_tiling:
         try:
             pipe.vae.enable_tiling()
         except (AttributeError, NotImplementedError) as error:
             vae = type(getattr(pipe, "vae", None)).__name__
             raise ErtaError(f"model.vae_tiling=true: {vae} of {model.name} cannot decode in tiles") from error
-    if model.compile:
-        for transformer in find_denoisers(pipe).values():
-            if not getattr(transformer, "_repeated_blocks", None):
-                raise ErtaError(
-                    f"model.compile=true: {type(transformer).__name__} does not say which of its blocks are repeated"
-                )
-            transformer.compile_repeated_blocks()
+
+
+def compile_blocks(pipe: Any, model: DictConfig) -> None:
+    """With `model.compile`, have the repeated blocks of every transformer compiled when they first run.
+
+    Raises ErtaError for a transformer that does not name them.
+    """
+    if not model.compile:
+        return
+    for transformer in find_denoisers(pipe).values():
+        if not getattr(transformer, "_repeated_blocks", None):
+            raise ErtaError(
+                f"model.compile=true: {type(transformer).__name__} does not say which of its blocks are repeated"
+            )
+        transformer.compile_repeated_blocks()
 
 
 @contextmanager

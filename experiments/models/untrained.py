@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from erta.errors import ErtaError
 from experiments.models.architectures import describe
 from experiments.models.classes import class_named
-from experiments.models.load import place, set_sampler
+from experiments.models.load import compile_blocks, place, set_sampler
 from experiments.scenes.tokenizer import build_tokenizer
 
 
@@ -39,6 +39,7 @@ def untrained_pipeline(cfg: DictConfig) -> Any:
     pipe = BUILDERS[cfg.model.pipeline](transformer, about, dtype)
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
+    compile_blocks(pipe, cfg.model)
     return place(pipe, cfg.model)
 
 

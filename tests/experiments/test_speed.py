@@ -65,6 +65,14 @@ def test_the_weights_are_not_the_shipped_ones():
     assert not torch.allclose(made.proj_out.weight, shipped.proj_out.weight)
 
 
+def test_the_architecture_is_compiled_as_the_model_would_be():
+    """Mutant: `model.compile` read and forgotten, so that the record names what was not timed."""
+    blocks = untrained.untrained_pipeline(
+        configured("model=flux_tiny", "model.compile=true")
+    ).transformer.transformer_blocks
+    assert all(block._compiled_call_impl is not None for block in blocks)
+
+
 @pytest.mark.parametrize("cache", ["easycache", "fewer_steps", "plan_grid", "none"])
 def test_other_caches_are_not_timed_as_if_they_were_planned(cache):
     """Mutant: every cache timed as ERTACache's plan."""
