@@ -18,6 +18,8 @@ class Table:
 class Compare(Table):
     quick: bool = False  # 8 prompts, 2x only, knobs found on one prompt, no slow searches
     methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
+    budgets: list[int] = field(default_factory=list)  # numbers of computed steps; none: N/2, N/3, N/4
+    oracles: bool = False  # also what has seen the test samples
     reference: str = "ertacache"  # the method that the others are compared with
 
 
