@@ -73,7 +73,7 @@ class SolverLimits:
 
 @dataclass
 class Speed:
-    pairs: int = 3  # of generations, uncached and cached
+    pairs: int = 3  # of generations, uncached and in each other way
 
 
 @dataclass
