@@ -23,19 +23,33 @@ from experiments.output import console
 
 SPEEDUPS = (2, 3, 4)
 QUICK_PROMPTS, QUICK_SPEEDUPS, QUICK_KNOB_PROMPTS, QUICK_TIMED = 8, (2,), 1, 4
-COLUMNS = ["forwards", "speedup", "psnr_db", "gain", "ssim", "lpips", "scene", "cache_bytes", "calibration_s"]
+COLUMNS = [
+    "forwards",
+    "speedup",
+    "psnr_db",
+    "gain",
+    "ssim",
+    "lpips",
+    "scene",
+    "scene_change",
+    "cache_bytes",
+    "calibration_s",
+]
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
     """Sample every row; write the rows, `table.md`, the figures and `record.json`. Raises what `run_table` raises."""
     quick = cfg.compare.quick
-    table = Table(reference=cfg.compare.reference, columns=COLUMNS, best_first=True, figures=["methods"])
+    table = Table(
+        reference=cfg.compare.reference, columns=COLUMNS, best_first=True, figures=["methods", "worst_samples"]
+    )
     rows = table_rows(cfg)
     if cfg.compare.reference not in {row.label for row in rows}:
         console.note(
             f"compare.reference={cfg.compare.reference} is not among compare.methods: nothing is paired with it"
         )
-    run_table(cfg, folder, rows, table, QUICK_PROMPTS if quick else None, QUICK_TIMED if quick else None)
+    prompts, timed = (QUICK_PROMPTS, QUICK_TIMED) if quick else (None, None)
+    run_table(cfg, folder, rows, table, prompts, timed, worst=cfg.compare.worst)
 
 
 def table_rows(cfg: DictConfig) -> list[Row]:

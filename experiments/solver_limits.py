@@ -29,19 +29,25 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import erta
+from analysis import worst
 from analysis.comparison import FLIPPED_DB, IDENTICAL_DB
+from analysis.figures import slug
 from analysis.records import Measured
+from analysis.style import save
 from erta.errors import ErtaError
 from erta.pipeline import find_denoiser
 from experiments.bench.fidelity import psnr_db
+from experiments.bench.scene import scene_agreement
 from experiments.harness import config
 from experiments.harness.arm import Arm
 from experiments.harness.by_prompt import by_prompt
 from experiments.harness.calibrations import CALIBRATION_SEED
 from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.setup import Setup
+from experiments.harness.worst import sides
 from experiments.methods.common.solvers import kept_solver, kept_trajectories, solver_arm, step_bar
 from experiments.output import console
+from experiments.output.clips import write_animation
 from experiments.prompts.choose import Prompt, calibration_prompts, test_prompts
 
 PLAIN, SIZE, WEIGHTS = "as calibrated", "another size", "changed weights"
@@ -129,7 +135,30 @@ def run(cfg: DictConfig, folder: Path) -> None:
         if title != PLAIN
     ]
     _show(cfg, series)
+    show_worst(setup, folder, prompts, shown[PLAIN]["psnr_db"], conditions[0].solver, own.worst)
     finish_figure(cfg, folder, prompts, series, claims)
+
+
+def show_worst(
+    setup: Setup, folder: Path, prompts: list[Prompt], psnr: list[float], solver: erta.FittedScheduler, count: int
+) -> None:
+    """The prompts with the lowest PSNR as calibrated, in `figures/worst.png`."""
+    if not count:
+        return
+    lowest = [int(index) for index in np.argsort(psnr, kind="stable")[:count]]
+    uncached, made = sides(setup, solver_arm(setup, solver))
+    bad, kept = [], folder / worst.FOLDER / slug(PLAIN)
+    kept.mkdir(parents=True, exist_ok=True)
+    for index in lowest:
+        prompt = prompts[index]
+        pair = [uncached(prompt), made(prompt)]
+        read = [scene_agreement(prompt, frames) for frames in pair]
+        bad.append(worst.Bad(index, prompt.text, psnr[index], read[0] != read[1]))
+        for path, frames in zip(bad[-1].files(kept), pair, strict=True):
+            write_animation(frames, path)
+    (folder / "figures").mkdir(exist_ok=True)
+    path = save(worst.worst_figure("fitted solver", bad, kept), folder / "figures" / "worst")[0]
+    console.note(f"written: {path}")
 
 
 def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:

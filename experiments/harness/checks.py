@@ -181,6 +181,8 @@ CHECKS: dict[str, Check] = {
     "long_video.frames": ListOf(Count(1, 64)),
     "long_video.sides": ListOf(Number(1, 64)),
     "threshold_sensitivity.thresholds": ListOf(FINITE),
+    "compare.worst": Count(0),
+    "solver_limits.worst": Count(0),
     "compare.budgets": ListOf(Count(1, MOST_STEPS, error=BudgetError)),
     "calibration_size.sizes": ListOf(Count(1, MOST_PROMPTS)),
 }

@@ -66,7 +66,15 @@ def test_comparison_command(command, tmp_path, monkeypatch):
 
 
 def configured(steps: int = 50, **options):
-    keys = {"quick": False, "methods": [], "budgets": [], "oracles": False, "reference": "ertacache", **options}
+    keys = {
+        "quick": False,
+        "methods": [],
+        "budgets": [],
+        "oracles": False,
+        "worst": 0,
+        "reference": "ertacache",
+        **options,
+    }
     return OmegaConf.create({"model": {"num_inference_steps": steps}, "compare": keys})
 
 
@@ -129,6 +137,31 @@ def test_oracles_and_budgets_are_asked_for():
     assert [row.computed for row in chosen] == [None, 25, 17, 12, 8]
     with pytest.raises(BudgetError, match=r"compare\.budgets: 51 computed steps of 50"):
         compare.table_rows(configured(budgets=[8, 51]))
+
+
+@pytest.mark.slow
+def test_the_worst_samples_are_kept(command, tmp_path):
+    """Of the reference at each budget; they are the row's own samples. Mutants: those of another row, the best ones, samples that
+    are made again by the same command."""
+    arguments = (
+        "experiment=compare",
+        "compare.methods=[uniform,ertacache]",
+        "compare.budgets=[3,4]",
+        "compare.worst=1",
+    )
+    arguments += ("compare.workers=1", "compare.timed=1", "calibration.window=5", "hydra.run.dir=outputs/w")
+    code, printed = command(*arguments)
+    assert code == 0, printed
+    rows = records.read_rows("outputs/w")
+    kept = sorted(path.relative_to("outputs/w/worst").as_posix() for path in Path("outputs/w/worst").rglob("*.webp"))
+    wanted = []
+    for count in (3, 4):
+        of_row = {one.index: one.psnr_db for one in rows.samples if one.row == f"ertacache ({count})"}
+        worst = min(of_row, key=of_row.get)
+        wanted += [f"ertacache_{count}/{worst:03d}_{side}.webp" for side in ("made", "uncached")]
+        assert Path(f"outputs/w/figures/worst_ertacache_{count}.png").stat().st_size > 5000
+    assert kept == wanted
+    assert "against uncached (95 %)" in Path("outputs/w/table.md").read_text()
 
 
 @pytest.mark.slow
