@@ -17,6 +17,7 @@ from erta.policy import uniform_mask
 from erta.scheduler import nominal_sigmas, with_grid
 from erta.solver import Computed, linear_solver
 from experiments.harness.setup import Setup
+from experiments.methods.adams_bashforth import arm as adams_bashforth_arm
 from experiments.methods.adams_bashforth import weights
 from experiments.methods.common import solvers
 from experiments.methods.ertaplan import arm, climbed
@@ -222,6 +223,19 @@ def test_what_is_recorded_and_fitted_is_kept(tmp_path, monkeypatch):
     assert (
         solvers.solver_of(setup, again) is again.solver and again.solver.timesteps.dtype == first.solver.timesteps.dtype
     )
+
+
+def test_adams_bashforth_takes_the_nodes_that_ertaplan_chose(tmp_path, monkeypatch):
+    """Mutant: planned nodes, where cross-validation chose others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("erta.fitting.placed_nodes", lambda *_: {"even": (0, 1, 5)})
+    kwargs = {**CALL, "num_inference_steps": 6}
+    values = [f"model.{key}={value}" for key, value in kwargs.items()]
+    cfg = config("cache=adams_bashforth", "cache.steps=3", "calibration.num_prompts=2", *values)
+    found = adams_bashforth_arm(Setup(cfg, build_pipe("euler")))
+    assert found.report["mask"] == [1, 1, 0, 0, 0, 1] and found.kwargs["num_inference_steps"] == 3
+    np.testing.assert_allclose(found.solver.velocity[:, :, 0], weights(found.solver.sigmas, 2), atol=1e-6)
+    assert found.searched_s > 0
 
 
 @pytest.mark.slow
