@@ -122,16 +122,21 @@ def fit(
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise BudgetError(f"give exactly one of steps, speedup, psnr_db and nodes, not {', '.join(named) or 'none'}")
+    made = _fitted(fitting, steps, speedup, psnr_db, nodes)
+    if made.report["warning"]:
+        warnings.warn(made.report["warning"], stacklevel=2)
+    return made
+
+
+def _fitted(
+    fitting: _Fitting, steps: int | None, speedup: float | None, psnr_db: float | None, nodes: Sequence[int] | None
+) -> FittedScheduler:
     if psnr_db is not None:
         return fitting.reaching(psnr_db)
     if nodes is not None:
         return fitting.on(tuple(nodes), asked={"nodes": list(nodes)})
-    total = trajectories.num_steps
-    count = (
-        steps
-        if steps is not None
-        else steps_for_speedup(total, float(speedup or 0), trajectories.signature["takeover"])
-    )
+    total, takeover = fitting.recorded.num_steps, fitting.recorded.signature["takeover"]
+    count = steps if steps is not None else steps_for_speedup(total, float(speedup or 0), takeover)
     return fitting.with_steps(count, asked={"steps": steps, "speedup": speedup})
 
 
@@ -234,7 +239,7 @@ class _Fitting:
         else:
             coefficients, fitted = np.stack([choose(k, np.empty(0))[0] for k in range(frame.num_steps)]), None
         expected = predicted.get(loop)
-        ertacache = self._ertacache(expected, len(nodes)) if expected and options.baseline else None
+        ertacache = self._ertacache(len(nodes)) if expected and options.baseline else None
         report = {
             "policy": "fitted solver",
             "asked": {key: value for key, value in asked.items() if value is not None},
@@ -252,23 +257,16 @@ class _Fitting:
             "placement": max(placements, key=lambda name: placements[name] or 0.0) if placements else None,
             "predicted_by_placement": dict(placements or {}),
             "predicted_ertacache": ertacache.summary() if ertacache else None,
+            "warning": _behind(frame, expected, ertacache) if expected and ertacache else None,
             "forwards": self.runs.forwards - forwards,
             "seconds": time.perf_counter() - started,
         }
         made_for = self._made_for(nodes)
         return FittedScheduler(_with_coefficients(frame, coefficients, report), self.pipe.scheduler, made_for)
 
-    def _ertacache(self, expected: Quality, count: int) -> Quality:
-        """The same error of plain ERTACache; warns if it is smaller than what is `expected` of the fitted solver."""
-        found = self.runs.alone(ertacache_scheduler(self.pipe.scheduler, self.recorded, count))
-        if expected.score < found.score:
-            measure = "latent error" if found.psnr_db is None else "PSNR"
-            warnings.warn(
-                f"{count} of {self.recorded.num_steps} steps: {expected.score:.1f} dB are predicted, but {found.score:.1f} of plain "
-                f"ERTACache ({measure}, mean over the calibration prompts): use that, or more steps",
-                stacklevel=2,
-            )
-        return found
+    def _ertacache(self, count: int) -> Quality:
+        """The error of plain ERTACache at the same budget."""
+        return self.runs.alone(ertacache_scheduler(self.pipe.scheduler, self.recorded, count))
 
     def _made_for(self, nodes: tuple[int, ...]) -> MadeFor:
         signature, record = self.recorded.signature, self.recorded.record
@@ -326,6 +324,17 @@ class _Fitting:
             return leave_one_out(products, own[k], terms, ridge, options.weighted)
 
         return choose
+
+
+def _behind(frame: Solver, expected: Quality, ertacache: Quality) -> str | None:
+    """A line that says so where plain ERTACache is predicted to do better."""
+    if expected.score >= ertacache.score:
+        return None
+    measure = "latent error" if expected.psnr_db is None else "PSNR"
+    return (
+        f"{frame.num_steps} of {frame.num_nominal} steps: {expected.score:.1f} dB are predicted, but {ertacache.score:.1f} of plain "
+        f"ERTACache ({measure}, mean over the calibration prompts): use that, or more steps"
+    )
 
 
 def _best(predicted: dict[str, Quality]) -> Quality:

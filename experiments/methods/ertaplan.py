@@ -10,6 +10,7 @@ run.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -28,6 +29,7 @@ from experiments.methods.common.solvers import (
     solver_arm,
     step_bar,
 )
+from experiments.output import console
 from experiments.prompts.choose import test_prompts
 
 Nodes = tuple[int, ...]
@@ -88,11 +90,15 @@ def fitted(setup: Setup, name: str, trajectories: erta.Trajectories) -> erta.Fit
     options, count = erta.FitOptions(**setup.options), step_count_at_output(setup)
 
     def make() -> erta.FittedScheduler:
-        with step_bar(f"fit {count} steps") as advance:
+        with step_bar(f"fit {count} steps") as advance, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*plain ERTACache")  # said below, also of what is kept
             return erta.fit(setup.pipe, trajectories, steps=count, options=options, on_step=advance)
 
     seen = [trajectories.record["prompts"], trajectories.record["seeds"]]
-    return kept_solver(setup, name, [setup.options, count, seen], make)
+    found = kept_solver(setup, name, [setup.options, count, seen], make)
+    if said := found.report.get("warning"):
+        console.note(said)
+    return found
 
 
 def step_count_at_output(setup: Setup) -> int:

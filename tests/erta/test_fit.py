@@ -254,10 +254,12 @@ def test_a_budget_below_plain_ertacache_says_so(recorded):
     pipe, seen = build_pipe("euler"), recorded["euler"]
     with pytest.warns(UserWarning, match=r"^4 of 8 steps: .* plain ERTACache \(PSNR, .*: use that, or more steps$"):
         early = erta.fit(pipe, seen, nodes=[0, 1, 2, 3]).report
+    assert early["warning"].startswith("4 of 8 steps: ")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*plain ERTACache")
         usual = erta.fit(pipe, seen, steps=4, batch_size=3).report
         silent = erta.fit(pipe, seen, nodes=[0, 1, 2, 3], options=replace(ONE_RUN, terms=3, ridge=1e-6)).report
+    assert usual["warning"] is None is silent["warning"] is silent["predicted_ertacache"]
     assert silent["predicted_ertacache"] is None and silent["forwards"] == 2 * 4 * 4
     theirs = usual["predicted_ertacache"]["psnr_db"]
     assert early["predicted_ertacache"]["psnr_db"] == pytest.approx(theirs, abs=0.01)

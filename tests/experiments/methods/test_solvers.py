@@ -225,8 +225,9 @@ def test_what_is_recorded_and_fitted_is_kept(tmp_path, monkeypatch):
     )
 
 
-def test_adams_bashforth_takes_the_nodes_that_ertaplan_chose(tmp_path, monkeypatch):
-    """Mutant: planned nodes, where cross-validation chose others."""
+def test_adams_bashforth_takes_the_nodes_that_ertaplan_chose(tmp_path, monkeypatch, capsys):
+    """And a budget below plain ERTACache is told in a line, again of a kept solver. Mutant: planned nodes, where cross-validation
+    chose others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("erta.fitting.placed_nodes", lambda *_: {"even": (0, 1, 5)})
     kwargs = {**CALL, "num_inference_steps": 6}
@@ -236,6 +237,10 @@ def test_adams_bashforth_takes_the_nodes_that_ertaplan_chose(tmp_path, monkeypat
     assert found.report["mask"] == [1, 1, 0, 0, 0, 1] and found.kwargs["num_inference_steps"] == 3
     np.testing.assert_allclose(found.solver.velocity[:, :, 0], weights(found.solver.sigmas, 2), atol=1e-6)
     assert found.searched_s > 0
+    said = "3 of 6 steps: "
+    assert said in capsys.readouterr().out
+    adams_bashforth_arm(Setup(cfg, build_pipe("euler")))
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.slow
