@@ -38,7 +38,7 @@ GROUPS = {
     "online": Group("decided while it runs", "#E69F00", "^"),
     "inside": Group("parts inside the model", "#009E73", "s"),
     "none": Group("no cache: fewer steps, grids", "#333333", "D"),
-    ORACLE: Group("oracles: fitted to the test samples", "#CC79A7", "v"),
+    ORACLE: Group("oracles: saw the test samples", "#CC79A7", "v"),
 }
 
 
@@ -78,7 +78,7 @@ def dot_plot_figure(points: list[Point], num_steps: int) -> Figure:
         for marker, name, label in spread
         if any(getattr(point, name) is not None for point in points)
     ]
-    figure.legend(handles=[*_group_keys(points), *keys], loc="outside upper center", ncols=6, handletextpad=0.2)
+    figure.legend(handles=[*_group_keys(points), *keys], loc="outside upper center", ncols=4, handletextpad=0.2)
     return figure
 
 

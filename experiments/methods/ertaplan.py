@@ -18,7 +18,7 @@ import numpy as np
 
 import erta
 from erta.errors import ErtaError
-from erta.nodes import nodes_for
+from erta.nodes import placed_nodes
 from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup
 from experiments.methods.common.knob import check_number
@@ -56,12 +56,12 @@ def oracle_nodes(setup: Setup) -> Arm:
             return erta.fit(setup.pipe, seen, nodes=nodes, options=erta.FitOptions(**options), on_step=advance)
 
     def search() -> erta.FittedScheduler:
-        planned = nodes_for(seen, count, options["over_prompts"])
+        begins = placed_nodes(seen, count, options["placement"], options["over_prompts"])
 
         def score(nodes: Nodes) -> float:
             return at(nodes).report["on_calibration"]["mean_psnr_db"]
 
-        return at(climbed(planned, seen.num_steps, score, trials, seen.signature["takeover"]))
+        return at(climbed(max(begins.values(), key=score), seen.num_steps, score, trials, seen.signature["takeover"]))
 
     key = [setup.options, count, seen.record["prompts"], seen.record["seeds"]]
     return solver_arm(setup, kept_solver(setup, "ertaplan-oracle-nodes", key, search))
