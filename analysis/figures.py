@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import plots, row_plots, solver_figures
+from analysis import plots, row_plots, solver_figures, worst
 from analysis.comparison import Comparison, Outcome, as_point
 from analysis.intervals import paired_interval
 from analysis.records import UNCACHED, FigureRecord, Rows
@@ -167,6 +168,17 @@ def side_by_side(rows: Rows, folder: Path) -> Named:
             _cell(axes[place, column], made[column - 1][place], grey[..., None].repeat(3, -1), title)
     figure.suptitle(f"left: uncached; below each sample its absolute difference to it × {factor}", fontsize=9)
     yield "side_by_side", figure
+
+
+def worst_samples(rows: Rows, folder: Path) -> Named:
+    """The worst prompts of each row whose worst samples are kept, the uncached sample beside the row's."""
+    for one in Comparison(rows).outcomes:
+        kept = folder / worst.FOLDER / slug(one.row.key)
+        if one.samples and kept.is_dir():
+            ranked = worst.worst(one, rows.record.prompts, len(one.samples))
+            here = list(takewhile(lambda bad, at=kept: all(map(Path.is_file, bad.files(at))), ranked))  # type: ignore[misc]
+            if here:
+                yield f"worst_{slug(one.row.key)}", worst.worst_figure(one.row.title, here, kept)
 
 
 def _cell(axis: Axes, frames: np.ndarray, below: np.ndarray, title: str) -> None:
@@ -327,7 +339,8 @@ def long_video(series: dict[str, Any]) -> Figure:
 
 
 OF_ROWS: dict[str, Callable[[Rows, Path], Named]] = {
-    one.__name__: one for one in (methods, budget_curves, calibration_size, threshold_sensitivity, side_by_side)
+    one.__name__: one
+    for one in (methods, budget_curves, calibration_size, threshold_sensitivity, side_by_side, worst_samples)
 }
 OF_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     one.__name__: one

@@ -41,6 +41,7 @@ from analysis.schema import (
 
 __all__ = [
     "LEFT_OUT",
+    "ORACLE",
     "PER_PROMPT",
     "RECORD",
     "ROWS",
@@ -99,6 +100,7 @@ class RecordError(ValueError):
 
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 _SAMPLE, _SETUP, _SCORES = TypeAdapter(Sample), TypeAdapter(RowSetup), TypeAdapter(RowScores)
+ORACLE = "oracle"  # group of rows that have seen the test samples: no methods, and they beat nothing
 UNCACHED = "uncached"  # key of the uncached samples among the scores
 
 

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from analysis.records import ORACLE
 from analysis.style import BAND, GREY, WIDTH
 
 ROW_INCHES = 0.165
@@ -37,6 +38,7 @@ GROUPS = {
     "online": Group("decided while it runs", "#E69F00", "^"),
     "inside": Group("parts inside the model", "#009E73", "s"),
     "none": Group("no cache: fewer steps, grids", "#333333", "D"),
+    ORACLE: Group("oracles: saw the test samples", "#CC79A7", "v"),
 }
 
 
@@ -76,7 +78,7 @@ def dot_plot_figure(points: list[Point], num_steps: int) -> Figure:
         for marker, name, label in spread
         if any(getattr(point, name) is not None for point in points)
     ]
-    figure.legend(handles=[*_group_keys(points), *keys], loc="outside upper center", ncols=6, handletextpad=0.2)
+    figure.legend(handles=[*_group_keys(points), *keys], loc="outside upper center", ncols=4, handletextpad=0.2)
     return figure
 
 
@@ -138,8 +140,12 @@ def pareto_figure(points: list[Point]) -> Figure:
 
 
 def front(points: list[Point]) -> list[Point]:
-    """The timed points that no other beats (as good in both PSNR and speed-up, better in one), slowest first."""
-    timed = sorted(((p.speedup, p.psnr_db, p) for p in points if p.speedup is not None), key=lambda t: t[:2])
+    """The timed points that no other beats (as good in both PSNR and speed-up, better in one), slowest first.
+
+    Oracles are no part of it.
+    """
+    counted = [point for point in points if point.group != ORACLE]
+    timed = sorted(((p.speedup, p.psnr_db, p) for p in counted if p.speedup is not None), key=lambda t: t[:2])
     return [
         point
         for speedup, psnr_db, point in timed

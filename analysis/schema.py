@@ -259,7 +259,12 @@ class CalibrationRecord(_Made):
 
 @dataclass(kw_only=True)
 class SpeedRecord(_Made):
-    """`experiment=speed`: medians over pairs of generations with untrained weights, in seconds and bytes."""
+    """`experiment=speed`: medians over pairs of generations with untrained weights, in seconds and bytes.
+
+    Attributes:
+        scheduler_s: of the plan as a solver in the scheduler's place; None: it is none.
+        fitted_s: of a fitted solver with as many steps; fitted_speedup: uncached over it in each pair, the median.
+    """
 
     kind: Literal["speed"] = "speed"
     pairs: int
@@ -273,6 +278,8 @@ class SpeedRecord(_Made):
     forward_s: float
     hook_share: float
     scheduler_s: float | None = None
+    fitted_s: float | None = None
+    fitted_speedup: float | None = None
     calibration_s: float
     calibration_generations: float
     cache_bytes: int

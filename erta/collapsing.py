@@ -12,7 +12,7 @@ from erta.errors import ErtaError
 from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
 from erta.pipeline import find_denoiser
 from erta.plan import Plan
-from erta.policy import sources
+from erta.policy import Mask, sources
 from erta.rectifier import Moments, fit_linear
 from erta.scheduler import switch_off_corrector, with_grid, write_grid
 from erta.signature import check_signature, model_signature
@@ -56,7 +56,7 @@ def collapse(pipe: Any, plan: Plan, trajectories: Trajectories | None = None) ->
     predict: Predict = reuse_residual if plan.reuse == "residual" else reuse_velocity
     channels, fitted_anew = 1, False
     if plan.rectification is not None and not all(plan.mask):
-        gain, offset, fitted_anew = _guided_rectifier(plan, trajectories)
+        gain, offset, fitted_anew = _rectifier_of(plan, trajectories)
         channels, predict = gain.shape[1], WithOffset(predict, gain, offset)
     report = {**plan.report, "collapsed_from_steps": plan.num_steps, "rectifier_of_guided_output": fitted_anew}
     solver = linear_solver(scheduler, plan.mask, nominal, predict, channels, report)
@@ -72,7 +72,7 @@ def _made_for(pipe: Any, plan: Plan) -> MadeFor:
     return MadeFor(channel_axis=axis, takeover=takeover, model=model_of(pipe))
 
 
-def _guided_rectifier(plan: Plan, trajectories: Trajectories | None) -> tuple[np.ndarray, np.ndarray, bool]:
+def _rectifier_of(plan: Plan, trajectories: Trajectories | None) -> tuple[np.ndarray, np.ndarray, bool]:
     """Gain and offset of the guided output, (num_steps, channels or 1) each, and whether they were fitted anew."""
     rect = plan.rectification
     assert rect is not None
@@ -88,17 +88,24 @@ def _guided_rectifier(plan: Plan, trajectories: Trajectories | None) -> tuple[np
     if plan.nominal_sigmas is None or not np.allclose(trajectories.sigmas, plan.nominal_sigmas, atol=1e-6):
         raise ErtaError("the trajectories are of another grid than the plan: record them with the same call")
     by_channel = _narrowed(rect.gain[:, 0]).shape[1] > 1
+    return *guided_rectifier(trajectories, plan.mask, plan.reuse, by_channel), True
+
+
+def guided_rectifier(
+    trajectories: Trajectories, mask: Mask, reuse: str = "residual", by_channel: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and offset, (num_steps, channels or 1), fitted to the guided output along uncached trajectories."""
     names = trajectories.channels if by_channel else np.zeros_like(trajectories.channels)
-    gain, offset = np.ones((2, plan.num_steps, int(names.max()) + 1))
+    gain, offset = np.ones((2, len(mask), int(names.max()) + 1))
     offset = np.zeros_like(gain)
     x, v = trajectories.latents.astype(np.float64), trajectories.outputs.astype(np.float64)
-    for step, source in enumerate(sources(plan.mask)):
+    for step, source in enumerate(sources(mask)):
         if source == step:
             continue
-        cached = v[:, source] if plan.reuse == "velocity" else x[:, step] + v[:, source] - x[:, source]
+        cached = v[:, source] if reuse == "velocity" else x[:, step] + v[:, source] - x[:, source]
         fit = fit_linear(_moments(cached, cached - v[:, step], names))
         gain[step], offset[step] = fit.gain, fit.offset
-    return gain, offset, True
+    return gain, offset
 
 
 def _narrowed(table: np.ndarray) -> np.ndarray:

@@ -16,19 +16,21 @@ Cross-validation costs one more run: each prompt is taken along with coefficient
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
+from erta.baseline import ertacache_scheduler
+from erta.errors import BudgetError, ErtaError, choice_index
+from erta.fit_runs import Choose, OnStep, Runs
 from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
 from erta.grid import computed_sigmas
 from erta.least_squares import (
     MEMORY,
-    NOTHING,
     TERMS,
     as_tables,
     as_terms,
@@ -38,18 +40,16 @@ from erta.least_squares import (
     products_of,
     solve,
 )
-from erta.lockstep import Asked, run_in_step
-from erta.nodes import nodes_for
+from erta.nodes import PLACEMENTS, nodes_for, placed_nodes
 from erta.pipeline import check_bare
 from erta.policy import steps_for_speedup
+from erta.quality import Quality
 from erta.scheduler import nominal_sigmas, with_grid
 from erta.signature import check_signature, model_signature
 from erta.solver import Solver, linear_solver
-from erta.trajectories import Trajectories, batch_call, decoded_values
+from erta.trajectories import Trajectories
 
 LOOPS = ("closed", "open", "best")
-Choose = Callable[[int, np.ndarray], np.ndarray]
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ class FitOptions:
         ridge: pull towards the pipeline's own solver, relative to the size of each term; None: cross-validated.
         weighted: prompts count by 1 / error; False: plain squares.
         over_prompts: nodes for the `mean` or the `worst` prompt's local error.
+        placement: nodes are `planned`, spread `even`ly, or the `best` of both by cross-validation (see `erta.nodes`), one run
+            more; without it, planned.
         validate: predict the error by a run with coefficients of all other prompts.
+        baseline: beside it predict plain ERTACache at the same budget, one run more, and warn where it is ahead.
     """
 
     loop: str = "closed"
@@ -70,48 +73,17 @@ class FitOptions:
     ridge: float | None = None
     weighted: bool = True
     over_prompts: str = "mean"
+    placement: str = "best"
     validate: bool = True
+    baseline: bool = True
 
     def __post_init__(self) -> None:
         choice_index("loop", self.loop, LOOPS)
+        choice_index("placement", self.placement, PLACEMENTS)
         if self.terms is not None and not 1 <= self.terms <= len(TERMS):
             raise ErtaError(f"terms must be 1 to {len(TERMS)}, not {self.terms}")
         if self.ridge is not None and not self.ridge >= 0:
             raise ErtaError(f"ridge must be a number ≥ 0, not {self.ridge}")
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How far runs are from the uncached ones, by prompt.
-
-    Attributes:
-        latent_error: relative L2 error of the final latent, (P,).
-        psnr_db: of what the pipeline decodes, (P,); None if the trajectories were recorded without decoding.
-    """
-
-    latent_error: np.ndarray
-    psnr_db: np.ndarray | None
-
-    def summary(self) -> dict[str, Any]:
-        """Mean and median, for a report."""
-        found: dict[str, Any] = {
-            "latent_error": self.latent_error.tolist(),
-            "median_latent_error": float(np.median(self.latent_error)),
-        }
-        if self.psnr_db is not None:
-            found |= {
-                "psnr_db": self.psnr_db.tolist(),
-                "mean_psnr_db": float(self.psnr_db.mean()),
-                "median_psnr_db": float(np.median(self.psnr_db)),
-                "worst_psnr_db": float(self.psnr_db.min()),
-            }
-        return found
-
-    @property
-    def score(self) -> float:
-        """Mean of decibels: higher is better."""
-        values = self.psnr_db if self.psnr_db is not None else -20 * np.log10(np.maximum(self.latent_error, NOTHING))
-        return float(values.mean())
 
 
 def fit(
@@ -141,7 +113,7 @@ def fit(
         pipeline_kwargs: go to the pipeline, beside those that the trajectories were recorded with.
 
     Raises BudgetError for a budget that cannot be met, SignatureMismatch for trajectories of another model, ErtaError for
-    another grid, NonFiniteError if an output is not finite.
+    another grid, NonFiniteError if an output is not finite. Warns, in a line, where plain ERTACache is predicted to do better.
     """
     check_bare(pipe)
     check_signature(trajectories.signature, model_signature(pipe))
@@ -150,19 +122,22 @@ def fit(
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise BudgetError(f"give exactly one of steps, speedup, psnr_db and nodes, not {', '.join(named) or 'none'}")
+    made = _fitted(fitting, steps, speedup, psnr_db, nodes)
+    if made.report["warning"]:
+        warnings.warn(made.report["warning"], stacklevel=2)
+    return made
+
+
+def _fitted(
+    fitting: _Fitting, steps: int | None, speedup: float | None, psnr_db: float | None, nodes: Sequence[int] | None
+) -> FittedScheduler:
     if psnr_db is not None:
         return fitting.reaching(psnr_db)
     if nodes is not None:
         return fitting.on(tuple(nodes), asked={"nodes": list(nodes)})
-    total = trajectories.num_steps
-    count = (
-        steps
-        if steps is not None
-        else steps_for_speedup(total, float(speedup or 0), trajectories.signature["takeover"])
-    )
-    return fitting.on(
-        nodes_for(trajectories, count, fitting.options.over_prompts), asked={"steps": steps, "speedup": speedup}
-    )
+    total, takeover = fitting.recorded.num_steps, fitting.recorded.signature["takeover"]
+    count = steps if steps is not None else steps_for_speedup(total, float(speedup or 0), takeover)
+    return fitting.with_steps(count, asked={"steps": steps, "speedup": speedup})
 
 
 class _Fitting:
@@ -178,10 +153,8 @@ class _Fitting:
         pipeline_kwargs: dict[str, Any],
     ) -> None:
         self.pipe, self.recorded, self.options = pipe, trajectories, options
-        self.batch_size, self.on_step = batch_size, on_step
-        self.kwargs = {**trajectories.record["call"], **pipeline_kwargs}
         self.scheduler = with_grid(pipe.scheduler, trajectories.sigmas)
-        self.forwards = 0  # a guidance branch and prompt
+        self.runs = Runs(pipe, trajectories, {**trajectories.record["call"], **pipeline_kwargs}, batch_size, on_step)
 
     def reaching(self, psnr_db: float) -> FittedScheduler:
         """The fewest steps whose predicted median PSNR is not below, by bisection."""
@@ -189,28 +162,52 @@ class _Fitting:
             raise ErtaError("a PSNR is of decoded samples: record the trajectories with decode=True")
         if self.recorded.num_prompts < 2:
             raise ErtaError("a PSNR is predicted by cross-validation, which needs two prompts or more")
-        started, forwards = time.perf_counter(), self.forwards
-        low, high, found = 0, self.recorded.num_steps, None
+        since = time.perf_counter(), self.runs.forwards
+        low, high = 0, self.recorded.num_steps
+        predicted: dict[tuple[int, ...], dict[str, Quality]] = {}
         while high - low > 1:
             middle = (low + high) // 2
             nodes = nodes_for(self.recorded, middle, self.options.over_prompts)
-            predicted = self._predicted(nodes)
-            if max(predicted.values(), key=lambda one: one.score).summary()["median_psnr_db"] >= psnr_db:
-                high, found = middle, (nodes, predicted)
+            predicted[nodes] = self._predicted(nodes)
+            if _best(predicted[nodes]).summary()["median_psnr_db"] >= psnr_db:
+                high = middle
             else:
                 low = middle
-        if found is None:
+        if high == self.recorded.num_steps:
             raise BudgetError(
                 f"only all {self.recorded.num_steps} steps reach {psnr_db:g} dB: there is nothing to save"
             )
-        return self.on(found[0], {"psnr_db": psnr_db}, found[1], (started, forwards))
+        return self.with_steps(high, {"psnr_db": psnr_db}, predicted, since)
+
+    def with_steps(
+        self,
+        count: int,
+        asked: dict[str, Any],
+        known: dict[tuple[int, ...], dict[str, Quality]] | None = None,
+        since: tuple[float, int] | None = None,
+    ) -> FittedScheduler:
+        """A solver of `count` steps on the nodes that are best by cross-validation. `known`: what was predicted before."""
+        options, known = self.options, known or {}
+        since = since or (time.perf_counter(), self.runs.forwards)
+        places = placed_nodes(self.recorded, count, options.placement, options.over_prompts)
+        if len(places) == 1 or not self._validates:
+            name, nodes = next(iter(places.items()))
+            return self.on(nodes, asked, known.get(nodes), since, {name: None})
+        predicted = {name: known.get(nodes) or self._predicted(nodes) for name, nodes in places.items()}
+        scores = {name: _best(one).score for name, one in predicted.items()}
+        name = max(scores, key=lambda one: scores[one])
+        return self.on(places[name], asked, predicted[name], since, scores)
+
+    @property
+    def _validates(self) -> bool:
+        return self.options.validate and self.recorded.num_prompts > 1
 
     def _predicted(self, nodes: tuple[int, ...]) -> dict[str, Quality]:
         """By loop, the error of a run in which each prompt takes coefficients of all others."""
         frame = self._frame(nodes)
         own = self._own(frame)
         loops = ("closed", "open") if self.options.loop == "best" else (self.options.loop,)
-        return {loop: self._run(frame, self._choose(frame, own, loop, hold_out=True))[1] for loop in loops}
+        return {loop: self.runs.along(frame, self._choose(frame, own, loop, hold_out=True))[1] for loop in loops}
 
     def on(
         self,
@@ -218,27 +215,31 @@ class _Fitting:
         asked: dict[str, Any],
         predicted: dict[str, Quality] | None = None,
         since: tuple[float, int] | None = None,
+        placements: Mapping[str, float | None] | None = None,
     ) -> FittedScheduler:
         """Coefficients on given nodes, and the error that cross-validation predicts, if it is not given.
 
-        `since`: the time and the number of forwards at which the work on it began; None: now.
+        `since`: the time and the number of forwards at which the work on it began; None: now. `placements`: that nodes were
+        chosen from, with what was predicted, for the report.
         """
-        started, forwards = since or (time.perf_counter(), self.forwards)
-        options, validates = self.options, self.options.validate and self.recorded.num_prompts > 1
-        if options.loop == "best" and not validates:
+        started, forwards = since or (time.perf_counter(), self.runs.forwards)
+        options = self.options
+        if options.loop == "best" and not self._validates:
             raise ErtaError("loop='best' is chosen by cross-validation: two prompts or more, and validate=True")
         if predicted is None:
-            predicted = self._predicted(nodes) if validates else {}
+            predicted = self._predicted(nodes) if self._validates else {}
         frame = self._frame(nodes)
         own = self._own(frame)
         loop = max(predicted, key=lambda name: predicted[name].score) if predicted else options.loop
         chosen: list[dict[str, Any]] = []
         choose = self._choose(frame, own, loop, hold_out=False, note=chosen.append)
         if loop == "closed":
-            coefficients, quality = self._run(frame, choose)
+            coefficients, quality = self.runs.along(frame, choose)
             fitted: dict[str, Any] | None = quality.summary()
         else:
             coefficients, fitted = np.stack([choose(k, np.empty(0))[0] for k in range(frame.num_steps)]), None
+        expected = predicted.get(loop)
+        ertacache = self._ertacache(len(nodes)) if expected and options.baseline else None
         report = {
             "policy": "fitted solver",
             "asked": {key: value for key, value in asked.items() if value is not None},
@@ -251,13 +252,21 @@ class _Fitting:
             "guidance_scale": self.recorded.signature["guidance_scale"],
             "guidance_scale_2": self.recorded.signature["guidance_scale_2"],
             "on_calibration": fitted,
-            "predicted": predicted[loop].summary() if predicted else None,
+            "predicted": expected.summary() if expected else None,
             "predicted_by_loop": {name: quality.score for name, quality in predicted.items()},
-            "forwards": self.forwards - forwards,
+            "placement": max(placements, key=lambda name: placements[name] or 0.0) if placements else None,
+            "predicted_by_placement": dict(placements or {}),
+            "predicted_ertacache": ertacache.summary() if ertacache else None,
+            "warning": _behind(frame, expected, ertacache) if expected and ertacache else None,
+            "forwards": self.runs.forwards - forwards,
             "seconds": time.perf_counter() - started,
         }
         made_for = self._made_for(nodes)
         return FittedScheduler(_with_coefficients(frame, coefficients, report), self.pipe.scheduler, made_for)
+
+    def _ertacache(self, count: int) -> Quality:
+        """The error of plain ERTACache at the same budget."""
+        return self.runs.alone(ertacache_scheduler(self.pipe.scheduler, self.recorded, count))
 
     def _made_for(self, nodes: tuple[int, ...]) -> MadeFor:
         signature, record = self.recorded.signature, self.recorded.record
@@ -316,75 +325,20 @@ class _Fitting:
 
         return choose
 
-    def _run(self, frame: Solver, choose: Choose) -> tuple[np.ndarray, Quality]:
-        """The run of all prompts with the coefficients that `choose` gives: those of the first prompt (K, 6), and the error."""
-        recorded, nodes = self.recorded, (*frame.nodes, frame.num_nominal)
-        prompts, seeds = recorded.record["prompts"], recorded.record["seeds"]
-        decode = bool(recorded.decoded.shape[1])
-        slices = [slice(at, at + self.batch_size) for at in range(0, len(prompts), self.batch_size)]
-        calls = [
-            {**batch_call(prompts[part], seeds[part], decode, self.kwargs), "num_inference_steps": frame.num_steps}
-            for part in slices
-        ]
-        latents: list[list[torch.Tensor]] = [[] for _ in slices]  # of each call, newest first
-        outputs: list[list[torch.Tensor]] = [[] for _ in slices]
-        used: list[np.ndarray] = []
-        end: np.ndarray = np.empty(0)
 
-        def at_positions(values: list[torch.Tensor]) -> np.ndarray:
-            return torch.cat([self._sampled(value) for value in values]).numpy()
-
-        def answer(k: int, asked: list[Asked]) -> list[torch.Tensor]:
-            nonlocal end
-            for place, one in enumerate(asked):
-                latents[place] = [one.latent, *latents[place]][:MEMORY]
-                outputs[place] = [one.output, *outputs[place]][:MEMORY]
-            lags = range(min(MEMORY, k + 1))
-            x = [at_positions([call[lag] for call in latents]) for lag in lags]
-            v = [at_positions([call[lag] for call in outputs]) for lag in lags]
-            features = features_of(v, x)
-            if not np.isfinite(features).all():
-                bad = int(np.flatnonzero(~np.isfinite(features).all(axis=(1, 2)))[0])
-                raise NonFiniteError(
-                    f"prompt {prompts[bad]!r}: the output at node {k} of {frame.num_steps} is not finite"
-                )
-            coefficients = choose(k, products_of(recorded.latents[:, nodes[k + 1]] - x[0], features))
-            used.append(coefficients[0])
-            end = x[0] + np.einsum("pf,pfm->pm", coefficients, features)
-            if self.on_step is not None:
-                self.on_step(k + 1, frame.num_steps)
-            return [_advance(coefficients[part], outputs[place], latents[place]) for place, part in enumerate(slices)]
-
-        made = run_in_step(self.pipe, FittedScheduler(frame, self.pipe.scheduler), calls, answer)
-        self.forwards += frame.num_steps * len(prompts)
-        wanted = recorded.latents[:, -1]
-        error = np.linalg.norm(end - wanted, axis=1) / np.maximum(np.linalg.norm(wanted, axis=1), NOTHING)
-        psnr = None
-        if decode:
-            found = np.concatenate([decoded_values(one, decode) for one in made])
-            mse = np.mean((found.astype(np.float64) - recorded.decoded) ** 2, axis=1)
-            psnr = -10 * np.log10(np.maximum(mse, 1e-10))
-        return np.stack(used), Quality(error, psnr)
-
-    def _sampled(self, value: torch.Tensor) -> torch.Tensor:
-        flat = value.flatten(1)
-        return flat[:, torch.from_numpy(self.recorded.positions).to(flat.device)].float().cpu()
+def _behind(frame: Solver, expected: Quality, ertacache: Quality) -> str | None:
+    """A line that says so where plain ERTACache is predicted to do better."""
+    if expected.score >= ertacache.score:
+        return None
+    measure = "latent error" if expected.psnr_db is None else "PSNR"
+    return (
+        f"{frame.num_steps} of {frame.num_nominal} steps: {expected.score:.1f} dB are predicted, but {ertacache.score:.1f} of plain "
+        f"ERTACache ({measure}, mean over the calibration prompts): use that, or more steps"
+    )
 
 
-def _advance(coefficients: np.ndarray, outputs: list[torch.Tensor], latents: list[torch.Tensor]) -> torch.Tensor:
-    """The next latents of one call, (batch, …), with coefficients (batch, 6), in float32."""
-    x = latents[0].float()
-    shape = (-1,) + (1,) * (x.ndim - 1)
-
-    def spread(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(values)).to(x.device, torch.float32).reshape(shape)
-
-    velocity, latent = as_tables(coefficients)
-    result = x
-    for table, values in ((velocity, outputs), (latent, latents)):
-        for lag, value in enumerate(values):
-            result = torch.addcmul(result, spread(table[:, lag]), value.float())
-    return result
+def _best(predicted: dict[str, Quality]) -> Quality:
+    return max(predicted.values(), key=lambda one: one.score)
 
 
 def _with_coefficients(frame: Solver, coefficients: np.ndarray, report: dict[str, Any]) -> Solver:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from erta.errors import BudgetError, choice_index
+from erta.policy import uniform_mask
 from erta.trajectories import Trajectories
 
 WINDOW = 12
 OVER_PROMPTS = ("mean", "worst")
+PLACEMENTS = ("planned", "even", "best")
 NOTHING = 1e-12  # of a diagonal: features below it count as none
 
 
@@ -126,3 +128,20 @@ def nodes_for(trajectories: Trajectories, count: int, over_prompts: str = "mean"
     window = max(WINDOW, 3 * -(-steps // count))
     errors = local_errors(gram(trajectories.latents, trajectories.outputs), window, over_prompts)
     return plan_nodes(errors, count, takeover=takeover)
+
+
+def placed_nodes(
+    trajectories: Trajectories, count: int, placement: str = "best", over_prompts: str = "mean"
+) -> dict[str, tuple[int, ...]]:
+    """By placement, the nodes for `count` steps: `planned`, spread `even`ly, or for `best` both, if they differ.
+
+    The planner adds up local errors, and knows neither how an error grows nor what later steps undo. On a grid of few steps a
+    single step decides: one that ends at the next step of the grid is exact under Euler, and pays for a long one before it.
+    """
+    choice_index("placement", placement, PLACEMENTS)
+    planned = nodes_for(trajectories, count, over_prompts)
+    mask = uniform_mask(trajectories.num_steps, count, trajectories.signature["takeover"])
+    found = {"planned": planned, "even": tuple(step for step, computed in enumerate(mask) if computed)}
+    if placement != "best":
+        return {placement: found[placement]}
+    return found if found["planned"] != found["even"] else {"planned": planned}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,25 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import erta
+from analysis import worst
 from analysis.comparison import FLIPPED_DB, IDENTICAL_DB
+from analysis.figures import slug
 from analysis.records import Measured
+from analysis.style import save
 from erta.errors import ErtaError
 from erta.pipeline import find_denoiser
 from experiments.bench.fidelity import psnr_db
+from experiments.bench.scene import scene_agreement
 from experiments.harness import config
 from experiments.harness.arm import Arm
 from experiments.harness.by_prompt import by_prompt
 from experiments.harness.calibrations import CALIBRATION_SEED
 from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.setup import Setup
+from experiments.harness.worst import sides
 from experiments.methods.common.solvers import kept_solver, kept_trajectories, solver_arm, step_bar
 from experiments.output import console
+from experiments.output.clips import write_animation
 from experiments.prompts.choose import Prompt, calibration_prompts, test_prompts
 
 PLAIN, SIZE, WEIGHTS = "as calibrated", "another size", "changed weights"
@@ -129,7 +135,30 @@ def run(cfg: DictConfig, folder: Path) -> None:
         if title != PLAIN
     ]
     _show(cfg, series)
+    show_worst(setup, folder, prompts, shown[PLAIN]["psnr_db"], conditions[0].solver, own.worst)
     finish_figure(cfg, folder, prompts, series, claims)
+
+
+def show_worst(
+    setup: Setup, folder: Path, prompts: list[Prompt], psnr: list[float], solver: erta.FittedScheduler, count: int
+) -> None:
+    """The prompts with the lowest PSNR as calibrated, in `figures/worst.png`."""
+    if not count:
+        return
+    lowest = [int(index) for index in np.argsort(psnr, kind="stable")[:count]]
+    uncached, made = sides(setup, solver_arm(setup, solver))
+    bad, kept = [], folder / worst.FOLDER / slug(PLAIN)
+    kept.mkdir(parents=True, exist_ok=True)
+    for index in lowest:
+        prompt = prompts[index]
+        pair = [uncached(prompt), made(prompt)]
+        read = [scene_agreement(prompt, frames) for frames in pair]
+        bad.append(worst.Bad(index, prompt.text, psnr[index], read[0] != read[1]))
+        for path, frames in zip(bad[-1].files(kept), pair, strict=True):
+            write_animation(frames, path)
+    (folder / "figures").mkdir(exist_ok=True)
+    path = save(worst.worst_figure("fitted solver", bad, kept), folder / "figures" / "worst")[0]
+    console.note(f"written: {path}")
 
 
 def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
@@ -140,10 +169,11 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
     seeds = [CALIBRATION_SEED + k for k in range(most)]
     every = kept_trajectories(setup, "limits-trajectories", texts, seeds)
     usual = every.only(range(few))
-    plain = fitted(setup, usual, validate=True)
+    plain = fitted(setup, usual, validate=True, placement="best")
+    placed = plain.report["placement"]  # what it chose, all others take
 
     def condition(title: str, seen: erta.Trajectories, longer: bool = False, **asked: Any) -> Condition:
-        return Condition(title, PLAIN, fitted(setup, seen, **asked), plain, longer)
+        return Condition(title, PLAIN, fitted(setup, seen, placement=placed, **asked), plain, longer)
 
     found = [Condition(PLAIN, PLAIN, plain, plain)]
     shortest = np.argsort([len(text) for text in every.record["prompts"]], kind="stable")[:few]
@@ -152,14 +182,16 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
         if scale != cfg.model.guidance_scale:
             elsewhere = Setup(with_overrides(f"model.guidance_scale={scale:g}"), setup.pipe)
             seen = kept_trajectories(elsewhere, "limits-trajectories", texts[:few], seeds[:few])
-            found.append(Condition(f"fitted at guidance {scale:g}", PLAIN, fitted(elsewhere, seen), plain))
+            found.append(
+                Condition(f"fitted at guidance {scale:g}", PLAIN, fitted(elsewhere, seen, placement=placed), plain)
+            )
     for name, title in ((SIZE, "run at another size"), (WEIGHTS, f"run on weights changed by {own.weights:g}")):
         there = places[name]
         with there.change():
             # what is known of a model is looked up again: its weights have changed
             changed = Setup(there.setup.cfg, setup.pipe)
             seen = kept_trajectories(changed, "limits-trajectories", texts[:few], seeds[:few])
-            found.append(Condition(title, name, plain, fitted(changed, seen)))
+            found.append(Condition(title, name, plain, fitted(changed, seen, placement=placed)))
     found += [
         condition(f"fitted to {count} prompt{'s' if count > 1 else ''}", every.only(range(count)))
         for count in own.prompts
@@ -175,17 +207,21 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
 
 
 def fitted(
-    setup: Setup, seen: erta.Trajectories, validate: bool = False, nodes: tuple[int, ...] | None = None
+    setup: Setup,
+    seen: erta.Trajectories,
+    validate: bool = False,
+    nodes: tuple[int, ...] | None = None,
+    placement: str = "planned",
 ) -> erta.FittedScheduler:
     """A solver with the budget's number of steps, found or made."""
-    options, count = erta.FitOptions(validate=validate), setup.step_count()
+    options, count = erta.FitOptions(validate=validate, placement=placement), setup.step_count()
     asked = {"steps": count} if nodes is None else {"nodes": nodes}
 
     def make() -> erta.FittedScheduler:
         with step_bar(f"fit {count} steps to {seen.num_prompts} prompts") as advance:
             return erta.fit(setup.pipe, seen, options=options, on_step=advance, **asked)
 
-    kept_for = [count, validate, nodes, seen.record["prompts"], seen.record["seeds"], seen.positions.tolist()]
+    kept_for = [count, asdict(options), nodes, seen.record["prompts"], seen.record["seeds"], seen.positions.tolist()]
     return kept_solver(setup, "limits", kept_for, make)
 
 

@@ -1,6 +1,7 @@
 """`experiment=speed model=…`: what ERTACache saves on this machine with the real architecture, without its weights.
 
-The plan is timed as a hook that reuses, and as a solver in the scheduler's place (`erta.collapse`), where it is one.
+The plan is timed as a hook that reuses, and as a solver in the scheduler's place (`erta.collapse`), where it is one. A solver with
+as many steps that is fitted (`erta.fit`) is timed too. All are run in turns, every other time in the opposite order.
 
 Time and memory of a forward do not depend on the values of the weights, so they are drawn at random and nothing is
 downloaded. Pictures are not made: the decoder and the real text encoder are left out.
@@ -11,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -22,7 +24,7 @@ from experiments.harness import catalogue
 from experiments.harness.arm import Arm, make_arm
 from experiments.harness.generate import needed_s, now
 from experiments.harness.setup import Setup
-from experiments.methods.common.solvers import scheduler_arm
+from experiments.methods.common.solvers import scheduler_arm, solver_arm
 from experiments.models.untrained import untrained_pipeline
 from experiments.output import console, tracking
 from experiments.output.console import progress_bar
@@ -32,7 +34,7 @@ PROMPT = "a red circle"  # any words will do
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Calibrate on one prompt, then generate uncached, cached and with the scheduler in turns, `speed.pairs` times."""
+    """Calibrate and fit on one prompt, then generate uncached, cached and with the schedulers in turns, `speed.pairs` times."""
     record = measure(cfg)
     finish(folder, record)
     steps = f"{record.computed} of {cfg.model.num_inference_steps} steps computed, site {cfg.cache.site}"
@@ -51,12 +53,23 @@ def measure(cfg: DictConfig) -> SpeedRecord:
         )
     setup = Setup(cfg, untrained_pipeline(cfg))
     pipe, kwargs = setup.pipe, setup.kwargs
-    plain: list[float] = []
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int | None] = {"uncached": None, "cached": None, "scheduler": None, "fitted": None}
     cached: list[dict[str, Any]] = []
-    solved: list[float] = []
     trace: Any = None
+
+    def timed(name: str, one: Arm, seed: int) -> None:
+        nonlocal trace
+        with one.put_on(pipe) as seen:
+            took = generate(pipe, one.kwargs, seed)
+        seconds.setdefault(name, []).append(took)
+        peaks[name] = _peak_of_last()
+        if name == "cached":
+            trace = seen
+            cached.append(_inside(seen, took))
+
     with progress_bar() as bar:
-        task = bar.add_task("generate", total=2 + 3 * cfg.speed.pairs)
+        task = bar.add_task("generate", total=3 + 4 * cfg.speed.pairs)
         generate(pipe, {**kwargs, "num_inference_steps": 2})  # warm-up, not measured
         bar.advance(task)
         started = now()
@@ -64,37 +77,19 @@ def measure(cfg: DictConfig) -> SpeedRecord:
         calibration_s = now() - started
         setup.calibrations[cfg.cache.site] = calibration
         arm = make_arm(setup)
-        solver = as_scheduler(setup, arm)
-        solver_peak = None
         bar.advance(task)
+        arms: dict[str, Arm | None] = {"uncached": Arm(None, kwargs), "cached": arm}
+        arms |= {"scheduler": as_scheduler(setup, arm), "fitted": as_fitted(setup, arm.num_computed)}
+        bar.advance(task)
+        _peak_of_last()
         for seed in range(cfg.speed.pairs):
-            plain.append(generate(pipe, kwargs, seed))
-            plain_peak = _peak_of_last()
-            bar.advance(task)
-            with arm.put_on(pipe) as trace:
-                seconds = generate(pipe, kwargs, seed)
-            cached_peak = _peak_of_last()
-            calls = sum(map(len, trace.executed.values()))
-            forwards = sum(trace.forwards.values())
-            cached.append(
-                {
-                    "denoise_s": seconds,
-                    "forward_s": trace.forward_s / trace.transformer.count,
-                    "hook_s": trace.overhead_s / calls,
-                    "inside_s": trace.forward_s,
-                    "overhead_s": trace.overhead_s,
-                    "forwards": forwards,
-                    "calls": calls,
-                }
-            )
-            bar.advance(task)
-            if solver is not None:
-                with solver.put_on(pipe):
-                    solved.append(generate(pipe, solver.kwargs, seed))
-                solver_peak = _peak_of_last()
-            bar.advance(task)
+            for name, one in reversed(arms.items()) if seed % 2 else arms.items():
+                if one is not None:
+                    timed(name, one, seed)
+                bar.advance(task)
     middle = sorted(cached, key=lambda one: one["denoise_s"])[len(cached) // 2]
-    uncached_s = sorted(plain)[len(plain) // 2]
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    uncached_s = medians["uncached"]
     calls, forwards, forward_s = middle["calls"], middle["forwards"], middle["forward_s"]
     solver_s = max(0.0, uncached_s - calls * forward_s)
     least_s = needed_s(middle["denoise_s"], middle["inside_s"], middle["overhead_s"], solver_s)
@@ -110,13 +105,29 @@ def measure(cfg: DictConfig) -> SpeedRecord:
         forwards=forwards,
         forward_s=forward_s,
         hook_share=middle["hook_s"] / forward_s,
-        scheduler_s=sorted(solved)[len(solved) // 2] if solved else None,
+        scheduler_s=medians.get("scheduler"),
+        fitted_s=medians["fitted"],
+        fitted_speedup=float(np.median(np.array(seconds["uncached"]) / np.array(seconds["fitted"]))),
         calibration_s=calibration_s,
         calibration_generations=calibration_s / uncached_s,
         cache_bytes=trace.cache_bytes,
         cache_dtype=trace.cache_dtype,
-        peak_gpu_bytes={"uncached": plain_peak, "cached": cached_peak, "scheduler": solver_peak},
+        peak_gpu_bytes=peaks,
     )
+
+
+def _inside(trace: Any, seconds: float) -> dict[str, Any]:
+    """What a cached generation spent where."""
+    calls = sum(map(len, trace.executed.values()))
+    return {
+        "denoise_s": seconds,
+        "forward_s": trace.forward_s / trace.transformer.count,
+        "hook_s": trace.overhead_s / calls,
+        "inside_s": trace.forward_s,
+        "overhead_s": trace.overhead_s,
+        "forwards": sum(trace.forwards.values()),
+        "calls": calls,
+    }
 
 
 def as_scheduler(setup: Setup, arm: Arm) -> Arm | None:
@@ -130,6 +141,13 @@ def as_scheduler(setup: Setup, arm: Arm) -> Arm | None:
     return scheduler_arm(setup, scheduler, arm.num_computed, {})
 
 
+def as_fitted(setup: Setup, count: int) -> Arm:
+    """A solver with `count` steps that is fitted to the one prompt: its coefficients do not matter here, their number does."""
+    seen = erta.record(setup.pipe, [PROMPT], decode=False, **setup.kwargs)
+    options = erta.FitOptions(terms=6, ridge=1e-4, placement="planned", validate=False)
+    return solver_arm(setup, erta.fit(setup.pipe, seen, steps=count, options=options))
+
+
 def shown(record: SpeedRecord) -> list[list[str]]:
     """Rows of the printed table."""
     rows = [
@@ -137,6 +155,7 @@ def shown(record: SpeedRecord) -> list[list[str]]:
         ["cached", f"{record.cached_s:.2f} s, {record.forwards:g} forwards"],
         ["speed-up", f"{record.speedup:.3f}x, possible {record.possible_speedup:.3f}x"],
         *([] if record.scheduler_s is None else [scheduler_row(record.scheduler_s, record.uncached_s)]),
+        *([] if record.fitted_s is None or record.fitted_speedup is None else [fitted_row(record)]),
         ["one forward", f"{1000 * record.forward_s:.1f} ms"],
         ["hook, share of a forward", f"{100 * record.hook_share:.2f} %"],
         ["calibration of one prompt", f"{record.calibration_generations:.2f} generations"],
@@ -151,6 +170,16 @@ def shown(record: SpeedRecord) -> list[list[str]]:
 def scheduler_row(seconds: float, uncached_s: float) -> list[str]:
     """Of the printed table."""
     return ["the same plan as a scheduler", f"{seconds:.2f} s, {uncached_s / seconds:.3f}x"]
+
+
+def fitted_row(record: SpeedRecord) -> list[str]:
+    """Of the printed table: the speed-up next to what so many steps promise."""
+    promised = record.config["model"]["num_inference_steps"] / record.computed
+    speedup = record.fitted_speedup or 0.0
+    return [
+        f"a fitted scheduler of {record.computed} steps",
+        f"{record.fitted_s:.2f} s, {speedup:.3f}x, {speedup / promised:.3f} of the {promised:.3f}x of its steps",
+    ]
 
 
 def generate(pipe: Any, kwargs: dict[str, Any], seed: int = 0) -> float:

@@ -21,7 +21,7 @@ from analysis.records import DecompositionRecord
 from analysis.row_plots import GROUPS, Point, front, pareto_figure
 from analysis.style import COMPUTED, GREY, REUSED
 
-MARKERS = {"o": "circle", "^": "triangle-up", "s": "square", "D": "diamond"}
+MARKERS = {"o": "circle", "^": "triangle-up", "s": "square", "D": "diamond", "v": "triangle-down"}
 SIZES = (13.0, 8.0)  # of a marker, from the largest budget to the smallest
 LAYOUT = {
     "template": "none",

@@ -16,7 +16,7 @@ from analysis.comparison import Comparison, Outcome
 from analysis.page import charts, film, render
 from analysis.page.charts import Chart
 from analysis.page.film import Gallery
-from analysis.records import DecompositionRecord, FigureRecord, MainRecord, RecordError, Rows
+from analysis.records import ORACLE, DecompositionRecord, FigureRecord, MainRecord, RecordError, Rows
 from analysis.verdicts import Result
 
 ANALYSIS = Path(__file__).parents[1]
@@ -175,7 +175,8 @@ def _glance(comparison: Comparison) -> list[tuple[str, str, str]]:
         shown.append(("speed-up", f"{reference.speedup:.2f}×", "of denoising, median of timed pairs"))
     if scene is not None:
         shown.append(("scene right", f"{scene:.0%}", "" if uncached is None else f"{uncached:.0%} without a cache"))
-    others = [one for one in comparison.of(group) if one.samples and one is not reference]
+    rivals = (one for one in comparison.of(group) if one.row.group != ORACLE)
+    others = [one for one in rivals if one.samples and one is not reference]
     if others:
         gain = others[0].gain("psnr_db", reference)
         note = "" if gain is None else f"{tables.interval_text(gain, '+.1f')} dB against {title}"

@@ -14,6 +14,7 @@ import diffusers
 from omegaconf import DictConfig, OmegaConf
 
 from erta.errors import BudgetError, ErtaError
+from erta.nodes import OVER_PROMPTS, PLACEMENTS
 from erta.plan import OPTION_CHOICES
 from erta.site import SITES
 
@@ -23,8 +24,8 @@ FRAMES_FROM = ("decoded", "mp4")
 WANDB_MODES = ("offline", "online", "disabled")
 PROMPT_SOURCES = ("scenes", "vbench")
 RECTIFIER_FITS = ("open", "closed")
-# steps planned before the run; decided while it runs; parts inside the model; no cache
-METHOD_GROUPS = ("planned", "online", "inside", "none")
+# steps planned before the run; decided while it runs; parts inside the model; no cache; what has seen the test samples
+METHOD_GROUPS = ("planned", "online", "inside", "none", "oracle")
 RESUMES = ("true", "false", "force")
 
 MOST_STEPS = 1000  # every scheduler here has 1000 training timesteps
@@ -180,13 +181,17 @@ CHECKS: dict[str, Check] = {
     "long_video.frames": ListOf(Count(1, 64)),
     "long_video.sides": ListOf(Number(1, 64)),
     "threshold_sensitivity.thresholds": ListOf(FINITE),
+    "compare.worst": Count(0),
+    "solver_limits.worst": Count(0),
+    "compare.budgets": ListOf(Count(1, MOST_STEPS, error=BudgetError)),
     "calibration_size.sizes": ListOf(Count(1, MOST_PROMPTS)),
 }
 REQUIRED = ("bench.num_prompts",)  # None has no meaning, but in VBench's standard suite
 OPTION_WORDS = {  # of `cache.options`, whatever the method
     "constants": ("calibrated", "published"),
     "loop": ("closed", "open", "best"),
-    "over_prompts": ("mean", "worst"),
+    "over_prompts": OVER_PROMPTS,
+    "placement": PLACEMENTS,
 }
 WHOLE_OPTIONS = frozenset(  # counts whose default is null: found for the budget
     {"interval", "spatial", "temporal", "cross", "after", "terms", "taylor"}

@@ -18,6 +18,9 @@ class Table:
 class Compare(Table):
     quick: bool = False  # 8 prompts, 2x only, knobs found on one prompt, no slow searches
     methods: list[str] = field(default_factory=list)  # of conf/cache; none: all
+    budgets: list[int] = field(default_factory=list)  # numbers of computed steps; none: N/2, N/3, N/4
+    worst: int = 0  # samples of the reference that are kept and shown at each budget
+    oracles: bool = False  # also what has seen the test samples
     reference: str = "ertacache"  # the method that the others are compared with
 
 
@@ -67,11 +70,12 @@ class SolverLimits:
     weights: float = 0.05  # the random change of each layer, relative to its size
     prompts: list[int] = field(default_factory=list)  # numbers of calibration prompts
     positions: list[int] = field(default_factory=list)  # of the latents' entries that are kept
+    worst: int = 4  # prompts whose samples are shown; 0: none
 
 
 @dataclass
 class Speed:
-    pairs: int = 3  # of generations, uncached and cached
+    pairs: int = 3  # of generations, uncached and in each other way
 
 
 @dataclass

@@ -31,6 +31,7 @@ from experiments.harness.row_scores import RowBench, keep_sample, sample_files
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
 from experiments.harness.workers import Event, shared_threads, side_by_side
+from experiments.harness.worst import keep_worst_of_rows
 from experiments.output import console, ranks, tracking
 from experiments.output.clips import frames_of, is_whole
 from experiments.output.console import progress_bar
@@ -73,6 +74,7 @@ def run_table(
     num_prompts: int | None = None,
     timed: int | None = None,
     shown: int = 0,
+    worst: int = 0,
 ) -> None:
     """Sample every row on every prompt and noise, then write and print the table (see `analysis.tables`).
 
@@ -114,6 +116,7 @@ def run_table(
         if not ranks.is_first():
             return
         found = records.read_rows(folder)
+        keep_worst_of_rows(setup, folder, [r for r in rows if r.label == table.reference], found, prompts, worst)
         written = tables.write(folder, found)
         reasons = [one.reason for one in Comparison(found).outcomes if one.reason]
         _track(tracker, folder, references, once[0].text)

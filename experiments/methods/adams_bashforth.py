@@ -12,31 +12,30 @@ from dataclasses import replace
 import numpy as np
 
 from erta.fitted_scheduler import FittedScheduler
-from erta.nodes import nodes_for
 from erta.scheduler import with_grid
 from erta.solver import linear_solver
 from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup
 from experiments.methods.common.knob import check_number
-from experiments.methods.common.solvers import get_trajectories, solver_arm
+from experiments.methods.common.searched import arm_of
+from experiments.methods.common.solvers import solver_arm
 
 
 def arm(setup: Setup) -> Arm:
     """Adams-Bashforth of `cache.options.order` on the nodes that ERTAPlan has for the budget."""
     order = check_number("order", setup.options["order"], 1, whole=True)
-    trajectories = get_trajectories(setup)
-    nodes = nodes_for(trajectories, setup.step_count())
-    mask = tuple(step in nodes for step in range(trajectories.num_steps))
-    frame = linear_solver(with_grid(setup.pipe.scheduler, trajectories.sigmas), mask)
+    planned = arm_of(setup, "ertaplan")
+    mask = tuple(map(bool, planned.report["mask"]))
+    frame = linear_solver(with_grid(setup.pipe.scheduler, setup.grid.sigmas), mask)
     velocity = weights(frame.sigmas, order)[:, :, None]
     solver = replace(
         frame,
         velocity=velocity,
         latent=np.zeros_like(velocity),
-        offset=np.zeros((len(nodes), 1)),
+        offset=np.zeros((len(velocity), 1)),
         report={"order": order},
     )
-    return solver_arm(setup, FittedScheduler(solver, setup.pipe.scheduler))
+    return replace(solver_arm(setup, FittedScheduler(solver, setup.pipe.scheduler)), searched_s=planned.searched_s)
 
 
 def weights(sigmas: np.ndarray, order: int) -> np.ndarray:

@@ -10,10 +10,18 @@ run.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+
 import erta
 from erta.errors import ErtaError
+from erta.nodes import placed_nodes
 from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup
+from experiments.methods.common.knob import check_number
 from experiments.methods.common.solvers import (
     get_trajectories,
     kept_solver,
@@ -21,7 +29,10 @@ from experiments.methods.common.solvers import (
     solver_arm,
     step_bar,
 )
+from experiments.output import console
 from experiments.prompts.choose import test_prompts
+
+Nodes = tuple[int, ...]
 
 
 def arm(setup: Setup) -> Arm:
@@ -31,20 +42,72 @@ def arm(setup: Setup) -> Arm:
 
 def oracle(setup: Setup) -> Arm:
     """Nodes and coefficients fitted on the test samples themselves: no method, but what there is left to gain."""
-    prompts = test_prompts(setup.cfg)
-    seen = kept_trajectories(setup, "test-trajectories", [one.text for one in prompts], [one.seed for one in prompts])
-    return solver_arm(setup, fitted(setup, "ertaplan-oracle", seen))
+    return solver_arm(setup, fitted(setup, "ertaplan-oracle", _test_samples(setup)))
+
+
+def oracle_nodes(setup: Setup) -> Arm:
+    """Nodes searched on the test samples too, by runs that are fitted to them: what a better choice of nodes could gain."""
+    options = dict(setup.options)
+    trials = check_number("trials", options.pop("trials"), 1, whole=True)
+    seen, count = _test_samples(setup), step_count_at_output(setup)
+
+    def at(nodes: Nodes) -> erta.FittedScheduler:
+        with step_bar(f"fit {count} steps to the test samples") as advance:
+            return erta.fit(setup.pipe, seen, nodes=nodes, options=erta.FitOptions(**options), on_step=advance)
+
+    def search() -> erta.FittedScheduler:
+        begins = placed_nodes(seen, count, options["placement"], options["over_prompts"])
+
+        def score(nodes: Nodes) -> float:
+            return at(nodes).report["on_calibration"]["mean_psnr_db"]
+
+        return at(climbed(max(begins.values(), key=score), seen.num_steps, score, trials, seen.signature["takeover"]))
+
+    key = [setup.options, count, seen.record["prompts"], seen.record["seeds"]]
+    return solver_arm(setup, kept_solver(setup, "ertaplan-oracle-nodes", key, search))
+
+
+def climbed(
+    nodes: Nodes, num_steps: int, score: Callable[[Nodes], float], trials: int, takeover: int | None = None
+) -> Nodes:
+    """The best nodes that `trials` moves find: one node at a time, by up to three steps, kept where the score grows."""
+    rng, best = np.random.default_rng(0), (score(nodes), nodes)
+    tried = {nodes}
+    for _ in range(trials if len(nodes) > 1 else 0):
+        moved = list(best[1])
+        moved[rng.integers(1, len(moved))] += int(rng.choice([-3, -2, -1, 1, 2, 3]))
+        found = tuple(moved)
+        ascends = all(a < b for a, b in pairwise((*found, num_steps)))
+        if found in tried or not ascends or (takeover in nodes and takeover not in found):
+            continue
+        tried.add(found)
+        best = max(best, (score(found), found))
+    return best[1]
 
 
 def fitted(setup: Setup, name: str, trajectories: erta.Trajectories) -> erta.FittedScheduler:
     """The solver of this configuration, found or made."""
-    if setup.cfg.cache.site != "output":
-        raise ErtaError(f"cache={setup.cfg.cache.name} works in the scheduler's place: use cache.site=output")
-    options, count = erta.FitOptions(**setup.options), setup.step_count()
+    options, count = erta.FitOptions(**setup.options), step_count_at_output(setup)
 
     def make() -> erta.FittedScheduler:
-        with step_bar(f"fit {count} steps") as advance:
+        with step_bar(f"fit {count} steps") as advance, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*plain ERTACache")  # said below, also of what is kept
             return erta.fit(setup.pipe, trajectories, steps=count, options=options, on_step=advance)
 
     seen = [trajectories.record["prompts"], trajectories.record["seeds"]]
-    return kept_solver(setup, name, [setup.options, count, seen], make)
+    found = kept_solver(setup, name, [setup.options, count, seen], make)
+    if said := found.report.get("warning"):
+        console.note(said)
+    return found
+
+
+def step_count_at_output(setup: Setup) -> int:
+    """The budget. Raises ErtaError for `site=blocks`."""
+    if setup.cfg.cache.site != "output":
+        raise ErtaError(f"cache={setup.cfg.cache.name} works in the scheduler's place: use cache.site=output")
+    return setup.step_count()
+
+
+def _test_samples(setup: Setup) -> erta.Trajectories:
+    prompts = test_prompts(setup.cfg)
+    return kept_trajectories(setup, "test-trajectories", [one.text for one in prompts], [one.seed for one in prompts])

@@ -7,14 +7,11 @@ we differ: from the method, by its cache alone.
 
 from __future__ import annotations
 
-import copy
-
 from erta.errors import ErtaError
 from experiments.harness import catalogue
-from experiments.harness.arm import Arm, make_arm
-from experiments.harness.config import BUDGETS
+from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup
-from experiments.methods.common.searched import plan_of
+from experiments.methods.common.searched import arm_of, plan_of
 
 
 def arm(setup: Setup) -> Arm:
@@ -24,20 +21,16 @@ def arm(setup: Setup) -> Arm:
     """
     name = setup.options[setup.cfg.cache.about.steps_of]
     try:
-        cache = catalogue.configuration(name)
+        about = catalogue.facts(name)
     except ErtaError as error:
         raise ErtaError(f"cache.options.of={name}: {error}") from error
-    if not cache.about.whole_steps:
+    if not about.whole_steps:
         raise ErtaError(
             f"cache.options.of={name}: {name} does not choose beforehand which steps are computed whole: it decides while "
             "it runs, differently in each guidance branch, or leaves out parts of a forward, so that its whole steps "
             f"alone would not be its budget. Those that do: {', '.join(with_whole_steps())}"
         )
-    for key in (*BUDGETS, "site", "reuse"):
-        cache[key] = setup.cfg.cache[key]
-    cfg = copy.deepcopy(setup.cfg)
-    cfg.cache = cache
-    made = make_arm(setup.with_cache(cfg))
+    made = arm_of(setup, name)
     plan = made.plan or plan_of(setup, tuple(map(bool, made.report["mask"])), {})
     grid = plan.grid_only()
     return Arm(

@@ -26,6 +26,8 @@ def test_front_by_hand():
     )
     beaten = [made("as fast", 45, 2.0), made("as good", 50, 1.8), made("worse in both", 20, 1.0), made("untimed", 99)]
     assert row_plots.front([fast, *beaten, middle, twin, slow]) == [slow, middle, fast, twin]
+    oracle = made("oracle", 70, 3.5, group="oracle")  # beats all of them, and counts as nothing; mutant: it counts
+    assert row_plots.front([oracle, slow, middle]) == [slow, middle]
     assert row_plots.front([made("untimed", 99)]) == [] and row_plots.front([beaten[2]]) == [beaten[2]]
 
 
@@ -68,8 +70,8 @@ def test_a_row_of_the_dot_plot_and_the_reference():
 
 def test_groups_differ_without_colour():
     """Mutants: a marker or a colour used twice."""
-    assert list(GROUPS) == ["planned", "online", "inside", "none"]
-    assert len({group.marker for group in GROUPS.values()}) == len({group.colour for group in GROUPS.values()}) == 4
+    assert list(GROUPS) == ["planned", "online", "inside", "none", "oracle"]
+    assert len({group.marker for group in GROUPS.values()}) == len({group.colour for group in GROUPS.values()}) == 5
 
 
 def test_pareto_draws_all_that_was_timed_and_names_the_front_and_the_reference():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,9 +12,10 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 import erta
-from erta import least_squares
+from erta import fitting, least_squares
+from erta.baseline import ertacache_scheduler, residual_changes
 from erta.lockstep import run_in_step
-from erta.nodes import LocalErrors, gram, local_errors, nodes_for, plan_nodes
+from erta.nodes import LocalErrors, gram, local_errors, nodes_for, placed_nodes, plan_nodes
 from tests.pipelines import CALL, PROMPTS, STEPS, build_pipe, run
 
 MANY = [
@@ -21,6 +23,7 @@ MANY = [
     "a small green square moving up on a dark background",
     "a large red star rising on a light background",
 ]
+ONE_RUN = erta.FitOptions(placement="planned", baseline=False)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,8 @@ def test_fitted_beats_the_own_solver_on_its_nodes(recorded):
     pipe = build_pipe("unipc")
     scheduler = erta.fit(pipe, recorded["unipc"], steps=4, batch_size=3)
     report, own = scheduler.report, pipe.scheduler
-    assert report["forwards"] == 2 * 4 * 4 and report["nodes"] == list(scheduler.solver.nodes)
+    assert report["forwards"] == 4 * 4 * 4  # two placements, plain ERTACache, the fit; 4 steps, 4 prompts
+    assert report["nodes"] == list(scheduler.solver.nodes)
     assert len(report["predicted"]["psnr_db"]) == 4 and report["predicted"]["mean_psnr_db"] > 20
     mask = tuple(step in scheduler.solver.nodes for step in range(STEPS))
     plain = erta.Plan(mask=(True,) * 4, sigmas=recorded["unipc"].sigmas[[*np.flatnonzero(mask), -1]])
@@ -172,7 +176,7 @@ def test_budgets(recorded):
     """A speed-up, a PSNR, nodes of one's own; a budget that cannot be, or two at once."""
     pipe = build_pipe("euler")
     trajectories = recorded["euler"]
-    options = erta.FitOptions(terms=3, ridge=1e-6)
+    options = erta.FitOptions(terms=3, ridge=1e-6, placement="planned", baseline=False)
     assert erta.fit(pipe, trajectories, speedup=2.0, options=options).solver.num_steps == 4
     assert erta.fit(pipe, trajectories, nodes=[0, 3, 5], options=options).solver.nodes == (0, 3, 5)
     least = erta.fit(pipe, trajectories, psnr_db=30.0, options=options)
@@ -203,10 +207,74 @@ def test_budgets(recorded):
         erta.fit(pipe, trajectories, psnr_db=200.0, options=options)
 
 
+def test_nodes_are_chosen_by_what_is_predicted(recorded, monkeypatch):
+    """Planned ones that mislead are not taken. Mutants: the first placement always, the worst one, the winner's prediction lost,
+    a choice without a prediction."""
+    pipe, seen = build_pipe("euler"), recorded["euler"]
+    assert placed_nodes(seen, 4) == {"planned": nodes_for(seen, 4), "even": (0, 2, 4, 6)}
+    assert placed_nodes(seen, STEPS) == {"planned": tuple(range(STEPS))}
+    assert placed_nodes(seen, 3, "even") == {"even": (0, 2, 5)}
+    second = replace(seen, signature={**seen.signature, "takeover": 3})
+    assert all(3 in nodes for nodes in placed_nodes(second, 2).values())
+    bad = {"planned": (0, 1, 2, 3), "even": (0, 2, 4, 6)}
+    monkeypatch.setattr(fitting, "placed_nodes", lambda *_: bad)
+    options = erta.FitOptions(terms=3, ridge=1e-6, baseline=False)
+    report = erta.fit(pipe, seen, steps=4, options=options).report
+    alone = {name: erta.fit(pipe, seen, nodes=nodes, options=options).report for name, nodes in bad.items()}
+    scores = {name: one["predicted"]["mean_psnr_db"] for name, one in alone.items()}
+    assert report["nodes"] == [0, 2, 4, 6] and report["predicted"] == alone["even"]["predicted"]
+    assert report["predicted_by_placement"] == scores and scores["even"] > scores["planned"] + 1
+    assert report["forwards"] == 3 * 4 * 4 and report["placement"] == "even"
+    unseen = erta.fit(pipe, seen, steps=4, options=replace(options, validate=False)).report
+    assert unseen["nodes"] == [0, 1, 2, 3] and unseen["predicted"] is None
+    assert unseen["placement"] == "planned"
+
+
+def test_plain_ertacache_is_read_off_the_trajectories():
+    """Without guidance it is the plan of a calibration on the same prompts. Mutants: the residual's change over the cached
+    residual, phi over the residual, gains of another step, the grid not moved."""
+    pipe, call = build_pipe("unipc"), {**CALL, "guidance_scale": 1.0}
+    seen = erta.record(pipe, MANY, decode=False, **call)
+    wanted = erta.collapse(pipe, erta.calibrate(pipe, MANY, **call).plan(steps=4)).solver
+    found = ertacache_scheduler(pipe.scheduler, seen, 4).solver
+    assert found.nodes == wanted.nodes and found.velocity.shape == wanted.velocity.shape
+    for name in ("sigmas", "velocity", "latent", "offset"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), atol=2e-3)
+    assert not np.allclose(found.sigmas[1:-1], seen.sigmas[list(found.nodes)[1:]])
+    few = replace(seen, positions=seen.positions[:9], channels=seen.channels[:9])
+    few = replace(few, latents=seen.latents[:, :, :9], outputs=seen.outputs[:, :, :9])
+    assert ertacache_scheduler(pipe.scheduler, few, 4).solver.velocity.shape[2] == 1  # channels that were not seen
+    change, ratio = residual_changes(replace(seen, signature={**seen.signature, "takeover": 3}))
+    assert np.isnan(change[3, 0]) and np.isnan(ratio[4, 1]) and np.isfinite(change[4, 0]) and np.isfinite(change[2, 1])
+
+
+def test_a_budget_below_plain_ertacache_says_so(recorded):
+    """Nodes that are crowded early are; the budget's own are not. Mutants: the comparison turned round, ERTACache at another
+    budget, one history for all calls."""
+    pipe, seen = build_pipe("euler"), recorded["euler"]
+    with pytest.warns(UserWarning, match=r"^4 of 8 steps: .* plain ERTACache \(PSNR, .*: use that, or more steps$"):
+        early = erta.fit(pipe, seen, nodes=[0, 1, 2, 3]).report
+    assert early["warning"].startswith("4 of 8 steps: ")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*plain ERTACache")
+        usual = erta.fit(pipe, seen, steps=4, batch_size=3).report
+        silent = erta.fit(pipe, seen, nodes=[0, 1, 2, 3], options=replace(ONE_RUN, terms=3, ridge=1e-6)).report
+    assert usual["warning"] is None is silent["warning"] is silent["predicted_ertacache"]
+    assert silent["predicted_ertacache"] is None and silent["forwards"] == 2 * 4 * 4
+    theirs = usual["predicted_ertacache"]["psnr_db"]
+    assert early["predicted_ertacache"]["psnr_db"] == pytest.approx(theirs, abs=0.01)
+    assert early["predicted"]["mean_psnr_db"] < np.mean(theirs) < usual["predicted"]["mean_psnr_db"]
+    pipe.scheduler = ertacache_scheduler(pipe.scheduler, seen, 4)
+    found = run(pipe, MANY[2], seed=2, num_inference_steps=4).flatten()[seen.positions].numpy()
+    wanted = seen.latents[2, -1]
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error == pytest.approx(usual["predicted_ertacache"]["latent_error"][2], rel=1e-3)
+
+
 def test_open_loop_and_the_best_of_both(recorded):
     pipe = build_pipe("unipc")
     found = {
-        loop: erta.fit(pipe, recorded["unipc"], steps=3, options=erta.FitOptions(loop=loop, terms=3, ridge=1e-6))
+        loop: erta.fit(pipe, recorded["unipc"], steps=3, options=replace(ONE_RUN, loop=loop, terms=3, ridge=1e-6))
         for loop in ("open", "closed", "best")
     }
     scores = found["best"].report["predicted_by_loop"]
@@ -254,7 +322,7 @@ def test_what_does_not_fit_is_refused(recorded):
         pipe.scheduler = CogVideoXDDIMScheduler()
         erta.record(pipe, PROMPTS, **CALL)
     pipe.scheduler = build_pipe("unipc").scheduler
-    for wrong in ({"loop": "half"}, {"terms": 7}, {"ridge": -1.0}):
+    for wrong in ({"loop": "half"}, {"terms": 7}, {"ridge": -1.0}, {"placement": "odd"}):
         with pytest.raises(erta.ErtaError):
             erta.FitOptions(**wrong)
     assert pipe.scheduler.__class__.__name__ == "UniPCMultistepScheduler"

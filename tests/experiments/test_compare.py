@@ -66,10 +66,19 @@ def test_comparison_command(command, tmp_path, monkeypatch):
 
 
 def configured(steps: int = 50, **options):
-    keys = {"quick": False, "methods": [], "reference": "ertacache", **options}
+    keys = {
+        "quick": False,
+        "methods": [],
+        "budgets": [],
+        "oracles": False,
+        "worst": 0,
+        "reference": "ertacache",
+        **options,
+    }
     return OmegaConf.create({"model": {"num_inference_steps": steps}, "compare": keys})
 
 
+ORACLES = {"ertaplan_oracle", "ertaplan_oracle_nodes"}
 FACTS = {name: catalogue.facts(name) for name in catalogue.names()}
 
 
@@ -88,7 +97,7 @@ def test_every_method_stands_at_every_budget(steps, counts):
     }  # fmt: skip
     assert ("cache.options.retention=0",) in {row.options for row in bare}
     assert ("cache.options.first=null",) in {row.options for row in bare}
-    assert len(rows) == 1 + 3 * (len(FACTS) - 1) + len(grids) + len(bare)
+    assert len(rows) == 1 + 3 * (len(FACTS) - 1 - len(ORACLES)) + len(grids) + len(bare)
     assert len({row.key for row in rows}) == len(rows)
     titles = {row.label: row.title for row in rows}
     assert (
@@ -102,7 +111,7 @@ def test_methods_can_be_chosen():
     quick = compare.table_rows(configured(quick=True))
     assert all("calibration.knob_prompts=1" in row.options for row in quick[1:])
     slow = {name for name, about in FACTS.items() if about.slow_search}
-    assert slow == {"budcache", "lemica", "oss", "ertaplan_oracle"} and not {row.label for row in quick} & slow
+    assert slow == {"budcache", "lemica", "oss", *ORACLES} and not {row.label for row in quick} & slow
     assert {row.computed for row in quick[1:]} == {25} and not any("no warm-up" in row.label for row in quick)
     some = compare.table_rows(configured(methods=["dicache"]))
     assert [row.label for row in some[1:3]] == ["dicache", "dicache, no warm-up"]
@@ -114,6 +123,45 @@ def test_methods_can_be_chosen():
         compare.table_rows(configured(methods=["teecache"]))
     with pytest.raises(ErtaError, match=r"compare\.reference: there is no none"):
         compare.table_rows(configured(reference="none"))
+
+
+def test_oracles_and_budgets_are_asked_for():
+    """Mutants: an oracle without being asked, one without its name, OSS among them, budgets twice or in a quick table's place."""
+    assert not {row.label for row in compare.table_rows(configured())} & ORACLES
+    for asked in ({"oracles": True, "methods": ["oss"]}, {"methods": ["oss", *sorted(ORACLES)]}):
+        rows = compare.table_rows(configured(**asked))[1:]
+        assert {row.label for row in rows} == {"oss", *ORACLES} and len(rows) == 9
+        assert [row.record().group for row in rows[:3]] == ["none", "oracle", "oracle"]
+        assert ["(oracle)" in row.record().title for row in rows[:3]] == [False, True, True]
+    chosen = compare.table_rows(configured(budgets=[25, 17, 12, 8, 8], methods=["uniform"], quick=True))
+    assert [row.computed for row in chosen] == [None, 25, 17, 12, 8]
+    with pytest.raises(BudgetError, match=r"compare\.budgets: 51 computed steps of 50"):
+        compare.table_rows(configured(budgets=[8, 51]))
+
+
+@pytest.mark.slow
+def test_the_worst_samples_are_kept(command, tmp_path):
+    """Of the reference at each budget; they are the row's own samples. Mutants: those of another row, the best ones, samples that
+    are made again by the same command."""
+    arguments = (
+        "experiment=compare",
+        "compare.methods=[uniform,ertacache]",
+        "compare.budgets=[3,4]",
+        "compare.worst=1",
+    )
+    arguments += ("compare.workers=1", "compare.timed=1", "calibration.window=5", "hydra.run.dir=outputs/w")
+    code, printed = command(*arguments)
+    assert code == 0, printed
+    rows = records.read_rows("outputs/w")
+    kept = sorted(path.relative_to("outputs/w/worst").as_posix() for path in Path("outputs/w/worst").rglob("*.webp"))
+    wanted = []
+    for count in (3, 4):
+        of_row = {one.index: one.psnr_db for one in rows.samples if one.row == f"ertacache ({count})"}
+        worst = min(of_row, key=of_row.get)
+        wanted += [f"ertacache_{count}/{worst:03d}_{side}.webp" for side in ("made", "uncached")]
+        assert Path(f"outputs/w/figures/worst_ertacache_{count}.png").stat().st_size > 5000
+    assert kept == wanted
+    assert "against uncached (95 %)" in Path("outputs/w/table.md").read_text()
 
 
 @pytest.mark.slow

@@ -57,6 +57,8 @@ def test_through_the_command_line(command, tmp_path):
     elsewhere = [conditions[title]["psnr_db"] for title in conditions if title.startswith("run ")]
     assert len(elsewhere) == 2 and all(values != conditions["as calibrated"]["psnr_db"] for values in elsewhere)
     assert len(record["claims"]) == len(conditions) - 1 and (path.parent / "figures" / "solver_limits.png").is_file()
+    assert (path.parent / "figures" / "worst.png").is_file()  # the two samples of each prompt, the worst first
+    assert len(list((path.parent / "worst" / "as_calibrated").glob("*.webp"))) == 2 * 2
     assert "predicted by cross-validation" in printed and "another size" in printed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -37,24 +38,32 @@ def test_every_forward_is_counted_and_the_possible_speedup_follows(model, site, 
     assert any("possible" in value for _, value in speed.shown(found))
     is_solver = site == "output" and model == "flux_tiny"  # Wan's rectifier differs by branch
     assert (found.scheduler_s is not None) == is_solver
-    assert any("scheduler" in name for name, _ in speed.shown(found)) == is_solver
+    shown = dict(speed.shown(found))
+    assert ("the same plan as a scheduler" in shown) == is_solver
+    assert found.fitted_s == pytest.approx(found.uncached_s / found.fitted_speedup)  # of one pair
+    assert 1.5 < found.fitted_speedup < 4 and "of the 2.500x of its steps" in shown["a fitted scheduler of 4 steps"]
 
 
 def test_the_same_plan_is_timed_as_a_scheduler(monkeypatch):
-    """Mutants: the scheduler left on the pipeline, run for all steps, or timed with the cache on."""
-    lengths = []
+    """And so is a fitted one, in turns. Mutants: a scheduler left on the pipeline, run for all steps, or timed with the cache on;
+    one order for all pairs, a median of the medians."""
+    lengths: list[tuple[str, int]] = []
+    seconds: list[float] = []
     timed = speed.generate
 
     def counting(pipe, kwargs, seed=0):
         lengths.append((type(pipe.scheduler).__name__, kwargs["num_inference_steps"]))
-        return timed(pipe, kwargs, seed)
+        seconds.append(timed(pipe, kwargs, seed))
+        return seconds[-1]
 
     monkeypatch.setattr(speed, "generate", counting)
-    cfg = configured("model=wan21_tiny", "model.num_inference_steps=10", "cache.steps=4", "cache.rectify=false")
-    found = speed.measure(cfg)
-    names = [name for name, _ in lengths]
-    assert lengths[-1] == ("FittedScheduler", 4) and names.count("FittedScheduler") == 1
-    assert [length for _, length in lengths[1:3]] == [10, 10] and found.scheduler_s < found.uncached_s
+    overrides = ("model.num_inference_steps=10", "cache.steps=4", "cache.rectify=false", "speed.pairs=3")
+    found = speed.measure(configured("model=flux_tiny", *overrides))
+    turn = [("FlowMatchEulerDiscreteScheduler", 10)] * 2 + [("FittedScheduler", 4)] * 2
+    assert lengths[1:] == turn + turn[::-1] + turn  # the first is the warm-up
+    assert found.scheduler_s < found.uncached_s
+    plain, fitted = (np.array([seconds[1:][at] for at in places]) for places in ((0, 7, 8), (3, 4, 11)))
+    assert found.fitted_speedup == pytest.approx(np.median(plain / fitted)) and found.fitted_s == np.median(fitted)
 
 
 def test_the_weights_are_not_the_shipped_ones():

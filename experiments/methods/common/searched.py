@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,8 +14,10 @@ import erta
 from erta.online import Call
 from erta.pipeline import latent_call, single_denoiser
 from erta.policy import Mask
-from experiments.harness.arm import Arm
+from experiments.harness import catalogue
+from experiments.harness.arm import Arm, make_arm
 from experiments.harness.calibrations import CALIBRATION_SEED
+from experiments.harness.config import BUDGETS
 from experiments.harness.setup import Setup
 from experiments.methods.common.recorders import Recorder
 
@@ -71,3 +74,12 @@ class TrajectoryRecorder(Recorder):
     def computed(self, call: Call, velocity: torch.Tensor, residual: torch.Tensor) -> None:
         step = tuple(value.float().cpu() for value in (call.x, velocity, residual))
         self.seen.setdefault(call.branch, []).append(step)  # type: ignore[arg-type]
+
+
+def arm_of(setup: Setup, name: str) -> Arm:
+    """The arm of another method with its own options, at the same budget and site."""
+    cfg = copy.deepcopy(setup.cfg)
+    cfg.cache = catalogue.configuration(name)
+    for key in (*BUDGETS, "site", "reuse"):
+        cfg.cache[key] = setup.cfg.cache[key]
+    return make_arm(setup.with_cache(cfg))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -147,6 +148,22 @@ def test_of_every_model_the_larger_table_is_at_a_glance(data):
     shown = {name: (value, note) for name, value, note in glance.glance}
     assert shown["Ertacache"][0] == "42.0 dB" and shown["speed-up"][0] == "2.00×"
     assert shown["best other: Fewer_Steps"] == ("100.2 dB", "+58.2 [+57.2, +59.2] dB against Ertacache")
+
+
+def test_an_oracle_is_never_the_best_other(data):
+    """It stands in the table under its own title. Mutant: the best row counts, whatever it has seen."""
+    made = comparison()
+    known = table([(row("oracle", 3, group="oracle", title="Fitted (oracle)"), [one(120.0), one(121.0)])])
+    made = replace(
+        made,
+        record=replace(made.record, rows=[*made.record.rows, *known.record.rows]),
+        samples=[*made.samples, *known.samples],
+    )
+    records.write_bundle(made, data / "few.json.gz")
+    (glance,) = results.gather(results.kept(data)).glances
+    shown = [name for name, _, _ in glance.glance]
+    assert "best other: Fewer_Steps" in shown and not any("oracle" in name for name in shown)
+    assert any("Fitted (oracle)" in line for section in glance.sections for line in section.lines)
 
 
 def test_what_cannot_be_shown_is_named_after_the_rest_is_made(data, tmp_path, capsys):

@@ -17,11 +17,12 @@ from erta.policy import uniform_mask
 from erta.scheduler import nominal_sigmas, with_grid
 from erta.solver import Computed, linear_solver
 from experiments.harness.setup import Setup
+from experiments.methods.adams_bashforth import arm as adams_bashforth_arm
 from experiments.methods.adams_bashforth import weights
 from experiments.methods.common import solvers
-from experiments.methods.ertaplan import arm
+from experiments.methods.ertaplan import arm, climbed
 from experiments.methods.gits import edge_costs, weighted_path
-from experiments.methods.l2p import combination_of
+from experiments.methods.l2p import RIDGES, combination_of, cross_validated_ridge
 from experiments.methods.l2p import combinations as l2p_weights
 from experiments.methods.meancache import MeanCache, foretold
 from experiments.methods.oss import Search
@@ -110,6 +111,61 @@ def test_l2p_finds_the_combination():
     assert combination_of(found)(3, torch.zeros(1), seen).item() == pytest.approx(0.5 * 4 - 2)
 
 
+def test_l2p_chooses_its_ridge_on_prompts_left_out():
+    """Noise-free outputs want none; where each prompt is another world, a strong one. Against the errors written out with lstsq.
+
+    Mutants: the error on the prompts fitted to, the largest error chosen, prompts counted by their size.
+    """
+    rng = np.random.default_rng(0)
+    mask = (True, True, False, True, False)
+
+    def given(outputs: np.ndarray) -> erta.Trajectories:
+        return erta.Trajectories(
+            latents=np.zeros((len(outputs), 6, 30)), outputs=outputs, positions=np.arange(30),
+            channels=np.zeros(30, int), decoded=np.zeros((len(outputs), 0)),
+            signature={"sigmas": [1, 0.8, 0.6, 0.4, 0.2, 0]}, record={},
+        )  # fmt: skip
+
+    clean = rng.normal(size=(4, 5, 30))
+    clean[:, 2] = clean[:, 0] - clean[:, 1]
+    clean[:, 4] = 0.5 * clean[:, 3] + clean[:, 1]
+    assert cross_validated_ridge(given(clean), mask) == min(RIDGES)
+    shared = rng.normal(size=(1, 1, 30))
+    near = shared + 0.01 * rng.normal(size=(3, 5, 30))  # nearly collinear: weights without a ridge fit noise
+    near[0] *= 50
+
+    def error(ridge: float) -> float:
+        found = 0.0
+        for left in range(3):
+            rest = np.delete(near, left, axis=0)
+            for step, sources in ((2, [0, 1]), (4, [0, 1, 3])):
+                a = rest[:, sources].transpose(0, 2, 1).reshape(-1, len(sources))
+                pull = np.diag(np.sqrt(ridge * (a**2).sum(0)))
+                b = np.append(rest[:, step].ravel(), np.zeros(len(sources)))
+                weights = np.linalg.lstsq(np.vstack([a, pull]), b, rcond=None)[0]
+                wanted = near[left, step]
+                found += ((wanted - weights @ near[left, sources]) ** 2).sum() / (wanted**2).sum()
+        return found
+
+    best = cross_validated_ridge(given(near), mask)
+    assert best == min(RIDGES, key=error) and best > 1e-6
+    assert cross_validated_ridge(given(near[:1]), mask) == RIDGES[len(RIDGES) // 2]
+
+
+def test_nodes_climb():
+    """To the only top there is, one move at a time. Mutants: worse nodes kept, step 0 moved, a score asked for twice."""
+    wanted, asked = (0, 5, 9, 14), []
+
+    def score(nodes: tuple[int, ...]) -> float:
+        asked.append(nodes)
+        return -sum(abs(a - b) for a, b in zip(nodes, wanted, strict=True))
+
+    assert climbed((0, 1, 2, 3), 16, score, 400) == wanted
+    assert len(asked) == len(set(asked)) and all(nodes[0] == 0 and nodes[-1] < 16 for nodes in asked)
+    assert 5 in climbed((0, 5, 7), 16, lambda nodes: float(sum(nodes)), 200, takeover=5)
+    assert climbed((0,), 8, lambda nodes: 0.0, 5) == (0,)
+
+
 def test_meancache_is_a_solver():
     """Collapsed, it is the hooked run. Mutants: the latent of the last step for that of the one before, sigma of the next."""
     pipe = build_pipe("unipc")
@@ -169,8 +225,26 @@ def test_what_is_recorded_and_fitted_is_kept(tmp_path, monkeypatch):
     )
 
 
+def test_adams_bashforth_takes_the_nodes_that_ertaplan_chose(tmp_path, monkeypatch, capsys):
+    """And a budget below plain ERTACache is told in a line, again of a kept solver. Mutant: planned nodes, where cross-validation
+    chose others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("erta.fitting.placed_nodes", lambda *_: {"even": (0, 1, 5)})
+    kwargs = {**CALL, "num_inference_steps": 6}
+    values = [f"model.{key}={value}" for key, value in kwargs.items()]
+    cfg = config("cache=adams_bashforth", "cache.steps=3", "calibration.num_prompts=2", *values)
+    found = adams_bashforth_arm(Setup(cfg, build_pipe("euler")))
+    assert found.report["mask"] == [1, 1, 0, 0, 0, 1] and found.kwargs["num_inference_steps"] == 3
+    np.testing.assert_allclose(found.solver.velocity[:, :, 0], weights(found.solver.sigmas, 2), atol=1e-6)
+    assert found.searched_s > 0
+    said = "3 of 6 steps: "
+    assert said in capsys.readouterr().out
+    adams_bashforth_arm(Setup(cfg, build_pipe("euler")))
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["ertaplan", "l2p", "adams_bashforth", "gits", "oss"])
+@pytest.mark.parametrize("cache", ["ertaplan", "l2p", "adams_bashforth", "gits", "oss", "ertaplan_oracle_nodes"])
 def test_solvers_in_the_harness(command, tmp_path, cache):
     """Through the command line: exactly the budget's forwards, whole, and nothing is cached."""
     code, printed = command(f"cache={cache}", "bench=fidelity", "cache.steps=4")
