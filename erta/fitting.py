@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
-from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
+from erta.fitted_scheduler import FittedScheduler, model_of
 from erta.grid import computed_sigmas
 from erta.least_squares import (
     MEMORY,
@@ -45,6 +45,7 @@ from erta.policy import steps_for_speedup
 from erta.scheduler import nominal_sigmas, with_grid
 from erta.signature import check_signature, model_signature
 from erta.solver import Solver, linear_solver
+from erta.solver_files import MadeFor
 from erta.trajectories import Trajectories, batch_call, decoded_values
 
 LOOPS = ("closed", "open", "best")
