@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import threading
@@ -128,6 +129,7 @@ def end_with_parent() -> None:
 def quiet_libraries() -> None:
     """Leave the terminal to us: no progress bars, chatter and notices of what will change from libraries."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.raiseExceptions = False  # a log that does not fit on the disk is no traceback
     import diffusers.utils.logging
     import transformers.utils.logging
 
