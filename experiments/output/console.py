@@ -37,11 +37,11 @@ for _name in ("stdout", "stderr"):
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
-def progress_bar() -> Progress:
-    """The bar of everything that takes longer than five seconds."""
+def progress_bar(shown: bool = True) -> Progress:
+    """The bar of everything that takes longer than five seconds; not `shown`: of what is known to be shorter."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     kind = _ReportedProgress if PROGRESS_FILE in os.environ else Progress
-    return kind(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out)
+    return kind(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out, disable=not shown)
 
 
 class _ReportedProgress(Progress):
