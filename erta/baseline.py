@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from erta.collapsing import guided_rectifier
-from erta.fitted_scheduler import FittedScheduler, MadeFor
+from erta.fitted_scheduler import FittedScheduler
 from erta.grid import adjusted_sigmas, step_scale
 from erta.policy import budget_mask, sources
 from erta.scheduler import has_movable_sigmas, with_grid, write_grid
 from erta.solver import WithOffset, linear_solver, reuse_residual
+from erta.solver_files import MadeFor
 from erta.trajectories import Trajectories
 
 

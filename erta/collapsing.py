@@ -9,7 +9,7 @@ import torch
 
 from erta.architectures import architecture_of
 from erta.errors import ErtaError
-from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
+from erta.fitted_scheduler import FittedScheduler, model_of
 from erta.pipeline import find_denoiser
 from erta.plan import Plan
 from erta.policy import Mask, sources
@@ -17,6 +17,7 @@ from erta.rectifier import Moments, fit_linear
 from erta.scheduler import switch_off_corrector, with_grid, write_grid
 from erta.signature import check_signature, model_signature
 from erta.solver import Predict, WithOffset, linear_solver, reuse_residual, reuse_velocity
+from erta.solver_files import MadeFor
 from erta.trajectories import Trajectories
 
 

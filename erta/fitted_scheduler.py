@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +12,14 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from erta.errors import ErtaError, SignatureMismatch
-from erta.files import replacing
-from erta.loading import check_readable
 from erta.scheduler import nominal_sigmas
 from erta.signature import check_signature, model_signature
 from erta.solver import Solver
+from erta.solver_files import BASE, CONFIG_FILE, MODEL, MadeFor, read_folder, write_tables
 
-SCHEMA = "erta.solver/1"
-SOLVER_FILE = "solver.safetensors"
-BASE = "_base_class_name"  # diffusers drops names with a leading underscore where another class is made of the config
 SAME_GRID = 1e-4
-TABLES = ("sigmas", "timesteps", "nominal_sigmas", "velocity", "latent", "offset")
-
-
-@dataclass(frozen=True)
-class MadeFor:
-    """What a solver was made for, as far as a scheduler can see it.
-
-    Attributes:
-        latent_shape: of the latents that the pipeline integrates, without the batch axis.
-        channel_axis: where their channels are, counted from the end.
-        takeover: the node from which a second transformer runs; None: there is one transformer.
-        model: class, configuration and weights of the transformer, as `erta.signature` has them. A scheduler does not see the
-            transformer: it is checked where the pipeline is given, `FittedScheduler.from_pretrained(folder, pipe=pipe)`.
-    """
-
-    latent_shape: tuple[int, ...] | None = None
-    channel_axis: int = -1
-    takeover: int | None = None
-    model: dict[str, Any] | None = None
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -69,7 +42,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
     Raises ErtaError for a scheduler that predicts something else than a flow's velocity.
     """
 
-    config_name = "scheduler_config.json"
+    config_name = CONFIG_FILE
     order = 1
     init_noise_sigma = 1.0
 
@@ -233,10 +206,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             raise ErtaError("a solver is written to a folder: upload it with huggingface_hub")
         folder = Path(save_directory)
         self.save_config(folder, push_to_hub=False)
-        made_for = {**vars(self.made_for), "nodes": list(self.solver.nodes)}
-        metadata = {"schema": SCHEMA, "made_for": json.dumps(made_for), "report": json.dumps(self.report)}
-        with replacing(folder / SOLVER_FILE) as partial:
-            save_file({name: np.ascontiguousarray(getattr(self.solver, name)) for name in TABLES}, partial, metadata)
+        write_tables(folder, self.solver, self.made_for)
 
     @classmethod
     def from_pretrained(
@@ -251,29 +221,15 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         Args:
             pipe: the pipeline that it is for, to be checked against; None: not checked.
 
-        Raises ErtaError if it is something else, truncated or edited; SignatureMismatch if it was made for another model.
+        Raises ErtaError, with file and field, if it is something else, truncated or edited; SignatureMismatch if it was made for
+        another model.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        for name in (cls.config_name, SOLVER_FILE):
-            check_readable(folder / name, "a solver")
+        found = read_folder(folder)
         try:
-            config = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
-            with safe_open(folder / SOLVER_FILE, "np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("schema") != SCHEMA:
-                    raise ErtaError(
-                        f"{folder} is not a solver of this version ({metadata.get('schema')!r}, not {SCHEMA!r})"
-                    )
-                tables = {name: file.get_tensor(name) for name in TABLES}
-            made_for = json.loads(metadata["made_for"])
-            nodes, shape = tuple(int(node) for node in made_for.pop("nodes")), made_for.pop("latent_shape")
-            solver = Solver(nodes=nodes, report=json.loads(metadata["report"]), **tables)
-            base = getattr(diffusers, config[BASE]).from_config(config)
-            made = cls(solver, base, MadeFor(latent_shape=shape and tuple(shape), **made_for))
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, ErtaError):
-                raise ErtaError(f"cannot use the solver in {folder}: {error}") from error
-            raise ErtaError(f"cannot read a solver from {folder}: {error}. Make it again with erta.fit.") from error
+            made = cls(found.solver, found.base, found.made_for)
+        except ErtaError as error:
+            raise ErtaError(f"{folder / cls.config_name}: {error}") from error
         if pipe is not None and made.made_for.model is not None:
             check_signature(made.made_for.model, model_of(pipe))
         return made
@@ -325,7 +281,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 def model_of(pipe: Any) -> dict[str, Any]:
     """What tells a pipeline's transformer from others, for `MadeFor`."""
     found = model_signature(pipe)
-    return {name: found[name] for name in ("model_class", "model_config", "weights")}
+    return {name: found[name] for name in MODEL}
 
 
 def _needed(table: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ import torch
 from erta.baseline import ertacache_scheduler
 from erta.errors import BudgetError, ErtaError, choice_index
 from erta.fit_runs import Choose, OnStep, Runs
-from erta.fitted_scheduler import FittedScheduler, MadeFor, model_of
+from erta.fitted_scheduler import FittedScheduler, model_of
 from erta.grid import computed_sigmas
 from erta.least_squares import (
     MEMORY,
@@ -47,6 +47,7 @@ from erta.quality import Quality
 from erta.scheduler import nominal_sigmas, with_grid
 from erta.signature import check_signature, model_signature
 from erta.solver import Solver, linear_solver
+from erta.solver_files import MadeFor
 from erta.trajectories import Trajectories
 
 LOOPS = ("closed", "open", "best")

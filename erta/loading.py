@@ -119,10 +119,8 @@ class Fields:
 
     def grid(self, key: str) -> np.ndarray:
         """Sigmas of a time grid: finite, decreasing, not negative; float32."""
-        sigmas = self.array(key, (None,), np.float32)
-        if len(sigmas) < 2 or not (np.diff(sigmas) < 0).all() or sigmas[-1] < 0:
-            raise self.wrong(key, "strictly decreasing noise levels ≥ 0, one a step and the end")
-        return sigmas
+        name = f"{self._name + '.' if self._name else ''}{key}"
+        return check_sigmas(self._where, name, self.array(key, (None,), np.float32))
 
 
 def check_array(
@@ -137,6 +135,13 @@ def check_array(
     if array.size and array.min() < least:
         raise ErtaError(f"{where}: {name} must be ≥ {least:g}, and holds {array.min():g}")
     return array
+
+
+def check_sigmas(where: str | Path, name: str, sigmas: np.ndarray) -> np.ndarray:
+    """The array, if it is a time grid: strictly decreasing as float32, not negative. Raises ErtaError."""
+    if len(sigmas) < 2 or not (np.diff(sigmas.astype(np.float32)) < 0).all() or sigmas[-1] < 0:
+        raise ErtaError(f"{where}: {name} must be strictly decreasing noise levels ≥ 0, one a step and the end")
+    return sigmas
 
 
 def _is_number(value: Any) -> bool:

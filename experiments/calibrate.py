@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,13 @@ from experiments.output.run_folder import describe_made, finish
 
 def merge_parts(paths: list[Path]) -> erta.Calibration:
     """One calibration of several files, in the order given. Raises ErtaError for other setups, or a prompt twice."""
+    with console.progress_bar() as bar:
+        return _merged(paths, bar.track(paths[1:], description="merge calibrations", total=len(paths) - 1))
+
+
+def _merged(paths: list[Path], others: Iterable[Path]) -> erta.Calibration:
     merged = erta.Calibration.load(paths[0])
-    for path in paths[1:]:
+    for path in others:
         part = erta.Calibration.load(path)
         twice = {*merged.record["prompts"]} & {*part.record["prompts"]}
         if twice:

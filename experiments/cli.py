@@ -24,6 +24,7 @@ from erta.errors import ErtaError
 from experiments.harness import config
 from experiments.harness.config import CONF
 from experiments.output import console, ranks, sweep
+from experiments.output.files import full_disk
 from experiments.output.sweep import Member
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -152,7 +153,7 @@ def _opened(cfg: DictConfig, fresh: Path, member: Member | None) -> Iterator[tup
 
 
 def _explain(error: BaseException) -> str:
-    if (full := _full_disk(error)) is not None:
+    if (full := full_disk(error)) is not None:
         return f"the disk is full ({full or 'while writing'}). Free some space; the same command goes on."
     if isinstance(error, ErtaError):
         return str(error)
@@ -166,25 +167,6 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}"
     return f"{type(error).__name__}: {_first_lines(error, 1)} (add --traceback for where this came from)"
-
-
-def _full_disk(error: BaseException | None) -> str | None:
-    """The file that did not fit on the disk, "" if that is not said; None if the disk is not what went wrong.
-
-    Libraries wrap it in errors of their own, and numpy only counts what it could not write.
-    """
-    seen: set[int] = set()  # errors may stand in a circle
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                return str(error.filename or "")
-            if error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):
-                return ""
-        if re.search(r"No space left on device|os error 28\b|Disk quota exceeded", str(error)):
-            return ""
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _unknown_key(message: str) -> str | None:

@@ -87,8 +87,8 @@ class Soak:
         """All run folders."""
         return sorted(path.parent for path in self.work.glob("outputs/*/*/state.json"))
 
-    def job_once(self) -> None:
-        """One job to its record, disturbed on its way."""
+    def job_once(self, end: float) -> None:
+        """One job to its record, disturbed on its way; left as it is if the time, of `time.monotonic`, is over before."""
         if self.counts["jobs"] % 3 == 0:
             shutil.rmtree(self.work / "outputs" / "calibrations", ignore_errors=True)
         while True:
@@ -102,6 +102,8 @@ class Soak:
             self.check_rows(fault)
             if self.check_record(fault, codes):
                 break
+            if self.wrong or time.monotonic() > end:
+                return
         self.counts["jobs"] += 1
         for folder in self.folders():
             shutil.rmtree(folder)
@@ -188,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         soak = Soak(Path(work) / "work", tuple(given.job), random.Random(given.seed))
         while time.monotonic() < end and soak.counts["jobs"] < given.jobs and not soak.wrong:
-            soak.job_once()
+            soak.job_once(end)
     figures = json.dumps(soak.figures(), indent=1)
     print(figures)
     if given.out is not None:

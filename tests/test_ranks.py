@@ -85,6 +85,27 @@ def test_two_ranks_make_what_one_process_makes(tmp_path, weights):
 
 
 @pytest.mark.slow
+def test_a_table_of_two_ranks_is_the_serial_one(tmp_path, weights):
+    """Rows bit for bit, each sample once, and the table's text. Mutants: a row that both ranks make; a rank's own calibration;
+    references of one rank missing at the other.
+    """
+    job = [*QUICK, f"model.path={weights}", "experiment=compare", "compare.methods=[ertacache,uniform,fewer_steps]"]
+    job += ["compare.quick=true", "compare.timed=1", "compare.workers=1", "bench.num_prompts=3", "hydra.run.dir=out"]
+    found, tables = {}, {}
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        made = run(tmp_path / str(count), str(ROOT / "run.py"), *job, count=count)
+        assert made.returncode == 0, made.stdout + made.stderr
+        out = tmp_path / str(count) / "out"
+        found[count] = sorted(read_lines(out / "rows.jsonl"), key=lambda line: (line["row"], line["index"]))
+        tables[count] = json.loads((out / "record.json").read_text())["rows"]
+        assert not list(out.glob("*rank*"))
+    keys = [(line["row"], line["index"]) for line in found[2]]
+    assert len(set(keys)) == len(keys) == 3 * len({row for row, _ in keys}) and len({row for row, _ in keys}) >= 4
+    assert essence(found[1]) == essence(found[2]) and tables[1] == tables[2]
+
+
+@pytest.mark.slow
 def test_sums_of_features_over_ranks(tmp_path):
     """Mutant: each rank's mean in place of the sum."""
     (tmp_path / "sums.py").write_text(SUMS)

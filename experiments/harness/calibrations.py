@@ -26,6 +26,7 @@ from experiments.output.console import progress_bar
 
 MADE_HERE = Path("outputs/calibrations")
 CALIBRATION_SEED = 1_000_000  # far from every test seed
+FEW_PARTS = 50  # up to which no progress of merging is shown
 
 
 def check_fits(calibration: erta.Calibration, setup: Setup) -> None:
@@ -187,7 +188,9 @@ class _Parts:
 
     def merged(self, which: range) -> erta.Calibration:
         """All of them, in the order of the prompts. Raises NonFiniteError if none is left."""
-        made = [part for number in which if (part := self.load(number)) is not None]
+        with progress_bar(len(which) > FEW_PARTS) as bar:
+            numbers = bar.track(which, description="merge prompts", total=len(which))
+            made = [part for number in numbers if (part := self.load(number)) is not None]
         if not made:
             raise erta.NonFiniteError(self.left_out(which[0]).read_text(encoding="utf-8").strip())
         skipped = [self.prompts[number] for number in which if self.left_out(number).is_file()]

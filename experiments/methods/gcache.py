@@ -22,6 +22,7 @@ from experiments.methods.common.knob import check_number
 from experiments.methods.common.paths import best_path
 from experiments.methods.common.recorders import record
 from experiments.methods.common.searched import TrajectoryRecorder, planned_arm, trial_runs
+from experiments.output.console import progress_bar
 
 PROMPTS, DEGREE, LARGEST = 3, 3, 10.0
 
@@ -36,12 +37,13 @@ def arm(setup: Setup) -> Arm:
         run, draw = trial_runs(setup), np.random.default_rng(setup.cfg.seed)
         reference = run(None)
         tried: list[dict[str, Any]] = []
-        for trial in range(trials + 1):
-            weights = draw.uniform(0, LARGEST, DEGREE + 1) if trial else np.zeros(DEGREE + 1)
-            mask = best_path(edge_costs(change, weights), count)
-            known = [one for one in tried if one["mask"] == [int(step) for step in mask]]
-            error = known[0]["mse"] if known else (run(mask) - reference).pow(2).mean().item()
-            tried.append({"weights": weights.tolist(), "mask": [int(step) for step in mask], "mse": error})
+        with progress_bar() as bar:
+            for trial in bar.track(range(trials + 1), description="gcache: a run for each weighting"):
+                weights = draw.uniform(0, LARGEST, DEGREE + 1) if trial else np.zeros(DEGREE + 1)
+                mask = best_path(edge_costs(change, weights), count)
+                known = [one for one in tried if one["mask"] == [int(step) for step in mask]]
+                error = known[0]["mse"] if known else (run(mask) - reference).pow(2).mean().item()
+                tried.append({"weights": weights.tolist(), "mask": [int(step) for step in mask], "mse": error})
         return min(tried, key=lambda one: one["mse"])
 
     report = kept(setup, "gcache", [trials, count, PROMPTS, setup.cfg.seed, setup.cfg.cache.reuse], find)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import threading
@@ -36,11 +37,11 @@ for _name in ("stdout", "stderr"):
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
-def progress_bar() -> Progress:
-    """The bar of everything that takes longer than five seconds."""
+def progress_bar(shown: bool = True) -> Progress:
+    """The bar of everything that takes longer than five seconds; not `shown`: of what is known to be shorter."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     kind = _ReportedProgress if PROGRESS_FILE in os.environ else Progress
-    return kind(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out)
+    return kind(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out, disable=not shown)
 
 
 class _ReportedProgress(Progress):
@@ -128,6 +129,7 @@ def end_with_parent() -> None:
 def quiet_libraries() -> None:
     """Leave the terminal to us: no progress bars, chatter and notices of what will change from libraries."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.raiseExceptions = False  # a log that does not fit on the disk is no traceback
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -28,8 +30,9 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name(error, path)
         raise
     _sync_folder(path.parent)
 
@@ -57,9 +60,10 @@ def append_line(path: Path, data: dict[str, Any]) -> None:
             file.write(records.utf8(json.dumps(data, ensure_ascii=False) + "\n"))
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 os.truncate(path, end)
+            _name(error, path)
             raise
     if is_new:
         _sync_folder(path.parent)
@@ -121,6 +125,12 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     write_whole(path, b"".join(records.utf8(json.dumps(line, ensure_ascii=False) + "\n") for line in lines))
 
 
+def _name(error: BaseException, path: Path) -> None:
+    """Say of an error of writing which file it was, where it does not by itself."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make sure that a name is on disk, where the system can: that of a new file is lost with its folder's last writes."""
     with suppress(OSError):
@@ -129,3 +139,22 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """The file that did not fit on the disk, "" if that is not said; None if the disk is not what went wrong.
+
+    Libraries wrap it in errors of their own, and numpy only counts what it could not write.
+    """
+    seen: set[int] = set()  # errors may stand in a circle
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return str(error.filename or "")
+            if error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):
+                return ""
+        if re.search(r"No space left on device|os error 28\b|Disk quota exceeded", str(error)):
+            return ""
+        error = error.__cause__ or error.__context__
+    return None

@@ -2,11 +2,13 @@
 
 A run folder is one W&B run, whose id is kept in `state.json`. A run that goes on logs its finished samples again under the same
 steps: offline it leaves a second file, which is then whole by itself, and online what the server has is left out. Whatever W&B
-does, the experiment goes on: the first failure is told, and nothing more is sent.
+does, the experiment goes on: the first failure is told, and nothing more is sent. A full disk is not W&B's: it ends the run as it
+does anywhere else, unless the record is there already.
 """
 
 from __future__ import annotations
 
+import errno
 import numbers
 import os
 import secrets
@@ -27,7 +29,7 @@ from analysis.records import RecordError
 from analysis.wandb_runs import FRAME, check_access
 from erta.errors import ErtaError
 from experiments.output import console
-from experiments.output.files import read_object, write_json
+from experiments.output.files import full_disk, read_object, write_json
 from experiments.output.run_folder import STATE_FILE, as_plain
 
 SHOWN_PAIRS = 4  # of clips, as media
@@ -39,7 +41,7 @@ OFFLINE = "wandb.mode=offline needs neither key nor network, and `wandb sync` se
 
 
 class Tracker:
-    """Sends what a run is about to W&B, or nowhere. No method raises: a failure of W&B costs no sample."""
+    """Sends what a run is about to W&B, or nowhere. A failure of W&B raises nothing and costs no sample."""
 
     def __init__(self, run: Any, folder: Path) -> None:
         self._run, self._folder = run, folder
@@ -139,10 +141,10 @@ class Tracker:
         try:
             action(self._run)
         except Exception as error:  # whatever it is, a sample is worth more
-            first = (str(error).splitlines() or [""])[0]
-            console.note(
-                f"W&B stopped ({type(error).__name__}: {first}): this run goes on without it and keeps its record"
-            )
+            _leave_if_full(error, self._folder)
+            first = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = first if full_disk(error) is None else "the disk is full"
+            console.note(f"W&B stopped ({reason}): this run goes on without it and keeps its record")
             _close(self._run, failed=True)
             self._run = None
 
@@ -213,6 +215,7 @@ def _begin(cfg: DictConfig, folder: Path) -> Any:
             ),
         )
     except Exception as error:
+        _leave_if_full(error, folder)
         first = (str(error).splitlines() or [type(error).__name__])[0]
         if online:
             raise ErtaError(f"W&B did not start: {first}.\n{OFFLINE}") from error
@@ -246,6 +249,13 @@ def _group(cfg: DictConfig) -> str:
         sweep = Path(HydraConfig.get().sweep.dir)
         return f"{cfg.experiment.name}, {'/'.join(sweep.parts[-2:])}"
     return str(cfg.experiment.name)
+
+
+def _leave_if_full(error: Exception, folder: Path) -> None:
+    """Raise OSError for a full disk, as long as the run in this folder has not finished."""
+    full = full_disk(error)
+    if full is not None and not read_object(folder / STATE_FILE).get("finished"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), full or str(folder / "wandb")) from error
 
 
 def _close(run: Any, failed: bool) -> None:

@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 
 import erta
 from erta.errors import ErtaError
+from erta.plan import Rectification
+from erta.scheduler import nominal_sigmas
 
 
 def changed(data, place: str, value):
@@ -101,11 +103,129 @@ def test_a_calibration_with_other_numbers(calibrations, tmp_path, name):
         erta.Calibration.load(tmp_path / "c.safetensors")
 
 
+@pytest.fixture
+def solver_folder(pipe, tmp_path):
+    """A solver of 4 nodes with a coefficient a channel, saved."""
+    pipe.scheduler.set_timesteps(8)
+    sigmas = nominal_sigmas(pipe.scheduler)
+    gain = np.random.default_rng(0).normal(1, 0.1, (8, 1, 16))
+    plan = erta.Plan(
+        (True, True, False, True, False, False, True, False),
+        sigmas,
+        sigmas,
+        branches=("cond",),
+        latent_shape=(16, 2, 4, 4),
+        rectification=Rectification(gain, gain - 1),
+    )
+    erta.collapse(pipe, plan).save_pretrained(tmp_path / "solver")
+    return tmp_path / "solver"
+
+
 def parts(calibrations, tmp_path):
     """Metadata and arrays of a calibration's file."""
     calibrations["unipc"].save(tmp_path / "c.safetensors")
-    with safe_open(tmp_path / "c.safetensors", "np") as file:
+    return parts_of(tmp_path / "c.safetensors")
+
+
+def parts_of(path):
+    """Metadata and arrays of a file."""
+    with safe_open(path, "np") as file:
         return dict(file.metadata()), {key: file.get_tensor(key).copy() for key in file.keys()}  # noqa: SIM118
+
+
+SOLVER_CONFIGS = {
+    "_base_class_name": ("WanPipeline", "_base_class_name must be the name of a scheduler of diffusers"),
+    "_class_name": ("UniPCMultistepScheduler", "_class_name must be one of FittedScheduler"),
+    "num_train_timesteps": (0, "num_train_timesteps must be a whole number from 1"),
+    "solver_order": ("2", "solver_order must be a whole number from 0"),
+    "flow_shift": (float("nan"), "flow_shift must be a finite number"),
+    "sigma_max": (float("inf"), "sigma_max must be without NaN and infinity"),
+    "use_flow_sigmas": ("true", "use_flow_sigmas must be true or false"),
+    "disable_corrector": (3, "disable_corrector must be a list"),
+    "solver_type": ("foo", "diffusers makes no UniPCMultistepScheduler of it"),
+    "prediction_type": ("epsilon", "prediction_type is 'epsilon'"),
+}
+
+
+@pytest.mark.parametrize("key", SOLVER_CONFIGS)
+def test_a_solver_of_another_configuration(solver_folder, key):
+    """Mutants: any class of diffusers taken for a scheduler; a NaN shift, which makes another grid."""
+    value, said = SOLVER_CONFIGS[key]
+    path = solver_folder / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ErtaError, match=rf"scheduler_config\.json: {said}"):
+        erta.FittedScheduler.from_pretrained(solver_folder)
+
+
+SOLVER_FIELDS = {
+    "nodes": (["0", 2, 3, 5], "made_for.nodes must be a list of whole numbers"),
+    "nodes.3": (99, "there is no node 99"),
+    "nodes.1": (0, "the nodes of a solver ascend"),
+    "latent_shape": ([16, 0], "made_for.latent_shape must be"),
+    "channel_axis": (0, "made_for.channel_axis must be a whole number from -4 to -1"),
+    "channel_axis.": (-1, "made_for.channel_axis must be the axis of the 16 channels"),
+    "takeover": (9, "made_for.takeover must be a whole number from 0 to 4"),
+    "model": ({"weights": "x"}, "made_for.model.model_class must be there"),
+    "shape": ([16], "made_for.shape must be left out"),
+}
+
+
+@pytest.mark.parametrize("place", SOLVER_FIELDS)
+def test_a_solver_with_another_field(solver_folder, place):
+    """Mutants: nodes as texts; an axis that is not the channels', whose gains are laid along the width."""
+    value, said = SOLVER_FIELDS[place]
+    metadata, tables = parts_of(solver_folder / "solver.safetensors")
+    made_for = {**json.loads(metadata["made_for"]), "latent_shape": [16, 2, 4, 4], "channel_axis": -4}
+    metadata["made_for"] = json.dumps(changed(made_for, place.rstrip("."), value))
+    save_file(tables, solver_folder / "solver.safetensors", metadata)
+    with pytest.raises(ErtaError, match=rf"solver\.safetensors: {said}"):
+        erta.FittedScheduler.from_pretrained(solver_folder)
+
+
+def _with(place, value):
+    def change(table):
+        table[place] = value
+        return table
+
+    return change
+
+
+SOLVER_TABLES = {
+    "sigmas": (lambda a: a[::-1], "sigmas must be strictly decreasing"),
+    "timesteps": (_with(1, -1), "timesteps must be ≥ 0"),
+    "timesteps ": (lambda a: a[::-1], "timesteps must not ascend"),
+    "timesteps  ": (_with(0, 5000), "timesteps reach 5000"),
+    "nominal_sigmas": (lambda a: a[:1], "nominal_sigmas must be strictly decreasing"),
+    "velocity": (_with((1, 0, 3), np.nan), "velocity holds NaN"),
+    "velocity ": (lambda a: a[0], r"velocity must be numbers of shape \(4, any, any\)"),
+    "velocity  ": (lambda a: a[:, :0], "velocity must hold numbers|latent must be numbers"),
+    "latent": (lambda a: a.astype(bool), "latent must be numbers"),
+    "latent ": (_with((0, 1, 0), 1.0), "latent of a solver reaches before its first step"),
+    "offset": (_with((0, 0), 1e300), "offset must hold numbers that float32 has"),
+    "offset ": (lambda a: a[:, :5], r"offset must be numbers of shape \(4, 16\)"),
+}
+
+
+@pytest.mark.parametrize("name", SOLVER_TABLES)
+def test_a_solver_with_other_numbers(solver_folder, name):
+    """Mutant: 1e300, which is finite until the step is made in float32."""
+    make, said = SOLVER_TABLES[name]
+    metadata, tables = parts_of(solver_folder / "solver.safetensors")
+    tables[name.strip()] = np.ascontiguousarray(make(tables[name.strip()]))
+    save_file(tables, solver_folder / "solver.safetensors", metadata)
+    with pytest.raises(ErtaError, match=rf"solver\.safetensors: ({said})"):
+        erta.FittedScheduler.from_pretrained(solver_folder)
+
+
+@pytest.mark.parametrize("said", ["made_for", "report"])
+def test_what_a_solver_says_of_itself_is_an_object(solver_folder, said):
+    metadata, tables = parts_of(solver_folder / "solver.safetensors")
+    save_file(tables, solver_folder / "solver.safetensors", {**metadata, said: "[1]"})
+    with pytest.raises(ErtaError, match=rf"solver\.safetensors: {said} must be an object"):
+        erta.FittedScheduler.from_pretrained(solver_folder)
+    save_file(tables, solver_folder / "solver.safetensors", {**metadata, said: "{"})
+    with pytest.raises(ErtaError, match="cannot read a solver from"):
+        erta.FittedScheduler.from_pretrained(solver_folder)
 
 
 @pytest.mark.parametrize("load", [erta.Plan.load, erta.Calibration.load, erta.Trajectories.load])

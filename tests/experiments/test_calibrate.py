@@ -50,6 +50,7 @@ def test_shards_of_a_calibration_merge_to_the_whole(command, tmp_path):
     def made(name: str, *arguments: str) -> Path:
         code, printed = command(*four, f"hydra.run.dir=outputs/{name}", *arguments)
         assert code == 0 and "what can be planned" in printed, printed
+        assert ("merge calibrations" in printed) == (name == "merged")
         return Path(f"outputs/{name}/calibration.safetensors")
 
     whole = erta.Calibration.load(made("whole"))

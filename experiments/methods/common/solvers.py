@@ -18,6 +18,7 @@ from erta.fitted_scheduler import FittedScheduler
 from erta.scheduler import with_grid
 from erta.signature import check_signature
 from erta.solver import Solver, linear_solver
+from erta.solver_files import MadeFor
 from experiments.harness.arm import Arm
 from experiments.harness.calibrations import CALIBRATION_SEED, kept_path
 from experiments.harness.kept import kept, note_spent
@@ -128,7 +129,7 @@ def kept_solver(setup: Setup, name: str, made_with: list[Any], make: Callable[[]
 
     found = kept(setup, name, made_with, tables)
     shape, rest = found["made_for"]["latent_shape"], {k: v for k, v in found["made_for"].items() if k != "latent_shape"}
-    made_for = erta.fitted_scheduler.MadeFor(latent_shape=shape and tuple(shape), **rest)
+    made_for = MadeFor(latent_shape=shape and tuple(shape), **rest)
     arrays = {key: np.array(found[key]) for key in ARRAYS}
     for key in ("sigmas", "nominal_sigmas", "timesteps"):
         if arrays[key].dtype == np.float64:  # as schedulers have them

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
+from experiments.harness.generate import generate
 from experiments.harness.pair import Clock
+from tests.pipelines import CALL, build_pipe
 
 
 def clock(cached_forward_s: float, uncached_rest_s: float) -> Clock:
@@ -39,3 +42,24 @@ def test_the_possible_speedup_bounds_the_measured_one(forward_s, rest_s, needed_
 def test_slower_steps_count():
     """The cached side's solver takes 0.4 s where the uncached one takes 0.1 s: 2.1 of 2.6 s were needed."""
     assert clock(1.0, 0.1).speedups()["speedup_realised"] == pytest.approx(2.1 / 2.6)
+
+
+def test_the_hooks_time_in_the_record():
+    """0.2 s over 4 calls: 50 ms a call, of one branch, 5 % of a forward of 1 s. Mutants: it doubled; a call of all prompts'."""
+    timing = clock(0.8, 0.4).timing()
+    assert timing.hook_overhead_per_step_s == pytest.approx(0.05)
+    assert timing.hook_overhead_of_forward == pytest.approx(0.05)
+    assert timing.forward_s == 1.0 and timing.solver_step_s == pytest.approx(0.1)
+
+
+def test_a_sample_has_the_times_of_its_trace():
+    """Mutants: the hook's time doubled on its way into the row; calls of one branch alone."""
+    trace = SimpleNamespace(
+        forward_s=3.0, forwards={"cond": 2, "uncond": 2}, overhead_s=0.25, cache_bytes=8, cache_dtype="f"
+    )
+    trace.executed = {"cond": [(0, True), (1, False)], "uncond": [(0, True), (1, False)]}
+    sample = generate(
+        build_pipe(), "a red circle", 0, {**CALL, "num_inference_steps": 2}, lambda pipe: nullcontext(trace)
+    )
+    assert (sample.overhead_s, sample.overhead_calls, sample.forward_s, sample.forwards) == (0.25, 4, 3.0, 4)
+    assert sample.mask == (True, False) and 0 < sample.denoise_s <= sample.pipeline_s

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,10 +17,23 @@ from erta.errors import ErtaError
 from experiments.harness import calibrations, pair
 from experiments.harness.calibrations import kept_path
 from experiments.harness.config import CONF
-from experiments.output import clips
+from experiments.output import clips, tracking
 from experiments.output.files import append_line, read_lines
 from experiments.output.run_folder import check_inputs, environment, mark_finished, open_folder
 from tests.commands import folders
+
+
+def no_space_for(monkeypatch, part: str) -> None:
+    """Every file with this in its path fails to be opened for writing, as on a full disk."""
+    plain = builtins.open
+
+    def opened(file, mode="r", *arguments, **options):
+        if set(mode) & set("wax+") and not isinstance(file, int) and part in os.fspath(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(file))
+        return plain(file, mode, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", opened)
+    monkeypatch.setattr(io, "open", opened)
 
 
 def test_output_folder_that_cannot_be_written(command, tmp_path):
@@ -44,6 +61,49 @@ def test_full_disk_keeps_what_was_finished(command, tmp_path, monkeypatch):
     code, printed = command("cache=uniform", "bench=fidelity")
     assert code == 0 and "1 of 3 prompts are done" in printed and folders(tmp_path) == [folder]
     assert [row["index"] for row in read_lines(folder / "per_prompt.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["report.html", "wandb/", *(pytest.param(name, marks=pytest.mark.slow) for name in ("figures/", "record.json"))],
+)
+def test_a_full_disk_in_any_write_is_one_message(command, tmp_path, monkeypatch, what):
+    """No traceback, nothing finished lost, and the same command goes on. Mutants: a figure left out without a word; a run that
+    goes on without W&B's files and with a disk that is full.
+    """
+    job = ("cache=uniform", "bench=fidelity", "wandb.mode=offline", "hydra.run.dir=out")
+    with monkeypatch.context() as disk:
+        no_space_for(disk, what)
+        code, printed = command(*job)
+    said = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert code == 1 and len(said) == 1 and "the disk is full" in said[0] and what in said[0], printed
+    assert "Traceback" not in printed and not (tmp_path / "out" / "record.json").exists()
+    done = len(read_lines(tmp_path / "out" / "per_prompt.jsonl"))
+    assert done == (0 if what == "wandb/" else 3) and not list((tmp_path / "out").rglob("*.partial*"))
+    if what == "record.json":
+        code, printed = command(*job)
+        assert code == 0 and "3/3" in printed, printed
+        record = json.loads((tmp_path / "out" / "record.json").read_text())
+        assert record["metrics"]["psnr_db"] > 0 and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_full_disk_after_the_record_costs_the_tracker_alone(tmp_path):
+    """Mutant: a finished run that ends as if the same command had something left to do."""
+
+    class Full:
+        def log(self, *arguments, **options):
+            raise OSError(28, "No space left on device")
+
+        def finish(self, exit_code):
+            pass
+
+        step = 0
+
+    (tmp_path / "state.json").write_text('{"finished": false}')
+    with pytest.raises(OSError, match="No space left"):
+        tracking.Tracker(Full(), tmp_path).log({"psnr_db": 1.0})
+    (tmp_path / "state.json").write_text('{"finished": true}')
+    tracking.Tracker(Full(), tmp_path).log({"psnr_db": 1.0})
 
 
 def test_another_runs_folder_is_left_alone(command, tmp_path):
