@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.harness.generate import generate
-from experiments.harness.pair import Clock
+from experiments.harness.pair import Clock, _measure
+from experiments.prompts.choose import Prompt
 from tests.pipelines import CALL, build_pipe
 
 
@@ -63,3 +64,7 @@ def test_a_sample_has_the_times_of_its_trace():
     )
     assert (sample.overhead_s, sample.overhead_calls, sample.forward_s, sample.forwards) == (0.25, 4, 3.0, 4)
     assert sample.mask == (True, False) and 0 < sample.denoise_s <= sample.pipeline_s
+    row = _measure(0, Prompt("a red circle", 0, id="x"), {"uncached": sample, "cached": sample}, {})
+    assert {key: row["cached"][key] for key in ("overhead_s", "overhead_calls", "forward_s", "forwards")} == {
+        "overhead_s": 0.25, "overhead_calls": 4, "forward_s": 3.0, "forwards": 4,
+    }  # fmt: skip
