@@ -36,10 +36,9 @@ def ertacache_scheduler(scheduler: Any, trajectories: Trajectories, count: int) 
         phi = np.array([step_scale(ratio[i, gap - 1]) if gap else 1.0 for i, gap in enumerate(gaps)], float)
         write_grid(grid, adjusted_sigmas(nominal, mask, phi, takeover))
     axis, shape = trajectories.record["channel_axis"], trajectories.signature["latent_shape"]
-    every = (
-        len(np.unique(trajectories.channels)) == shape[axis]
-    )  # few positions may miss a channel: one pair for all then
-    gain, offset = guided_rectifier(trajectories, mask, by_channel=every)
+    # few positions may miss a channel: then one pair for all
+    all_seen = len(np.unique(trajectories.channels)) == shape[axis]
+    gain, offset = guided_rectifier(trajectories, mask, by_channel=all_seen)
     predict = WithOffset(reuse_residual, gain, offset)
     solver = linear_solver(grid, mask, nominal, predict, gain.shape[1], {"policy": "threshold"})
     return FittedScheduler(solver, scheduler, MadeFor(channel_axis=axis))
