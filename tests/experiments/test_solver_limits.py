@@ -33,7 +33,7 @@ def test_weights_are_changed_by_as_much_as_asked_and_put_back():
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match="user"), solver_limits.changed_weights(model, 0.1):
         change = model[0].weight - before[0]
-        assert float(change.norm() / before[0].norm()) == pytest.approx(0.1, rel=1e-4)
+        assert (change.norm() / before[0].norm()).item() == pytest.approx(0.1, rel=1e-4)
         assert torch.linalg.matrix_rank(change) == solver_limits.RANK
         assert torch.equal(model[1].weight, before[2]) and torch.equal(model[0].bias, before[1])
         raise RuntimeError("user")
