@@ -45,7 +45,10 @@ NUMBER_LISTS = {
     "a number": "3", "a text": "abc", "NaN inside": "[nan]", "negative inside": "[-1]", "a text inside": "[abc]",
     "infinite inside": "[inf]", "null": "null",
 }  # fmt: skip
-MAY_BE_ZERO = {"seed", "model.guidance_scale", "model.guidance_scale_2", "model.paper_threshold", "cache.threshold"}
+MAY_BE_ZERO = {
+    "seed", "model.guidance_scale", "model.guidance_scale_2", "model.paper_threshold", "cache.threshold",
+    "compare.worst", "solver_limits.worst",
+}  # fmt: skip
 WORD_KEYS = {
     "model.dtype", "model.offload", "model.prompt_source", "cache.site", "cache.rectifier_fit", "cache.policy",
     "cache.rel_l1_denominator", "cache.phi_denominator", "cache.time_form", "cache.rectifier", "cache.rectifier_form",
