@@ -13,6 +13,7 @@ from tests.commands import folders
 from tests.pipelines import build_flux
 
 
+@pytest.mark.slow
 def test_every_variant_is_a_key(command, tmp_path):
     """The plan that is run holds what was asked for, and a calibration of one site is not used at the other."""
     variants = ["cache.rel_l1_denominator=cached", "cache.rectifier=scalar", "cache.rectifier_form=sigmoid"]

@@ -31,6 +31,7 @@ def configured(*overrides: str):
     return cfg
 
 
+@pytest.mark.slow
 def test_out_of_memory_keeps_finished_prompts(command, tmp_path, monkeypatch):
     """In the second prompt's decoding. Mutants: a traceback, the first prompt lost, an option named that is on already."""
     decode, calls = AutoencoderKLWan.decode, []

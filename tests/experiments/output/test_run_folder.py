@@ -106,6 +106,7 @@ def test_a_full_disk_after_the_record_costs_the_tracker_alone(tmp_path):
     tracking.Tracker(Full(), tmp_path).log({"psnr_db": 1.0})
 
 
+@pytest.mark.slow
 def test_another_runs_folder_is_left_alone(command, tmp_path):
     assert command("cache=uniform", "bench=fidelity", "hydra.run.dir=out")[0] == 0
     before = (tmp_path / "out" / "record.json").read_text()
@@ -199,6 +200,7 @@ def test_rows_that_stand_twice_and_torn_previews_are_made_anew(command, tmp_path
     assert sorted(row["index"] for row in found) == [0, 1, 2] and clips.is_whole(preview)
 
 
+@pytest.mark.slow
 def test_other_code_does_not_continue_a_run_unless_it_is_forced(command, tmp_path, monkeypatch):
     """Mutant: rows of two versions of the code in one record, which does not say so."""
     append = pair.append_line

@@ -39,6 +39,7 @@ def counted(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_sweep_ends_in_a_table_and_names_what_failed(command, counted):
     """Exit code 1, yet all others run; given again, only what failed is tried again, in the same folder.
 
