@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from typing import Any
 
 # glibc hands large buffers back after every operation; keeping them makes CPU inference faster.
 # The settings count only at start-up, so the process starts itself again once with them.
@@ -15,6 +18,18 @@ ALLOCATOR = {
 if __name__ == "__main__" and sys.platform == "linux" and not any(key in os.environ for key in ALLOCATOR):
     os.environ.update(ALLOCATOR)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+
+def interrupt_again(ignored: Any) -> None:
+    """Ctrl-C in a finalizer or a callback, which Python would print and forget, is delivered once more a moment later."""
+    if ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
+sys.unraisablehook = interrupt_again
 
 try:
     from experiments.cli import main

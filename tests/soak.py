@@ -80,7 +80,7 @@ class Soak:
         if "Traceback" in said and not said.rstrip().endswith(
             "KeyboardInterrupt"
         ):  # that comes before any code of ours
-            self.wrong.append(f"a traceback: {said[-1500:]}")
+            self.wrong.append(f"a traceback: {said[max(0, said.index('Traceback') - 300) :][:3000]}")
         return process.returncode, said
 
     def folders(self) -> list[Path]:

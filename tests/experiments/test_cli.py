@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 BAD = {
     "unknown group": (["kache=none"], "unknown key kache: did you mean cache?"),
     "unknown choice": (["cache=magic"], "there is no cache=magic. Choose from adams_bashforth, budcache"),
@@ -58,3 +61,10 @@ def test_word_outside_the_vocabulary_and_bad_prompt_files(command):
     assert "not UTF-8" in command("bench.prompts=p.txt")[1]
     Path("p.txt").write_text("a red circle\n")
     assert "bench.num_prompts=3, but p.txt holds only 1" in command("bench.prompts=p.txt")[1]
+
+
+def test_an_interrupt_that_python_would_forget_comes_again():
+    """Ctrl-C inside a finalizer. Mutant: Python's own hook, which prints a traceback, and the command goes on to its end."""
+    lost = "import run, time\nclass Kept:\n def __del__(self): raise KeyboardInterrupt\nKept()\ntime.sleep(60)"
+    ended = subprocess.run([sys.executable, "-c", lost], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert "Exception ignored" not in ended.stderr and ended.stderr.rstrip().endswith("KeyboardInterrupt")
