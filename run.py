@@ -20,7 +20,6 @@ if __name__ == "__main__" and sys.platform == "linux" and not any(key in os.envi
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-
 def interrupt_again(ignored: Any) -> None:
     """Ctrl-C in a finalizer or a callback, which Python would print and forget, is delivered once more a moment later."""
     if ignored.exc_type is KeyboardInterrupt:

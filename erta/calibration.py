@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 import warnings
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from erta.architectures import architecture_of
 from erta.errors import BudgetError, ErtaError, NonFiniteError, choice_index
@@ -23,7 +21,7 @@ from erta.files import save_arrays
 from erta.grid import adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import combining_scale_of, guidance_scale_of, second_scale_of
 from erta.hooks import observed
-from erta.loading import Fields, check_array, check_readable
+from erta.loading import Fields, arrays_of, check_array
 from erta.pipeline import call_arguments, check_bare, find_denoiser, find_denoisers, latent_call
 from erta.plan import Plan, PlanOptions, Rectification
 from erta.policy import (
@@ -221,24 +219,13 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write tensors and JSON metadata as one safetensors file."""
-        save_arrays(path, self.statistics.to_arrays(), SCHEMA, self.signature, self.record)
+        save_arrays(path, self.statistics.to_arrays(), SCHEMA, signature=self.signature, record=self.record)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read a calibration; raises ErtaError, with the field, if the file is missing, truncated or something else."""
-        check_readable(path, "a calibration")
-        try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("schema") != SCHEMA:
-                    raise ErtaError(f"{path} is not a calibration of this version ({metadata.get('schema')!r})")
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            statistics = PairStatistics.from_arrays(arrays)
-            found = cls(statistics, json.loads(metadata["signature"]), json.loads(metadata["record"]))
-        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-            if isinstance(error, ErtaError):
-                raise
-            raise ErtaError(f"cannot read a calibration from {path}: {error}. Make it again.") from error
+        with arrays_of(path, "a calibration", SCHEMA, "Make it again.") as (arrays, said):
+            found = cls(PairStatistics.from_arrays(arrays), said["signature"], said["record"])
         _check_loaded(found, path)
         return found
 

@@ -33,12 +33,10 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def save_arrays(
-    path: str | Path, arrays: Mapping[str, np.ndarray], schema: str, signature: dict[str, Any], record: dict[str, Any]
-) -> None:
-    """Write arrays, and what they are of and how they were made as JSON metadata, as one safetensors file."""
-    metadata = {"schema": schema, "signature": json.dumps(signature), "record": json.dumps(record)}
+def save_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], schema: str, **metadata: Any) -> None:
+    """Write arrays, and what is said about them as JSON metadata, as one safetensors file (`erta.loading.arrays_of`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    said = {"schema": schema, **{name: json.dumps(value) for name, value in metadata.items()}}
     with replacing(path) as partial:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, said)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from erta.errors import ErtaError
 
@@ -20,6 +22,29 @@ def check_readable(path: str | Path, what: str) -> None:
             file.read(1)
     except OSError as error:
         raise ErtaError(f"cannot read {what} from {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+@contextmanager
+def arrays_of(
+    path: str | Path, what: str, schema: str, again: str
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """The arrays of a file that `erta.files.save_arrays` wrote, and its JSON metadata by name.
+
+    Whatever goes wrong then or within the `with` becomes one ErtaError, which ends with what to do: `again`.
+    """
+    check_readable(path, what)
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            found = metadata.pop("schema", None)
+            if found != schema:
+                raise ErtaError(f"{path} is not {what} of this version ({found!r}, not {schema!r})")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        yield arrays, {name: json.loads(text) for name, text in metadata.items()}
+    except ErtaError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ErtaError(f"cannot read {what} from {path}: {error}. {again}") from error
 
 
 class Fields:

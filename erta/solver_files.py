@@ -14,12 +14,10 @@ from typing import Any
 import diffusers
 import numpy as np
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from erta.errors import ErtaError
-from erta.files import replacing
-from erta.loading import Fields, check_array, check_readable, check_sigmas
+from erta.files import save_arrays
+from erta.loading import Fields, arrays_of, check_array, check_readable, check_sigmas
 from erta.solver import Solver
 
 SCHEMA = "erta.solver/1"
@@ -60,9 +58,13 @@ class SolverFolder:
 def write_tables(folder: Path, solver: Solver, made_for: MadeFor) -> None:
     """Write the tables of a solver, with its nodes and its report as metadata."""
     written = {**vars(made_for), "nodes": list(solver.nodes)}
-    metadata = {"schema": SCHEMA, "made_for": json.dumps(written), "report": json.dumps(solver.report)}
-    with replacing(folder / SOLVER_FILE) as partial:
-        save_file({name: np.ascontiguousarray(getattr(solver, name)) for name in TABLES}, partial, metadata)
+    save_arrays(
+        folder / SOLVER_FILE,
+        {name: getattr(solver, name) for name in TABLES},
+        SCHEMA,
+        made_for=written,
+        report=solver.report,
+    )
 
 
 def read_folder(folder: Path) -> SolverFolder:
@@ -129,18 +131,9 @@ def _is_finite(value: Any) -> bool:
 
 
 def _read_solver(path: Path) -> tuple[Solver, MadeFor]:
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("schema") != SCHEMA:
-                raise ErtaError(f"{path} is not a solver of this version ({metadata.get('schema')!r}, not {SCHEMA!r})")
-            tables = {name: file.get_tensor(name) for name in TABLES}
-        said, report = json.loads(metadata["made_for"]), json.loads(metadata["report"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, ErtaError):
-            raise
-        raise ErtaError(f"cannot read a solver from {path}: {error}. Make it again with erta.fit.") from error
-    fields = Fields(path, said, "made_for")
+    with arrays_of(path, "a solver", SCHEMA, "Make it again with erta.fit.") as (arrays, said):
+        tables = {name: arrays[name] for name in TABLES}
+        fields, report = Fields(path, said["made_for"], "made_for"), said["report"]
     nodes = fields.wholes("nodes", 0) or []
     _check_tables(path, tables, len(nodes))
     made_for = _made_for(fields, len(nodes), tables["offset"].shape[1])

@@ -7,7 +7,6 @@ pipeline whose scheduler integrates over sigmas.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 import warnings
@@ -19,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError
 from erta.files import save_arrays
 from erta.guidance import guidance_scale_of, second_scale_of
-from erta.loading import Fields, check_array, check_readable
+from erta.loading import Fields, arrays_of, check_array
 from erta.pipeline import Session, call_arguments, check_bare, find_denoiser, leaving, takeover_step
 from erta.scheduler import ShowResult, check_one_forward_a_step, first_index, nominal_sigmas
 from erta.signature import argument_signature, check_signature, model_signature
@@ -96,23 +94,13 @@ class Trajectories:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: P (2 N + 1) M floats, 26 MB for 16 prompts of 50 steps."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
-        save_arrays(path, arrays, SCHEMA, self.signature, self.record)
+        save_arrays(path, arrays, SCHEMA, signature=self.signature, record=self.record)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectories:
         """Read trajectories; raises ErtaError if the file is missing, truncated or something else."""
-        check_readable(path, "trajectories")
-        try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("schema") != SCHEMA:
-                    raise ErtaError(f"{path} holds no trajectories of this version ({metadata.get('schema')!r})")
-                arrays = {name: file.get_tensor(name) for name in ARRAYS}
-            found = cls(**arrays, signature=json.loads(metadata["signature"]), record=json.loads(metadata["record"]))
-        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-            if isinstance(error, ErtaError):
-                raise
-            raise ErtaError(f"cannot read trajectories from {path}: {error}. Record them again.") from error
+        with arrays_of(path, "trajectories", SCHEMA, "Record them again.") as (arrays, said):
+            found = cls(**{name: arrays[name] for name in ARRAYS}, signature=said["signature"], record=said["record"])
         _check_loaded(found, path)
         return found
 
