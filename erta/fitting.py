@@ -40,7 +40,7 @@ from erta.least_squares import (
     products_of,
     solve,
 )
-from erta.nodes import PLACEMENTS, nodes_for, placed_nodes
+from erta.nodes import PLACEMENTS, Nodes, climbed, nodes_for, placed_nodes
 from erta.pipeline import check_bare
 from erta.policy import steps_for_speedup
 from erta.quality import Quality
@@ -63,8 +63,12 @@ class FitOptions:
         ridge: pull towards the pipeline's own solver, relative to the size of each term; None: cross-validated.
         weighted: prompts count by 1 / error; False: plain squares.
         over_prompts: nodes for the `mean` or the `worst` prompt's local error.
+        step_weights: of the local errors of steps that begin at each of the N steps; None: even. Some let an error count by how
+            it grows to the end (`erta.propagation_gain`).
         placement: nodes are `planned`, spread `even`ly, or the `best` of both by cross-validation (see `erta.nodes`), one run
             more; without it, planned.
+        refine: then so many times a node is moved, and stays where cross-validation finds it better: K forwards a prompt each.
+            What is predicted of such nodes was chosen to be good, and promises a little too much.
         validate: predict the error by a run with coefficients of all other prompts.
         baseline: beside it predict plain ERTACache at the same budget, one run more, and warn where it is ahead.
     """
@@ -74,7 +78,9 @@ class FitOptions:
     ridge: float | None = None
     weighted: bool = True
     over_prompts: str = "mean"
+    step_weights: Sequence[float] | None = None
     placement: str = "best"
+    refine: int = 0
     validate: bool = True
     baseline: bool = True
 
@@ -85,6 +91,8 @@ class FitOptions:
             raise ErtaError(f"terms must be 1 to {len(TERMS)}, not {self.terms}")
         if self.ridge is not None and not self.ridge >= 0:
             raise ErtaError(f"ridge must be a number ≥ 0, not {self.ridge}")
+        if self.refine < 0:
+            raise ErtaError(f"refine must be a number ≥ 0 of moves, not {self.refine}")
 
 
 def fit(
@@ -165,10 +173,10 @@ class _Fitting:
             raise ErtaError("a PSNR is predicted by cross-validation, which needs two prompts or more")
         since = time.perf_counter(), self.runs.forwards
         low, high = 0, self.recorded.num_steps
-        predicted: dict[tuple[int, ...], dict[str, Quality]] = {}
+        predicted: dict[Nodes, dict[str, Quality]] = {}
         while high - low > 1:
             middle = (low + high) // 2
-            nodes = nodes_for(self.recorded, middle, self.options.over_prompts)
+            nodes = nodes_for(self.recorded, middle, self.options.over_prompts, self.options.step_weights)
             predicted[nodes] = self._predicted(nodes)
             if _best(predicted[nodes]).summary()["median_psnr_db"] >= psnr_db:
                 high = middle
@@ -184,26 +192,39 @@ class _Fitting:
         self,
         count: int,
         asked: dict[str, Any],
-        known: dict[tuple[int, ...], dict[str, Quality]] | None = None,
+        known: dict[Nodes, dict[str, Quality]] | None = None,
         since: tuple[float, int] | None = None,
     ) -> FittedScheduler:
         """A solver of `count` steps on the nodes that are best by cross-validation. `known`: what was predicted before."""
         options, known = self.options, known or {}
         since = since or (time.perf_counter(), self.runs.forwards)
-        places = placed_nodes(self.recorded, count, options.placement, options.over_prompts)
-        if len(places) == 1 or not self._validates:
+        places = placed_nodes(self.recorded, count, options.placement, options.over_prompts, options.step_weights)
+        if options.refine and not self._validates:
+            raise ErtaError("refine is by cross-validation: two prompts or more, and validate=True")
+        if (len(places) == 1 and not options.refine) or not self._validates:
             name, nodes = next(iter(places.items()))
             return self.on(nodes, asked, known.get(nodes), since, {name: None})
-        predicted = {name: known.get(nodes) or self._predicted(nodes) for name, nodes in places.items()}
-        scores = {name: _best(one).score for name, one in predicted.items()}
-        name = max(scores, key=lambda one: scores[one])
-        return self.on(places[name], asked, predicted[name], since, scores)
+        predicted = {nodes: known.get(nodes) or self._predicted(nodes) for nodes in places.values()}
+
+        def score(nodes: Nodes) -> float:
+            if nodes not in predicted:
+                predicted[nodes] = self._predicted(nodes)
+            return _best(predicted[nodes]).score
+
+        name = max(places, key=lambda one: score(places[one]))
+        if options.refine:
+            takeover = self.recorded.signature["takeover"]
+            refined = climbed(places[name], self.recorded.num_steps, score, options.refine, takeover)
+            if refined != places[name]:
+                name, places = "refined", {**places, "refined": refined}
+        scores = {one: score(nodes) for one, nodes in places.items()}
+        return self.on(places[name], asked, predicted[places[name]], since, scores)
 
     @property
     def _validates(self) -> bool:
         return self.options.validate and self.recorded.num_prompts > 1
 
-    def _predicted(self, nodes: tuple[int, ...]) -> dict[str, Quality]:
+    def _predicted(self, nodes: Nodes) -> dict[str, Quality]:
         """By loop, the error of a run in which each prompt takes coefficients of all others."""
         frame = self._frame(nodes)
         own = self._own(frame)
@@ -212,7 +233,7 @@ class _Fitting:
 
     def on(
         self,
-        nodes: tuple[int, ...],
+        nodes: Nodes,
         asked: dict[str, Any],
         predicted: dict[str, Quality] | None = None,
         since: tuple[float, int] | None = None,
@@ -269,7 +290,7 @@ class _Fitting:
         """The error of plain ERTACache at the same budget."""
         return self.runs.alone(ertacache_scheduler(self.pipe.scheduler, self.recorded, count))
 
-    def _made_for(self, nodes: tuple[int, ...]) -> MadeFor:
+    def _made_for(self, nodes: Nodes) -> MadeFor:
         signature, record = self.recorded.signature, self.recorded.record
         takeover = signature["takeover"]
         return MadeFor(
@@ -279,7 +300,7 @@ class _Fitting:
             model=model_of(self.pipe),
         )
 
-    def _frame(self, nodes: tuple[int, ...]) -> Solver:
+    def _frame(self, nodes: Nodes) -> Solver:
         """The solver's nodes and grid, with coefficients that do nothing."""
         steps, grid = self.recorded.num_steps, self.recorded.sigmas
         if not nodes or nodes[0] != 0 or sorted(set(nodes)) != list(nodes) or nodes[-1] >= steps:

@@ -7,17 +7,20 @@ called, whatever the budget. Norms are summed, not their squares: the errors of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from erta.errors import BudgetError, choice_index
+from erta.errors import BudgetError, ErtaError, choice_index
 from erta.policy import uniform_mask
 from erta.trajectories import Trajectories
 
 WINDOW = 12
 OVER_PROMPTS = ("mean", "worst")
 PLACEMENTS = ("planned", "even", "best")
+Nodes = tuple[int, ...]
 NOTHING = 1e-12  # of a diagonal: features below it count as none
 
 
@@ -83,7 +86,7 @@ def _residual(products: np.ndarray, over_prompts: str) -> float:
 
 def plan_nodes(
     errors: LocalErrors, count: int, weights: np.ndarray | None = None, takeover: int | None = None
-) -> tuple[int, ...]:
+) -> Nodes:
     """The `count` nodes, from step 0 on, whose summed local errors are smallest.
 
     Args:
@@ -120,28 +123,58 @@ def plan_nodes(
     return tuple(reversed(nodes))
 
 
-def nodes_for(trajectories: Trajectories, count: int, over_prompts: str = "mean") -> tuple[int, ...]:
-    """The planned nodes for `count` steps of recorded trajectories. Raises BudgetError for a count that cannot be."""
+def nodes_for(
+    trajectories: Trajectories, count: int, over_prompts: str = "mean", weights: Sequence[float] | None = None
+) -> Nodes:
+    """The planned nodes for `count` steps of recorded trajectories. `weights`: see `plan_nodes`.
+
+    Raises BudgetError for a count that cannot be, ErtaError for weights that are not one positive number a step.
+    """
     steps, takeover = trajectories.num_steps, trajectories.signature["takeover"]
+    given = None if weights is None else np.asarray(weights, float)
+    if given is not None and (given.shape != (steps,) or not ((given > 0) & np.isfinite(given)).all()):
+        raise ErtaError(f"step_weights must be {steps} positive numbers, one for each step of the grid")
     if not 1 <= count <= steps:
         raise BudgetError(f"a solver for a grid of {steps} steps has 1 to {steps} steps of its own, not {count}")
     window = max(WINDOW, 3 * -(-steps // count))
     errors = local_errors(gram(trajectories.latents, trajectories.outputs), window, over_prompts)
-    return plan_nodes(errors, count, takeover=takeover)
+    return plan_nodes(errors, count, given, takeover)
 
 
 def placed_nodes(
-    trajectories: Trajectories, count: int, placement: str = "best", over_prompts: str = "mean"
-) -> dict[str, tuple[int, ...]]:
+    trajectories: Trajectories,
+    count: int,
+    placement: str = "best",
+    over_prompts: str = "mean",
+    weights: Sequence[float] | None = None,
+) -> dict[str, Nodes]:
     """By placement, the nodes for `count` steps: `planned`, spread `even`ly, or for `best` both, if they differ.
 
     The planner adds up local errors, and knows neither how an error grows nor what later steps undo. On a grid of few steps a
     single step decides: one that ends at the next step of the grid is exact under Euler, and pays for a long one before it.
     """
     choice_index("placement", placement, PLACEMENTS)
-    planned = nodes_for(trajectories, count, over_prompts)
+    planned = nodes_for(trajectories, count, over_prompts, weights)
     mask = uniform_mask(trajectories.num_steps, count, trajectories.signature["takeover"])
     found = {"planned": planned, "even": tuple(step for step, computed in enumerate(mask) if computed)}
     if placement != "best":
         return {placement: found[placement]}
     return found if found["planned"] != found["even"] else {"planned": planned}
+
+
+def climbed(
+    nodes: Nodes, num_steps: int, score: Callable[[Nodes], float], trials: int, takeover: int | None = None
+) -> Nodes:
+    """The best nodes that `trials` moves find: one node at a time, by up to three steps, kept where the score grows."""
+    rng, best = np.random.default_rng(0), (score(nodes), nodes)
+    tried = {nodes}
+    for _ in range(trials if len(nodes) > 1 else 0):
+        moved = list(best[1])
+        moved[rng.integers(1, len(moved))] += int(rng.choice([-3, -2, -1, 1, 2, 3]))
+        found = tuple(moved)
+        ascends = all(a < b for a, b in pairwise((*found, num_steps)))
+        if found in tried or not ascends or (takeover in nodes and takeover not in found):
+            continue
+        tried.add(found)
+        best = max(best, (score(found), found))
+    return best[1]

@@ -34,7 +34,7 @@ from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.printed import share_of
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
-from experiments.methods.fewer_steps import scheduler_named
+from experiments.methods.fewer_steps import running_under
 from experiments.output import console
 from experiments.output.run_folder import check_inputs, describe_inputs
 from experiments.prompts.choose import Prompt, test_prompts
@@ -58,7 +58,6 @@ def run(cfg: DictConfig, folder: Path) -> None:
     arms = {key: make_arm(setup.with_cache(compose_row(row))) for key, row in rows.items()}
     fewer = {name: Arm(None, {**setup.kwargs, "num_inference_steps": round(total / by)}) for name, by in FEWER.items()}
     check_inputs(folder, describe_inputs(setup.pipe, prompts, next(iter(arms.values())).calibration if arms else None))
-    euler = scheduler_named(setup, "flow_match_euler")
 
     def measure(prompt: Prompt) -> dict[str, Any]:
         uncached = Arm(None, setup.kwargs).sample(setup.pipe, prompt).frames
@@ -67,16 +66,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
             found = psnr_db(uncached, arm.sample(setup.pipe, prompt).frames)
             return IDENTICAL_DB if found is None else found
 
-        own = setup.pipe.scheduler
         line = {
             "fewer": {name: fidelity(arm) for name, arm in fewer.items()},
             "order": [fidelity(arm) for arm in arms.values()],
         }
-        setup.pipe.scheduler = euler
-        try:
+        with running_under(setup, "flow_match_euler"):
             line["growth"] = growth(setup, prompt)
-        finally:
-            setup.pipe.scheduler = own
         return line
 
     lines = by_prompt("realism", prompts, measure, folder / "rows.jsonl")

@@ -7,7 +7,9 @@ what is run: same number of steps, same test prompts, same noise.
 - *guidance*, *size*, *weights*: fitted at another scale; run at another size; run on a transformer whose weights a random
   low-rank change has moved, as an adapter does;
 - *how much it has seen*: fewer prompts, fewer positions of the latents;
-- *nodes*: spread evenly, crowded early, crowded late, in place of planned ones.
+- *nodes*: spread evenly, crowded early, crowded late, in place of planned ones; planned for the worst prompt, or with local errors
+  that count by how they grow to the end; moved one by one where cross-validation finds that better;
+- *how it is fitted*: plain squares, to recorded trajectories alone, with two terms or all six and no choice.
 
 Another number of steps is refused by the scheduler, and another grid too. `series.conditions`: by title, PSNR by prompt, that
 of the matched solver, and the share of flips (below 30 dB). `series.predicted`: what cross-validation expected of the solver as
@@ -46,6 +48,7 @@ from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.setup import Setup
 from experiments.harness.worst import sides
 from experiments.methods.common.solvers import kept_solver, kept_trajectories, solver_arm, step_bar
+from experiments.methods.fewer_steps import running_under
 from experiments.output import console
 from experiments.output.clips import write_animation
 from experiments.prompts.choose import Prompt, calibration_prompts, test_prompts
@@ -53,6 +56,7 @@ from experiments.prompts.choose import Prompt, calibration_prompts, test_prompts
 PLAIN, SIZE, WEIGHTS = "as calibrated", "another size", "changed weights"
 CROWDED = 1.6  # exponent of nodes that crowd at one end
 RANK = 4  # of the change of weights
+GROWTH_PLACES, GROWTH_PROMPTS = 7, 4
 Change = Callable[[], AbstractContextManager[None]]
 
 
@@ -173,7 +177,7 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
     placed = plain.report["placement"]  # what it chose, all others take
 
     def condition(title: str, seen: erta.Trajectories, longer: bool = False, **asked: Any) -> Condition:
-        return Condition(title, PLAIN, fitted(setup, seen, placement=placed, **asked), plain, longer)
+        return Condition(title, PLAIN, fitted(setup, seen, **{"placement": placed, **asked}), plain, longer)
 
     found = [Condition(PLAIN, PLAIN, plain, plain)]
     shortest = np.argsort([len(text) for text in every.record["prompts"]], kind="stable")[:few]
@@ -203,7 +207,41 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
         found.append(condition(f"fitted to {count} of {total} positions", _at(usual, np.sort(chosen))))
     steps, count = cfg.model.num_inference_steps, setup.step_count()
     found += [condition(f"nodes {name}", usual, nodes=nodes) for name, nodes in spread_nodes(steps, count).items()]
+    return found + [
+        condition(title, usual, **asked) for title, asked in other_ways(setup, texts[:few], own.refine).items()
+    ]
+
+
+def other_ways(setup: Setup, texts: list[str], refine: int) -> dict[str, dict[str, Any]]:
+    """By title, options of `erta.fit` that are not the usual ones."""
+    found: dict[str, dict[str, Any]] = {
+        "nodes for the worst prompt": {"over_prompts": "worst", "placement": "planned"},
+        "nodes by errors as they grow": {"step_weights": error_growth(setup, texts), "placement": "planned"},
+        f"nodes refined by {refine} moves": {"refine": refine, "validate": True},
+        "fitted by plain squares": {"weighted": False},
+        "fitted in an open loop": {"loop": "open"},
+        "fitted with two terms": {"terms": 2},
+        "fitted with all six terms": {"terms": 6},
+    }
+    if not refine:
+        found.pop(f"nodes refined by {refine} moves")
     return found
+
+
+def error_growth(setup: Setup, texts: list[str]) -> tuple[float, ...]:
+    """How much an error at the end of each step grows to the end of the run, (N,): the geometric mean over prompts.
+
+    Measured by runs under Euler's rule at a few places, and interpolated between them.
+    """
+    total = setup.cfg.model.num_inference_steps
+    places = sorted({round(share * (total - 1)) for share in np.linspace(0, 1, GROWTH_PLACES)})
+    gains = []
+    with running_under(setup, "flow_match_euler"), console.progress_bar() as bar:
+        for k, text in enumerate(bar.track(texts[:GROWTH_PROMPTS], description="growth of errors")):
+            seed = CALIBRATION_SEED + k
+            gains.append(erta.propagation_gain(setup.pipe, text, places, seed=seed, **setup.kwargs)[:, 0])
+    logs = np.log(np.maximum(gains, np.finfo(float).tiny)).mean(axis=0)
+    return tuple(np.exp(np.interp(np.arange(total), places, logs)).tolist())
 
 
 def fitted(
@@ -211,10 +249,10 @@ def fitted(
     seen: erta.Trajectories,
     validate: bool = False,
     nodes: tuple[int, ...] | None = None,
-    placement: str = "planned",
+    **asked_for: Any,
 ) -> erta.FittedScheduler:
-    """A solver with the budget's number of steps, found or made."""
-    options, count = erta.FitOptions(validate=validate, placement=placement), setup.step_count()
+    """A solver with the budget's number of steps, found or made. `asked_for`: fields of `erta.FitOptions`."""
+    options, count = erta.FitOptions(validate=validate, **asked_for), setup.step_count()
     asked = {"steps": count} if nodes is None else {"nodes": nodes}
 
     def make() -> erta.FittedScheduler:

@@ -182,6 +182,7 @@ CHECKS: dict[str, Check] = {
     "long_video.sides": ListOf(Number(1, 64)),
     "threshold_sensitivity.thresholds": ListOf(FINITE),
     "compare.worst": Count(0),
+    "solver_limits.refine": Count(0),
     "solver_limits.worst": Count(0),
     "compare.budgets": ListOf(Count(1, MOST_STEPS, error=BudgetError)),
     "calibration_size.sizes": ListOf(Count(1, MOST_PROMPTS)),
@@ -257,6 +258,8 @@ def _option_check(key: str, usual: Any) -> Check:
         return _Bool()
     if isinstance(usual, str) or key == "sampler":
         return PATH
+    if key == "step_weights":
+        return ListOf(Number(0, above=True))
     if OmegaConf.is_list(usual):
         return ListOf(Number(0, 1))
     if isinstance(usual, int) or key in WHOLE_OPTIONS:

@@ -70,6 +70,7 @@ class SolverLimits:
     weights: float = 0.05  # the random change of each layer, relative to its size
     prompts: list[int] = field(default_factory=list)  # numbers of calibration prompts
     positions: list[int] = field(default_factory=list)  # of the latents' entries that are kept
+    refine: int = 12  # moves of a node that are tried where nodes are refined; 0: they are not
     worst: int = 4  # prompts whose samples are shown; 0: none
 
 

@@ -11,14 +11,10 @@ run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from itertools import pairwise
-
-import numpy as np
 
 import erta
 from erta.errors import ErtaError
-from erta.nodes import placed_nodes
+from erta.nodes import Nodes, climbed, placed_nodes
 from experiments.harness.arm import Arm
 from experiments.harness.setup import Setup
 from experiments.methods.common.knob import check_number
@@ -31,8 +27,6 @@ from experiments.methods.common.solvers import (
 )
 from experiments.output import console
 from experiments.prompts.choose import test_prompts
-
-Nodes = tuple[int, ...]
 
 
 def arm(setup: Setup) -> Arm:
@@ -65,24 +59,6 @@ def oracle_nodes(setup: Setup) -> Arm:
 
     key = [setup.options, count, seen.record["prompts"], seen.record["seeds"]]
     return solver_arm(setup, kept_solver(setup, "ertaplan-oracle-nodes", key, search))
-
-
-def climbed(
-    nodes: Nodes, num_steps: int, score: Callable[[Nodes], float], trials: int, takeover: int | None = None
-) -> Nodes:
-    """The best nodes that `trials` moves find: one node at a time, by up to three steps, kept where the score grows."""
-    rng, best = np.random.default_rng(0), (score(nodes), nodes)
-    tried = {nodes}
-    for _ in range(trials if len(nodes) > 1 else 0):
-        moved = list(best[1])
-        moved[rng.integers(1, len(moved))] += int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        found = tuple(moved)
-        ascends = all(a < b for a, b in pairwise((*found, num_steps)))
-        if found in tried or not ascends or (takeover in nodes and takeover not in found):
-            continue
-        tried.add(found)
-        best = max(best, (score(found), found))
-    return best[1]
 
 
 def fitted(setup: Setup, name: str, trajectories: erta.Trajectories) -> erta.FittedScheduler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,3 +45,13 @@ def scheduler_named(setup: Setup, sampler: str) -> Any:
     swapped = SimpleNamespace(scheduler=setup.pipe.scheduler)
     set_sampler(swapped, other)
     return swapped.scheduler
+
+
+@contextmanager
+def running_under(setup: Setup, sampler: str) -> Iterator[None]:
+    """The pipeline with another solver of the group `sampler` within the `with`."""
+    own, setup.pipe.scheduler = setup.pipe.scheduler, scheduler_named(setup, sampler)
+    try:
+        yield
+    finally:
+        setup.pipe.scheduler = own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import erta
 from erta import fitting, least_squares
 from erta.baseline import ertacache_scheduler, residual_changes
 from erta.lockstep import run_in_step
-from erta.nodes import LocalErrors, gram, local_errors, nodes_for, placed_nodes, plan_nodes
+from erta.nodes import gram, local_errors, nodes_for, placed_nodes
 from tests.pipelines import CALL, PROMPTS, STEPS, build_pipe, run
 
 MANY = [
@@ -58,25 +57,6 @@ def test_a_sample_of_positions_and_batches(recorded, tmp_path):
     (tmp_path / "few.safetensors").write_bytes(b"nothing")
     with pytest.raises(erta.ErtaError, match=r"few\.safetensors"):
         erta.Trajectories.load(tmp_path / "few.safetensors")
-
-
-def test_nodes_are_the_shortest_path():
-    """Against every path there is, with errors that depend on the node before. Mutants: the last edge left out, h ignored."""
-    table = np.random.default_rng(1).random((8, 8, 8))
-    h, i, j = np.indices(table.shape)
-    errors = LocalErrors(np.where((j > i) & ((h < i) | (h == i) & (i == 0)), table, np.inf))
-    for count in (1, 2, 4, 7):
-
-        def cost(nodes: tuple[int, ...]) -> float:
-            path = (0, *nodes, 7)
-            return sum(errors.at[path[max(0, k - 1)], path[k], path[k + 1]] for k in range(len(nodes) + 1))
-
-        found = plan_nodes(errors, count)
-        best = min(combinations(range(1, 7), count - 1), key=cost)
-        assert found == (0, *best)
-    assert 3 in plan_nodes(errors, 2, takeover=3)
-    heavy = np.where(np.arange(7) < 3, 1e6, 1.0)
-    assert plan_nodes(errors, 4, weights=heavy) != plan_nodes(errors, 4)
 
 
 def test_local_errors_by_least_squares(recorded):
@@ -228,6 +208,43 @@ def test_nodes_are_chosen_by_what_is_predicted(recorded, monkeypatch):
     unseen = erta.fit(pipe, seen, steps=4, options=replace(options, validate=False)).report
     assert unseen["nodes"] == [0, 1, 2, 3] and unseen["predicted"] is None
     assert unseen["placement"] == "planned"
+
+
+def test_nodes_are_refined_by_what_is_predicted(recorded, monkeypatch):
+    """Moved where prompts that were left out gain. Mutants: judged by the prompts that were fitted, nodes moved and their old
+    prediction kept, the search for nothing."""
+    pipe, seen = build_pipe("euler"), recorded["euler"]
+    monkeypatch.setattr(fitting, "placed_nodes", lambda *_: {"planned": (0, 1, 2)})
+    options = erta.FitOptions(terms=3, ridge=1e-6, baseline=False, placement="planned")
+    before = erta.fit(pipe, seen, steps=3, options=options).report
+    after = erta.fit(pipe, seen, steps=3, options=replace(options, refine=12)).report
+    assert after["placement"] == "refined" and after["nodes"] != before["nodes"]
+    alone = erta.fit(pipe, seen, nodes=after["nodes"], options=options).report
+    assert after["predicted"] == alone["predicted"]
+    gained = after["predicted"]["mean_psnr_db"] - before["predicted"]["mean_psnr_db"]
+    assert gained > 0 and after["predicted_by_placement"]["refined"] == alone["predicted"]["mean_psnr_db"]
+    tried = after["forwards"] // (3 * 4) - 2  # beside the first prediction and the fit
+    assert 1 <= tried <= 12
+    with pytest.raises(erta.ErtaError, match="refine is by cross-validation"):
+        erta.fit(pipe, seen, steps=3, options=replace(options, refine=1, validate=False))
+    with pytest.raises(erta.ErtaError, match="refine must be"):
+        erta.FitOptions(refine=-1)
+
+
+def test_local_errors_can_be_weighted(recorded):
+    """Mutants: weights dropped on the way; a weight for each node; zeros, which make a step free."""
+    seen = recorded["euler"]
+    late = np.where(np.arange(STEPS) < 5, 1.0, 1e6)
+    chosen = nodes_for(seen, 4, weights=late)
+    assert chosen == (0, 4, 6, 7) and chosen != nodes_for(seen, 4)
+    assert placed_nodes(seen, 4, "planned", weights=late) == {"planned": chosen}
+    fitted = erta.fit(
+        build_pipe("euler"), seen, steps=4, options=replace(ONE_RUN, step_weights=late.tolist(), validate=False)
+    )
+    assert fitted.solver.nodes == chosen
+    for wrong in (late[1:], 0 * late, np.nan * late):
+        with pytest.raises(erta.ErtaError, match="step_weights must be 8 positive numbers"):
+            nodes_for(seen, 4, weights=wrong)
 
 
 def test_plain_ertacache_is_read_off_the_trajectories():

@@ -13,6 +13,7 @@ from experiments import solver_limits
 SMALL = (
     "experiment=solver_limits", "model=flux_tiny", "model.num_inference_steps=6", "cache.steps=3", "bench.num_prompts=2",
     "calibration.num_prompts=2", "solver_limits.guidances=[5]", "solver_limits.prompts=[1]", "solver_limits.positions=[64]",
+    "solver_limits.refine=2",
 )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def test_through_the_command_line(command, tmp_path):
         assert at_home or one["matched"][0] in conditions["as calibrated"]["psnr_db"]
     elsewhere = [conditions[title]["psnr_db"] for title in conditions if title.startswith("run ")]
     assert len(elsewhere) == 2 and all(values != conditions["as calibrated"]["psnr_db"] for values in elsewhere)
+    assert {"nodes refined by 2 moves", "nodes by errors as they grow", "fitted with two terms"} <= set(conditions)
     assert len(record["claims"]) == len(conditions) - 1 and (path.parent / "figures" / "solver_limits.png").is_file()
     assert (path.parent / "figures" / "worst.png").is_file()  # the two samples of each prompt, the worst first
     assert len(list((path.parent / "worst" / "as_calibrated").glob("*.webp"))) == 2 * 2

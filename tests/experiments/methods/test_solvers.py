@@ -20,7 +20,7 @@ from experiments.harness.setup import Setup
 from experiments.methods.adams_bashforth import arm as adams_bashforth_arm
 from experiments.methods.adams_bashforth import weights
 from experiments.methods.common import solvers
-from experiments.methods.ertaplan import arm, climbed
+from experiments.methods.ertaplan import arm
 from experiments.methods.gits import edge_costs, weighted_path
 from experiments.methods.l2p import RIDGES, combination_of, cross_validated_ridge
 from experiments.methods.l2p import combinations as l2p_weights
@@ -150,20 +150,6 @@ def test_l2p_chooses_its_ridge_on_prompts_left_out():
     best = cross_validated_ridge(given(near), mask)
     assert best == min(RIDGES, key=error) and best > 1e-6
     assert cross_validated_ridge(given(near[:1]), mask) == RIDGES[len(RIDGES) // 2]
-
-
-def test_nodes_climb():
-    """To the only top there is, one move at a time. Mutants: worse nodes kept, step 0 moved, a score asked for twice."""
-    wanted, asked = (0, 5, 9, 14), []
-
-    def score(nodes: tuple[int, ...]) -> float:
-        asked.append(nodes)
-        return -sum(abs(a - b) for a, b in zip(nodes, wanted, strict=True))
-
-    assert climbed((0, 1, 2, 3), 16, score, 400) == wanted
-    assert len(asked) == len(set(asked)) and all(nodes[0] == 0 and nodes[-1] < 16 for nodes in asked)
-    assert 5 in climbed((0, 5, 7), 16, lambda nodes: float(sum(nodes)), 200, takeover=5)
-    assert climbed((0,), 8, lambda nodes: 0.0, 5) == (0,)
 
 
 def test_meancache_is_a_solver():
