@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
-import threading
+from contextlib import suppress
 
 import pytest
-import torch
 from diffusers.hooks import HookRegistry
 
 import erta
-from tests.erta.test_sharing import Boom, abort_early, beside
-from tests.pipelines import PROMPTS, bare_plan, build_pipe, euler, run, unipc
+from tests.erta.test_sharing import Boom, Trio, abort_early
+from tests.pipelines import bare_plan, build_pipe
 
 
 def come_and_go(rounds: int, site: str) -> None:
     """Two pipelines enter, run and leave in a thread each, every third round by an exception; a third one is never cached."""
-    first = build_pipe(layers=1)
-    pipes = [first, beside(first, scheduler=euler()), beside(first, scheduler=unipc())]
-    call = {"num_inference_steps": 2, "height": 16, "width": 16, "num_frames": 1}
-    call["prompt_embeds"] = first.encode_prompt(PROMPTS[0], max_sequence_length=16)[0]
-    call["negative_prompt_embeds"] = first.encode_prompt(PROMPTS[1], max_sequence_length=16)[0]
-
-    def generate(pipe, **changes):
-        return run(pipe, None, **call, **changes)
-
-    plain = [generate(pipe) for pipe in pipes]
-    plans = [bare_plan(pipe, (True, False), site=site) for pipe in pipes[:2]]
-    expected = []
-    for pipe, plan in zip(pipes, plans, strict=False):
-        with erta.cached(pipe, plan):
-            expected.append(generate(pipe))
-    wrong: list[str] = []
+    trio = Trio([(True, False), (True, False)], site)
 
     def cached_round(index: int, count: int) -> None:
-        try:
-            with erta.cached(pipes[index], plans[index]):
-                if not torch.equal(generate(pipes[index]), expected[index]):
-                    wrong.append(f"{index}, round {count}: another tensor")
-                if count % 3 == index:
-                    generate(pipes[index], callback_on_step_end=abort_early if count % 2 else abort_at_once)
-                    wrong.append(f"{index}, round {count}: not aborted")
-        except Boom:
-            pass
+        with erta.cached(trio.pipes[index], trio.plans[index]):
+            trio.expect(index, count, trio.planned[index])
+            if count % 3 == index:
+                with pytest.raises(Boom):
+                    abort = abort_early if count % 2 else abort_at_once
+                    trio.generate(trio.pipes[index], callback_on_step_end=abort)
+                raise Boom
 
-    def work(index: int) -> None:
-        for count in range(rounds):
-            try:
-                if index < 2:
-                    cached_round(index, count)
-                if not torch.equal(generate(pipes[index]), plain[index]):
-                    wrong.append(f"{index}, round {count}: not the plain one")
-            except Exception as error:
-                wrong.append(f"{index}, round {count}: {error!r}")
+    def one_round(index: int, count: int) -> None:
+        if index < len(trio.plans):
+            with suppress(Boom):
+                cached_round(index, count)
+        trio.expect(index, count, trio.plain[index])
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert "forward" not in first.transformer.__dict__
-    assert HookRegistry.check_if_exists_or_initialize(first.transformer).hooks == {}
-    assert all(not torch.equal(one, other) for one, other in zip(expected, plain, strict=False))
+    trio.in_threads(rounds, one_round)
+    assert "forward" not in trio.first.transformer.__dict__
+    assert HookRegistry.check_if_exists_or_initialize(trio.first.transformer).hooks == {}
 
 
 def abort_at_once(pipe, step, timestep, values):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -143,50 +144,65 @@ def test_each_with_a_plan_of_its_own(site):
     assert "forward" not in first.transformer.__dict__
 
 
-def in_threads(rounds: int, site: str) -> None:
-    """Three pipelines of one transformer, two with plans, in three threads; every third call is aborted on the way."""
-    first = build_pipe(layers=1)
-    pipes = [first, beside(first, scheduler=euler()), beside(first, scheduler=unipc())]
-    call = {"num_inference_steps": 3, "height": 16, "width": 16, "num_frames": 1}
-    call["prompt_embeds"] = first.encode_prompt(PROMPTS[0], max_sequence_length=16)[0]
-    call["negative_prompt_embeds"] = first.encode_prompt(PROMPTS[1], max_sequence_length=16)[0]
-    wrong: list[str] = []
+class Trio:
+    """Three pipelines of one transformer, two of them with a plan, and what each gives alone: plain and planned."""
 
-    def generate(pipe, **changes):
-        return run(pipe, None, **call, **changes)
+    def __init__(self, masks: list[tuple[bool, ...]], site: str) -> None:
+        self.first = build_pipe(layers=1)
+        self.pipes = [self.first, beside(self.first, scheduler=euler()), beside(self.first, scheduler=unipc())]
+        self.call = {"num_inference_steps": len(masks[0]), "height": 16, "width": 16, "num_frames": 1}
+        for name, prompt in (("prompt_embeds", PROMPTS[0]), ("negative_prompt_embeds", PROMPTS[1])):
+            self.call[name] = self.first.encode_prompt(prompt, max_sequence_length=16)[0]
+        self.plain = [self.generate(pipe) for pipe in self.pipes]
+        self.plans = [bare_plan(pipe, mask, site=site) for pipe, mask in zip(self.pipes, masks, strict=False)]
+        self.planned = []
+        for pipe, plan in zip(self.pipes, self.plans, strict=False):
+            with erta.cached(pipe, plan):
+                self.planned.append(self.generate(pipe))
+        self.wrong: list[str] = []
 
-    plain = [generate(pipe) for pipe in pipes]
-    masks = [(True, False, True), (True, False, False)]
-    plans = [bare_plan(pipe, mask, site=site) for pipe, mask in zip(pipes, masks, strict=False)]
-    expected = []
-    for pipe, plan in zip(pipes, plans, strict=False):
-        with erta.cached(pipe, plan):
-            expected.append(generate(pipe))
-    expected.append(plain[2])
+    def generate(self, pipe, **changes):
+        return run(pipe, None, **self.call, **changes)
 
-    def work(index: int) -> None:
-        for count in range(rounds):
-            try:
-                if count % 3 == index:
-                    try:
-                        generate(pipes[index], callback_on_step_end=abort_early)
-                    except Boom:
-                        continue
-                    wrong.append(f"{index}: not aborted")
-                if not torch.equal(generate(pipes[index]), expected[index]):
-                    wrong.append(f"{index}, round {count}: another tensor")
-            except Exception as error:
-                wrong.append(f"{index}, round {count}: {error!r}")
+    def in_threads(self, rounds: int, one_round: Callable[[int, int], None]) -> None:
+        """`one_round(index, count)` for each pipeline in a thread of its own; nothing may be wrong, or raised."""
 
-    with erta.cached(pipes[0], plans[0]), erta.cached(pipes[1], plans[1]):
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        def work(index: int) -> None:
+            for count in range(rounds):
+                try:
+                    one_round(index, count)
+                except (Exception, pytest.fail.Exception) as error:
+                    self.wrong.append(f"{index}, round {count}: {error!r}")
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(self.pipes))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert not wrong
-    assert all(torch.equal(generate(pipe), one) for pipe, one in zip(pipes, plain, strict=True))
-    assert not torch.equal(expected[0], plain[0]) and not torch.equal(expected[1], plain[1])
+        assert not self.wrong
+        assert all(not torch.equal(one, other) for one, other in zip(self.planned, self.plain, strict=False))
+
+    def expect(self, index: int, count: int, wanted: torch.Tensor) -> None:
+        """What a pipeline gives now is that."""
+        if not torch.equal(self.generate(self.pipes[index]), wanted):
+            self.wrong.append(f"{index}, round {count}: another tensor")
+
+
+def in_threads(rounds: int, site: str) -> None:
+    """Two with plans all the time; every third call is aborted on the way."""
+    trio = Trio([(True, False, True), (True, False, False)], site)
+    expected = [*trio.planned, trio.plain[2]]
+
+    def one_round(index: int, count: int) -> None:
+        if count % 3 == index:
+            with pytest.raises(Boom):
+                trio.generate(trio.pipes[index], callback_on_step_end=abort_early)
+        else:
+            trio.expect(index, count, expected[index])
+
+    with erta.cached(trio.pipes[0], trio.plans[0]), erta.cached(trio.pipes[1], trio.plans[1]):
+        trio.in_threads(rounds, one_round)
+    assert all(torch.equal(trio.generate(pipe), one) for pipe, one in zip(trio.pipes, trio.plain, strict=True))
 
 
 @pytest.mark.parametrize("site", ["output", "blocks"])
