@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from erta.branches import branches_apart
     from erta.calibration import Calibration, calibrate
     from erta.closed_loop import refit
     from erta.collapsing import collapse
@@ -43,6 +44,7 @@ _HOME = {
     "Solver": "solver",
     "Trace": "trace",
     "Trajectories": "trajectories",
+    "branches_apart": "branches",
     "cached": "session",
     "calibrate": "calibration",
     "collapse": "collapsing",
@@ -74,6 +76,7 @@ __all__ = [
     "Solver",
     "Trace",
     "Trajectories",
+    "branches_apart",
     "cached",
     "calibrate",
     "collapse",

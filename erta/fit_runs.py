@@ -41,25 +41,27 @@ class Runs:
         self.forwards = 0
 
     def along(self, frame: Solver, choose: Choose) -> tuple[np.ndarray, Quality]:
-        """With the coefficients that `choose` gives at each node of `frame`: those of the first prompt (K, 6), and the error.
+        """With the coefficients that `choose` gives at each node of `frame`: those of the first prompt (K, F), and the error.
 
-        `choose(k, products)` gives (P, 6) from the products of target and terms, (P, 7, 7). Raises NonFiniteError.
+        `choose(k, products)` gives (P, F) from the products of target and terms, (P, F + 1, F + 1). Raises NonFiniteError.
         """
         recorded, nodes = self.recorded, (*frame.nodes, frame.num_nominal)
-        latents: list[list[torch.Tensor]] = []  # of each call, newest first
-        outputs: list[list[torch.Tensor]] = []
+        past: dict[str, list[list[torch.Tensor]]] = {name: [] for name in frame.tables}  # of each call, newest first
         used: list[np.ndarray] = []
 
         def at_positions(values: list[torch.Tensor]) -> np.ndarray:
             return torch.cat([self._sampled(value) for value in values]).numpy()
 
         def step(k: int, asked: list[Asked]) -> list[torch.Tensor]:
-            for kept, new in ((latents, [one.latent for one in asked]), (outputs, [one.output for one in asked])):
+            for name, kept in past.items():
+                new = [_present(one, name) for one in asked]
                 kept[:] = [[one, *before][:MEMORY] for one, before in zip(new, kept or [[]] * len(new), strict=True)]
-            lags = range(min(MEMORY, k + 1))
-            x = [at_positions([call[lag] for call in latents]) for lag in lags]
-            v = [at_positions([call[lag] for call in outputs]) for lag in lags]
-            features = features_of(v, x)
+            sampled = {
+                name: [at_positions([call[lag] for call in kept]) for lag in range(min(MEMORY, k + 1))]
+                for name, kept in past.items()
+            }
+            x = sampled["latent"]
+            features = features_of(sampled["velocity"], x, sampled.get("contrast"))
             if not np.isfinite(features).all():
                 bad = int(np.flatnonzero(~np.isfinite(features).all(axis=(1, 2)))[0])
                 raise NonFiniteError(
@@ -68,7 +70,8 @@ class Runs:
             coefficients = choose(k, products_of(recorded.latents[:, nodes[k + 1]] - x[0], features))
             used.append(coefficients[0])
             return [
-                _advance(coefficients[part], v, x) for part, v, x in zip(self._parts, outputs, latents, strict=True)
+                _advance(coefficients[part], {name: kept[call] for name, kept in past.items()})
+                for call, part in enumerate(self._parts)
             ]
 
         quality = self._run(FittedScheduler(frame, self.pipe.scheduler), step)
@@ -115,17 +118,23 @@ class Runs:
         return flat[:, torch.from_numpy(self.recorded.positions).to(flat.device)].float().cpu()
 
 
-def _advance(coefficients: np.ndarray, outputs: list[torch.Tensor], latents: list[torch.Tensor]) -> torch.Tensor:
-    """The next latents of one call, (batch, …), with coefficients (batch, 6), in float32."""
-    x = latents[0].float()
+def _present(asked: Asked, table: str) -> torch.Tensor:
+    """What a solver's table has coefficients for."""
+    value = {"velocity": asked.output, "latent": asked.latent, "contrast": asked.contrast}[table]
+    assert value is not None
+    return value
+
+
+def _advance(coefficients: np.ndarray, past: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+    """The next latents of one call, (batch, …), with coefficients (batch, F), in float32, from what it had at its last nodes."""
+    x = past["latent"][0].float()
     shape = (-1,) + (1,) * (x.ndim - 1)
 
     def spread(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(values)).to(x.device, torch.float32).reshape(shape)
 
-    velocity, latent = as_tables(coefficients)
     result = x
-    for table, values in ((velocity, outputs), (latent, latents)):
-        for lag, value in enumerate(values):
+    for name, table in as_tables(coefficients).items():
+        for lag, value in enumerate(past[name]):
             result = torch.addcmul(result, spread(table[:, lag]), value.float())
     return result

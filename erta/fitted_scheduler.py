@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     It is made by `erta.fit` or `erta.collapse`. The transformer is run at its K nodes and nowhere else, and holds nothing of it:
     pipelines may share the transformer, compile it, offload it. The latents and outputs of a few nodes are kept (`solver.kept`).
+    One that was fitted with `branches="apart"` runs inside `erta.branches_apart(pipe)`, which looks at the transformer's outputs.
 
     Its `config` is that of the scheduler it stands for, so `UniPCMultistepScheduler.from_config(pipe.scheduler.config)` gives
     that one back.
@@ -59,9 +60,10 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = solver.num_steps
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._outputs: list[torch.Tensor | None] = []  # of the last nodes, newest first; None: no later rule needs it
-        self._latents: list[torch.Tensor | None] = []
-        self._needed = [_needed(table) for table in (solver.velocity, solver.latent)]
+        # by table, what the last nodes had, newest first; None: no later rule needs it
+        self._history: list[list[torch.Tensor | None]] = []
+        self.contrast_of: Callable[[], torch.Tensor] | None = None  # see `erta.branches`
+        self._needed = [_needed(table) for table in solver.tables.values()]
         self._forget()
 
     @property
@@ -147,27 +149,36 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             raise ErtaError(f"this solver has {self.solver.num_steps} steps, and all of them are done")
         if k == self._begin_index:
             self._check_shape(sample)
-        result = self._next(k, model_output, sample).to(model_output.dtype)
+        if self.solver.contrast is None:
+            result = self._next(k, model_output, sample)
+        elif self.contrast_of is None:
+            raise ErtaError(
+                "this solver tells the guidance branches apart: call the pipeline inside `with erta.branches_apart(pipe):`"
+            )
+        else:
+            result = self._next(k, model_output, sample, self.contrast_of())
+        result = result.to(model_output.dtype)
         self._step_index = k + 1
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
-    def _next(self, k: int, output: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """`x[k+1]`, in float32."""
-        self._outputs, self._latents = [output, *self._outputs], [latent, *self._latents]
+    def _next(self, k: int, *present: torch.Tensor) -> torch.Tensor:
+        """`x[k+1]`, in float32, from guided output and latent, and the contrast if the solver has coefficients for it."""
+        latent = present[1]
+        self._history = [[new, *values] for new, values in zip(present, self._history, strict=True)]
         result = self._advance(k, latent)
         # what no later rule needs is let go now: the next forward is where memory is short
-        self._outputs, self._latents = (
+        self._history = [
             [value if needed[k + 1, lag] else None for lag, value in enumerate(values, 1)][: self.solver.memory - 1]
-            for needed, values in zip(self._needed, (self._outputs, self._latents), strict=True)
-        )
+            for needed, values in zip(self._needed, self._history, strict=True)
+        ]
         return result
 
     def _advance(self, step: int, x: torch.Tensor) -> torch.Tensor:
         """One step's rule, in float32."""
         solver, x = self.solver, x.float()
         result = x + self._spread(solver.offset[step], x)
-        for table, values in ((solver.velocity[step], self._outputs), (solver.latent[step], self._latents)):
-            for coefficients, value in zip(table, values, strict=False):
+        for table, values in zip(solver.tables.values(), self._history, strict=True):
+            for coefficients, value in zip(table[step], values, strict=False):
                 if value is not None and coefficients.any():
                     factor = self._spread(coefficients, x)
                     result = (
@@ -242,7 +253,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _forget(self) -> None:
-        self._outputs, self._latents = [], []
+        self._history = [[] for _ in self.solver.tables]
         self._spread_out: dict[tuple[bytes, torch.device], torch.Tensor] = {}
 
     def _spread(self, coefficients: np.ndarray, x: torch.Tensor) -> float | torch.Tensor:

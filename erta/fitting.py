@@ -30,6 +30,7 @@ from erta.fit_runs import Choose, OnStep, Runs
 from erta.fitted_scheduler import FittedScheduler, model_of
 from erta.grid import computed_sigmas
 from erta.least_squares import (
+    CONTRASTS,
     MEMORY,
     TERMS,
     as_tables,
@@ -51,6 +52,7 @@ from erta.solver_files import MadeFor
 from erta.trajectories import Trajectories
 
 LOOPS = ("closed", "open", "best")
+BRANCHES = ("together", "apart")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class FitOptions:
 
     Attributes:
         loop: `closed`, `open`, or the `best` of both by cross-validation.
-        terms: how many of the six terms a step may use; None: as many as cross-validation of each step finds best.
+        branches: `together`: the solver sees the guided output, as any scheduler does; `apart`: it also sees how the guidance
+            branches differ, which gives three more terms, and runs inside `erta.branches_apart(pipe)`.
+        terms: how many of the terms a step may use; None: as many as cross-validation of each step finds best.
         ridge: pull towards the pipeline's own solver, relative to the size of each term; None: cross-validated.
         weighted: prompts count by 1 / error; False: plain squares.
         over_prompts: nodes for the `mean` or the `worst` prompt's local error.
@@ -74,6 +78,7 @@ class FitOptions:
     """
 
     loop: str = "closed"
+    branches: str = "together"
     terms: int | None = None
     ridge: float | None = None
     weighted: bool = True
@@ -87,12 +92,20 @@ class FitOptions:
     def __post_init__(self) -> None:
         choice_index("loop", self.loop, LOOPS)
         choice_index("placement", self.placement, PLACEMENTS)
-        if self.terms is not None and not 1 <= self.terms <= len(TERMS):
-            raise ErtaError(f"terms must be 1 to {len(TERMS)}, not {self.terms}")
+        choice_index("branches", self.branches, BRANCHES)
+        if self.terms is not None and not 1 <= self.terms <= len(self.names):
+            raise ErtaError(f"terms must be 1 to {len(self.names)}, not {self.terms}")
+        if self.branches == "apart" and self.loop != "closed":
+            raise ErtaError(f"branches='apart' is fitted along its own run: loop must be closed, not {self.loop!r}")
         if self.ridge is not None and not self.ridge >= 0:
             raise ErtaError(f"ridge must be a number ≥ 0, not {self.ridge}")
         if self.refine < 0:
             raise ErtaError(f"refine must be a number ≥ 0 of moves, not {self.refine}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The terms that a step may use."""
+        return TERMS if self.branches == "together" else TERMS + CONTRASTS
 
 
 def fit(
@@ -307,18 +320,20 @@ class _Fitting:
             raise BudgetError(f"nodes ascend from 0 to at most {steps - 1}, unlike {list(nodes)}")
         nothing = np.zeros((len(nodes), MEMORY, 1))
         timesteps = np.asarray(torch.as_tensor(self.scheduler.timesteps).cpu())[list(nodes)]
-        return Solver(nodes, grid[[*nodes, -1]], timesteps, grid, nothing, nothing, nothing[:, 0])
+        contrast = nothing if self.options.branches == "apart" else None
+        return Solver(nodes, grid[[*nodes, -1]], timesteps, grid, nothing, nothing, nothing[:, 0], contrast=contrast)
 
     def _own(self, frame: Solver) -> np.ndarray:
-        """The pipeline's own solver on these nodes in the six terms, (K, 6); Euler's rule if it looks back farther."""
+        """The pipeline's own solver on these nodes in the terms, (K, F); Euler's rule if it looks back farther."""
         mask = tuple(step in frame.nodes for step in range(frame.num_nominal))
         grid = with_grid(self.pipe.scheduler, computed_sigmas(frame.nominal_sigmas, mask))
         solver = linear_solver(grid, (True,) * frame.num_steps)
+        found = np.zeros((frame.num_steps, len(self.options.names)))
         if solver.memory > MEMORY:
-            euler = np.zeros((frame.num_steps, len(TERMS)))
-            euler[:, 0] = np.diff(nominal_sigmas(grid))
-            return euler
-        return as_terms(solver)
+            found[:, 0] = np.diff(nominal_sigmas(grid))
+        else:
+            found[:, : len(TERMS)] = as_terms(solver)
+        return found
 
     def _choose(
         self,
@@ -328,7 +343,7 @@ class _Fitting:
         hold_out: bool,
         note: Callable[[dict[str, Any]], None] = lambda said: None,
     ) -> Choose:
-        """What chooses the coefficients of a step, (P, 6), from the products of target and terms, (P, 7, 7)."""
+        """What chooses the coefficients of a step, (P, F), from the products of target and terms, (P, F + 1, F + 1)."""
         options, nodes = self.options, (*frame.nodes, frame.num_nominal)
 
         def choose(k: int, products: np.ndarray) -> np.ndarray:
@@ -338,11 +353,10 @@ class _Fitting:
                 target = self.recorded.latents[:, nodes[k + 1]] - latents[0]
                 products = products_of(target, features_of(outputs, latents))
             terms, ridge = best_setting(products, own[k], options.terms, options.ridge, options.weighted)
-            note({"terms": [TERMS[term] for term in terms], "ridge": ridge})
+            note({"terms": [options.names[term] for term in terms], "ridge": ridge})
             if not hold_out:
-                return np.broadcast_to(
-                    solve(products, own[k], terms, ridge, options.weighted), (len(products), len(TERMS))
-                )
+                found = solve(products, own[k], terms, ridge, options.weighted)
+                return np.broadcast_to(found, (len(products), len(found)))
             return leave_one_out(products, own[k], terms, ridge, options.weighted)
 
         return choose
@@ -364,5 +378,5 @@ def _best(predicted: dict[str, Quality]) -> Quality:
 
 
 def _with_coefficients(frame: Solver, coefficients: np.ndarray, report: dict[str, Any]) -> Solver:
-    velocity, latent = as_tables(coefficients)
-    return replace(frame, velocity=velocity[:, :, None].copy(), latent=latent[:, :, None].copy(), report=report)
+    tables: dict[str, Any] = {name: table[:, :, None].copy() for name, table in as_tables(coefficients).items()}
+    return replace(frame, **tables, report=report)

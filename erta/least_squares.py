@@ -2,8 +2,10 @@
 
     x[k+1] = x[k] + sum_f c[f] F_f,    F = (v_k, v_{k-1}, v_{k-2}, x, x - x_{k-1}, x - x_{k-2})
 
-A prompt's *products* are the 7 x 7 inner products of target and terms, in that order: all that any fit, error or
-cross-validation needs of it.
+or nine, where the guidance branches are told apart: then their contrasts d_k, d_{k-1}, d_{k-2} follow (`erta.branches`).
+
+A prompt's *products* are the inner products of target and terms, in that order, 7 x 7 or 10 x 10: all that any fit, error or
+cross-validation needs of it. Below, F is the number of terms.
 """
 
 from __future__ import annotations
@@ -16,15 +18,21 @@ from erta.solver import Solver
 
 MEMORY = 3
 TERMS = ("v", "v1", "v2", "x", "x-x1", "x-x2")
+CONTRASTS = ("d", "d1", "d2")
 RIDGES = (1e-6, 1e-4, 1e-2)  # that cross-validation chooses from
 FLOOR = 1e-3  # of the median error, added to each prompt's before weighting
 ROUNDS = 3
 NOTHING = 1e-12
 
 
-def features_of(outputs: list[np.ndarray], latents: list[np.ndarray]) -> np.ndarray:
-    """The six terms, (P, 6, M), from outputs and latents of the last nodes, newest first; zero where there is none."""
-    found = np.zeros((len(latents[0]), len(TERMS), latents[0].shape[1]), np.float64)
+def features_of(
+    outputs: list[np.ndarray], latents: list[np.ndarray], contrasts: list[np.ndarray] | None = None
+) -> np.ndarray:
+    """The terms, (P, F, M), from what the last nodes had, newest first; zero where there is none."""
+    count = len(TERMS) if contrasts is None else len(TERMS) + len(CONTRASTS)
+    found = np.zeros((len(latents[0]), count, latents[0].shape[1]), np.float64)
+    for lag, contrast in enumerate(contrasts or ()):
+        found[:, len(TERMS) + lag] = contrast
     for lag, output in enumerate(outputs):
         found[:, lag] = output
     found[:, 3] = latents[0]
@@ -33,10 +41,11 @@ def features_of(outputs: list[np.ndarray], latents: list[np.ndarray]) -> np.ndar
     return found
 
 
-def as_tables(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients (K, 6) of the terms as those of outputs and latents, (K, 3) each."""
-    latent = np.stack([coefficients[:, 3:].sum(axis=1), -coefficients[:, 4], -coefficients[:, 5]], axis=1)
-    return coefficients[:, :3], latent
+def as_tables(coefficients: np.ndarray) -> dict[str, np.ndarray]:
+    """Coefficients (K, F) of the terms as those of outputs, latents, and contrasts if they are among them, (K, 3) each."""
+    latent = np.stack([coefficients[:, 3:6].sum(axis=1), -coefficients[:, 4], -coefficients[:, 5]], axis=1)
+    found = {"velocity": coefficients[:, :3], "latent": latent}
+    return found if coefficients.shape[1] == len(TERMS) else {**found, "contrast": coefficients[:, len(TERMS) :]}
 
 
 def as_terms(solver: Solver) -> np.ndarray:
@@ -49,7 +58,7 @@ def as_terms(solver: Solver) -> np.ndarray:
 
 
 def products_of(target: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Products of target (P, M) and terms (P, 6, M) with each other, float64 (P, 7, 7)."""
+    """Products of target (P, M) and terms (P, F, M) with each other, float64 (P, F + 1, F + 1)."""
     both = np.concatenate([target[:, None].astype(np.float64), features], axis=1)
     return both @ both.transpose(0, 2, 1)
 
@@ -57,12 +66,12 @@ def products_of(target: np.ndarray, features: np.ndarray) -> np.ndarray:
 def solve(
     products: np.ndarray, own: np.ndarray, terms: Sequence[int], ridge: float, weighted: bool = True
 ) -> np.ndarray:
-    """Coefficients (6,) that fit the target: weighted ridge least squares over prompts, towards the rule `own` (6,).
+    """Coefficients (F,) that fit the target: weighted ridge least squares over prompts, towards the rule `own` (F,).
 
-    `products` (P, 7, 7) of the target and the six terms. A term that is zero everywhere, or not among `terms`, gets none.
+    `products` (P, F + 1, F + 1) of the target and the terms. A term that is zero everywhere, or not among `terms`, gets none.
     """
     used = [term for term in terms if products[:, 1 + term, 1 + term].max() > 0]
-    found = np.zeros(len(TERMS))
+    found = np.zeros(len(own))
     if not used:
         return found
     rows = [0, *(1 + term for term in used)]
@@ -90,7 +99,7 @@ def squared_errors(products: np.ndarray, coefficients: np.ndarray) -> np.ndarray
 def leave_one_out(
     products: np.ndarray, own: np.ndarray, terms: Sequence[int], ridge: float, weighted: bool = True
 ) -> np.ndarray:
-    """For each prompt the coefficients that all others give, (P, 6)."""
+    """For each prompt the coefficients that all others give, (P, F)."""
     everyone = np.arange(len(products))
     return np.stack([solve(products[everyone != one], own, terms, ridge, weighted) for one in everyone])
 
@@ -99,7 +108,7 @@ def best_setting(
     products: np.ndarray, own: np.ndarray, terms: int | None, ridge: float | None, weighted: bool
 ) -> tuple[list[int], float]:
     """Terms and ridge of one step: what is given, else whose error on left-out prompts is smallest, in decibels."""
-    counts = [terms] if terms is not None else range(1, len(TERMS) + 1)
+    counts = [terms] if terms is not None else range(1, len(own) + 1)
     ridges = [ridge] if ridge is not None else list(RIDGES)
     settings = [(list(range(count)), ridge) for count in counts for ridge in ridges]
     if len(settings) == 1:

@@ -10,22 +10,25 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
+from erta.branches import branches_apart
 from erta.errors import ErtaError
 from erta.fitted_scheduler import FittedScheduler
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A call waits at a node: its guided output and its latent there, (batch, …)."""
+    """A call waits at a node: its guided output and its latent there, and the contrast of its branches or None, (batch, …)."""
 
     output: torch.Tensor
     latent: torch.Tensor
+    contrast: torch.Tensor | None = None
 
 
 Answer = Callable[[int, list[Asked]], list[torch.Tensor]]
@@ -40,8 +43,8 @@ class _Asking(FittedScheduler):
 
     ask: Callable[[Asked], torch.Tensor]
 
-    def _next(self, k: int, output: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        return self.ask(Asked(output, latent))
+    def _next(self, k: int, *present: torch.Tensor) -> torch.Tensor:
+        return self.ask(Asked(*present))
 
 
 class _Call(threading.Thread):
@@ -77,8 +80,11 @@ class _Call(threading.Thread):
 
     def run(self) -> None:
         """The thread's own; see `go_on`."""
+        apart = self.pipe.scheduler.solver.contrast is not None
         try:
-            self.said.put(self.pipe(**self.kwargs))
+            with branches_apart(self.pipe) if apart else nullcontext():
+                made = self.pipe(**self.kwargs)
+            self.said.put(made)
         except _Stopped:
             pass
         except BaseException as error:

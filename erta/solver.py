@@ -41,6 +41,8 @@ class Solver:
         velocity, latent: coefficients of v[k - j] and x[k - j] in `x[k+1] - x[k]`, (K, H, C): H is the length of the memory, C
             the number of channels, or 1. Zero where k - j < 0.
         offset: (K, C).
+        contrast: coefficients of c[k - j] - u[k - j], the difference of the two guidance branches, (K, H, C); None for a solver
+            that sees the guided output alone. See `erta.branches`.
         report: how it came about, for the record.
     """
 
@@ -52,6 +54,7 @@ class Solver:
     latent: np.ndarray
     offset: np.ndarray
     report: dict[str, Any] = field(default_factory=dict)
+    contrast: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.nodes)
@@ -61,20 +64,27 @@ class Solver:
             raise ErtaError(f"there is no node {self.nodes[-1]} on a grid of {self.num_nominal} steps")
         shapes = {"sigmas": (steps + 1,), "timesteps": (steps,), "latent": self.velocity.shape}
         shapes |= {"offset": (steps, self.velocity.shape[-1])}
+        if self.contrast is not None:
+            shapes["contrast"] = self.velocity.shape
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise ErtaError(f"{name} of a solver of {steps} steps is {getattr(self, name).shape}, not {shape}")
         if self.velocity.ndim != 3 or len(self.velocity) != steps:
             raise ErtaError(f"the coefficients of a solver of {steps} steps are {self.velocity.shape}, not (K, H, C)")
-        for name in ("velocity", "latent", "offset", "timesteps"):
+        for name in (*self.tables, "offset", "timesteps"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ErtaError(f"{name} of a solver holds NaN or infinity")
-        for name in ("velocity", "latent"):
-            table = getattr(self, name)
+        for name, table in self.tables.items():
             if any(table[k, k + 1 :].any() for k in range(min(steps, table.shape[1] - 1))):
                 raise ErtaError(f"{name} of a solver reaches before its first step")
         check_grid(np.asarray(self.sigmas, np.float32))
         check_grid(np.asarray(self.nominal_sigmas, np.float32))
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """The coefficients of what a run has at its nodes, by name, (K, H, C) each."""
+        found = {"velocity": self.velocity, "latent": self.latent}
+        return found if self.contrast is None else {**found, "contrast": self.contrast}
 
     @property
     def num_steps(self) -> int:
@@ -94,11 +104,11 @@ class Solver:
     @property
     def kept(self) -> int:
         """How many latents are kept between two steps: those and the outputs of earlier nodes that are used."""
-        return sum(int(table[:, j].any()) for table in (self.velocity, self.latent) for j in range(1, self.memory))
+        return sum(int(table[:, j].any()) for table in self.tables.values() for j in range(1, self.memory))
 
     def reach(self, step: int) -> int:
         """How many nodes back the rule of one step looks: 0 if it needs the present node alone."""
-        used = self.velocity[step].any(axis=1) | self.latent[step].any(axis=1)
+        used = np.any([table[step].any(axis=1) for table in self.tables.values()], axis=0)
         return int(np.flatnonzero(used).max(initial=0))
 
     def advance(self, step: int, latents: Sequence[Any], velocities: Sequence[Any]) -> Any:

@@ -23,6 +23,7 @@ from erta.solver import Solver
 SCHEMA = "erta.solver/1"
 CONFIG_FILE, SOLVER_FILE = "scheduler_config.json", "solver.safetensors"
 BASE = "_base_class_name"  # diffusers drops names with a leading underscore where another class is made of the config
+APART = "contrast"  # a table that only solvers have which tell the guidance branches apart
 TABLES = ("sigmas", "timesteps", "nominal_sigmas", "velocity", "latent", "offset")
 MODEL = ("model_class", "model_config", "weights")
 MOST_AXES = 8
@@ -60,7 +61,7 @@ def write_tables(folder: Path, solver: Solver, made_for: MadeFor) -> None:
     written = {**vars(made_for), "nodes": list(solver.nodes)}
     save_arrays(
         folder / SOLVER_FILE,
-        {name: getattr(solver, name) for name in TABLES},
+        {name: getattr(solver, name) for name in TABLES} | solver.tables,
         SCHEMA,
         made_for=written,
         report=solver.report,
@@ -132,7 +133,7 @@ def _is_finite(value: Any) -> bool:
 
 def _read_solver(path: Path) -> tuple[Solver, MadeFor]:
     with arrays_of(path, "a solver", SCHEMA, "Make it again with erta.fit.") as (arrays, said):
-        tables = {name: arrays[name] for name in TABLES}
+        tables = {name: arrays[name] for name in (*TABLES, *({APART} & set(arrays)))}
         fields, report = Fields(path, said["made_for"], "made_for"), said["report"]
     nodes = fields.wholes("nodes", 0) or []
     _check_tables(path, tables, len(nodes))
@@ -153,9 +154,11 @@ def _check_tables(path: Path, tables: dict[str, np.ndarray], steps: int) -> None
     if (np.diff(timesteps.astype(np.float64)) > 0).any():
         raise ErtaError(f"{path}: timesteps must not ascend")
     memory, channels = check_array(path, "velocity", tables["velocity"], (steps, None, None)).shape[1:]
-    check_array(path, "latent", tables["latent"], (steps, memory, channels))
     check_array(path, "offset", tables["offset"], (steps, channels))
-    for name in ("velocity", "latent", "offset"):
+    apart = [APART] if APART in tables else []
+    for name in ("latent", *apart):
+        check_array(path, name, tables[name], (steps, memory, channels))
+    for name in ("velocity", "latent", "offset", *apart):
         if not tables[name].size or np.abs(tables[name]).max() > np.finfo(np.float32).max:
             raise ErtaError(f"{path}: {name} must hold numbers that float32 has, for at least one node and channel")
 

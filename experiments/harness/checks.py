@@ -191,6 +191,7 @@ REQUIRED = ("bench.num_prompts",)  # None has no meaning, but in VBench's standa
 OPTION_WORDS = {  # of `cache.options`, whatever the method
     "constants": ("calibrated", "published"),
     "loop": ("closed", "open", "best"),
+    "branches": ("together", "apart"),
     "over_prompts": OVER_PROMPTS,
     "placement": PLACEMENTS,
 }

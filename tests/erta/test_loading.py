@@ -199,6 +199,8 @@ SOLVER_TABLES = {
     "velocity": (_with((1, 0, 3), np.nan), "velocity holds NaN"),
     "velocity ": (lambda a: a[0], r"velocity must be numbers of shape \(4, any, any\)"),
     "velocity  ": (lambda a: a[:, :0], "velocity must hold numbers|latent must be numbers"),
+    "contrast": (lambda a: a[:, :1], r"contrast must be numbers of shape \(4, 2, 16\)"),
+    "contrast ": (_with((0, 1, 0), 1.0), "contrast of a solver reaches before its first step"),
     "latent": (lambda a: a.astype(bool), "latent must be numbers"),
     "latent ": (_with((0, 1, 0), 1.0), "latent of a solver reaches before its first step"),
     "offset": (_with((0, 0), 1e300), "offset must hold numbers that float32 has"),
@@ -211,6 +213,7 @@ def test_a_solver_with_other_numbers(solver_folder, name):
     """Mutant: 1e300, which is finite until the step is made in float32."""
     make, said = SOLVER_TABLES[name]
     metadata, tables = parts_of(solver_folder / "solver.safetensors")
+    tables["contrast"] = tables["velocity"].copy()
     tables[name.strip()] = np.ascontiguousarray(make(tables[name.strip()]))
     save_file(tables, solver_folder / "solver.safetensors", metadata)
     with pytest.raises(ErtaError, match=rf"solver\.safetensors: ({said})"):

@@ -256,7 +256,7 @@ def test_history_is_let_go():
     held = []
 
     def look(pipe, step, timestep, values):
-        held.append(sum(value is not None for value in (*scheduler._outputs, *scheduler._latents)))
+        held.append(sum(value is not None for values in scheduler._history for value in values))
         return {}
 
     pipe(prompt=PROMPTS[0], callback_on_step_end=look, output_type="latent", **CALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ def scheduler_arm(
 ) -> Arm:
     """The plain pipeline with another scheduler."""
 
+    apart = solver is not None and solver.contrast is not None
+
     @contextmanager
     def attach(pipe: Any) -> Iterator[None]:
         own, pipe.scheduler = pipe.scheduler, scheduler
         try:
-            yield
+            with erta.branches_apart(pipe) if apart else nullcontext():
+                yield
         finally:
             pipe.scheduler = own
 
@@ -123,6 +126,7 @@ def kept_solver(setup: Setup, name: str, made_with: list[Any], make: Callable[[]
         return {
             "nodes": list(solver.nodes),
             **{key: getattr(solver, key).tolist() for key in ARRAYS},
+            "contrast": None if solver.contrast is None else solver.contrast.tolist(),
             "made_for": vars(made.made_for),
             "report": solver.report,
         }
@@ -130,7 +134,7 @@ def kept_solver(setup: Setup, name: str, made_with: list[Any], make: Callable[[]
     found = kept(setup, name, made_with, tables)
     shape, rest = found["made_for"]["latent_shape"], {k: v for k, v in found["made_for"].items() if k != "latent_shape"}
     made_for = MadeFor(latent_shape=shape and tuple(shape), **rest)
-    arrays = {key: np.array(found[key]) for key in ARRAYS}
+    arrays = {key: np.array(found[key]) for key in (*ARRAYS, "contrast") if found.get(key) is not None}
     for key in ("sigmas", "nominal_sigmas", "timesteps"):
         if arrays[key].dtype == np.float64:  # as schedulers have them
             arrays[key] = arrays[key].astype(np.float32)
