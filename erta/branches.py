@@ -1,7 +1,8 @@
 """For solvers that tell the guidance branches apart: what the scheduler does not see is noted at the transformer.
 
 A scheduler is given the guided output alone, `u + s (c - u)`. With the *contrast* c - u beside it a rule can weigh both branches
-on its own. The transformer runs as it always does; its outputs are looked at, in calls of this pipeline object only.
+on its own. Where a pipeline does not name its branches, the contrast is the first less the second: so a fit is for the kind of
+pipeline that it was made with. The transformer's outputs are looked at, in calls of this pipeline object only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from erta.errors import ErtaError, InstallError
 from erta.fitted_scheduler import FittedScheduler
-from erta.guidance import branches_of, combining_scale_of, samples_of, split
+from erta.guidance import PAIRS, branches_of, combining_scale_of, samples_of, split
 from erta.hooks import BranchHook, Forward, HookedSession
 from erta.pipeline import check_bare, find_denoisers, leaving
 from erta.site import Site, make_site
@@ -34,7 +35,7 @@ def branches_apart(pipe: Any) -> Iterator[None]:
             frames = pipe(prompt, num_inference_steps=12).frames
 
     Raises InstallError if a cache is on this pipeline already, or its scheduler is not such a solver; ErtaError in a call
-    without guidance.
+    without two guidance branches.
     """
     check_bare(pipe)
     _check_scheduler(pipe.scheduler)
@@ -104,10 +105,12 @@ class _ApartSession(HookedSession[_NotingHook]):
         self.seen.clear()
         if len(parts) != 2:
             raise ErtaError(
-                f"this solver tells two guidance branches apart, and the call has {len(parts)} "
-                f"({', '.join(parts) or 'none was seen'}): switch guidance on, or fit with branches='together'"
+                f"this solver tells two guidance branches apart, and this step had {len(parts) or 'none'} "
+                f"({', '.join(parts) or 'the transformer was not run'}): give a guidance that runs two "
+                "(true_cfg_scale and a negative prompt on FLUX), or fit with branches='together'"
             )
-        first, second = (parts[name].detach().float() for name in sorted(parts))
+        order = next((pair for pair in PAIRS if set(pair) == set(parts)), tuple(parts))
+        first, second = (parts[name].detach().float() for name in order)
         return first - second
 
 

@@ -224,7 +224,7 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read a calibration; raises ErtaError, with the field, if the file is missing, truncated or something else."""
-        with arrays_of(path, "a calibration", SCHEMA, "Make it again.") as (arrays, said):
+        with arrays_of(path, "a calibration", (SCHEMA,), "Make it again.") as (arrays, said):
             found = cls(PairStatistics.from_arrays(arrays), said["signature"], said["record"])
         _check_loaded(found, path)
         return found

@@ -30,7 +30,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     It is made by `erta.fit` or `erta.collapse`. The transformer is run at its K nodes and nowhere else, and holds nothing of it:
     pipelines may share the transformer, compile it, offload it. The latents and outputs of a few nodes are kept (`solver.kept`).
-    One that was fitted with `branches="apart"` runs inside `erta.branches_apart(pipe)`, which looks at the transformer's outputs.
+    One that was fitted with `branches="apart"` is the exception: it runs inside `erta.branches_apart(pipe)`, where a hook looks at
+    the transformer's outputs, so that the transformer may not be compiled whole (its blocks may).
 
     Its `config` is that of the scheduler it stands for, so `UniPCMultistepScheduler.from_config(pipe.scheduler.config)` gives
     that one back.
@@ -156,7 +157,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 "this solver tells the guidance branches apart: call the pipeline inside `with erta.branches_apart(pipe):`"
             )
         else:
-            result = self._next(k, model_output, sample, self.contrast_of())
+            result = self._next(k, model_output, sample, _shaped_like(model_output, self.contrast_of()))
         result = result.to(model_output.dtype)
         self._step_index = k + 1
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
@@ -293,6 +294,16 @@ def model_of(pipe: Any) -> dict[str, Any]:
     """What tells a pipeline's transformer from others, for `MadeFor`."""
     found = model_signature(pipe)
     return {name: found[name] for name in MODEL}
+
+
+def _shaped_like(output: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
+    """The contrast as the pipeline hands outputs on: some take an axis away. Raises ErtaError where it hands on a part."""
+    if contrast.numel() == output.numel():
+        return contrast.reshape(output.shape)
+    raise ErtaError(
+        f"the transformer answers with {tuple(contrast.shape)} and the scheduler is given {tuple(output.shape)}: of this pipeline "
+        "the branches cannot be told apart, fit with branches='together'"
+    )
 
 
 def _needed(table: np.ndarray) -> np.ndarray:

@@ -63,16 +63,17 @@ class FitOptions:
         loop: `closed`, `open`, or the `best` of both by cross-validation.
         branches: `together`: the solver sees the guided output, as any scheduler does; `apart`: it also sees how the guidance
             branches differ, which gives three more terms, and runs inside `erta.branches_apart(pipe)`.
-        terms: how many of the terms a step may use; None: as many as cross-validation of each step finds best.
+        terms: how many of the six terms a step may use; None: as many as cross-validation of each step finds best. The same holds
+            of the three that `apart` adds: all, or as many as are best.
         ridge: pull towards the pipeline's own solver, relative to the size of each term; None: cross-validated.
         weighted: prompts count by 1 / error; False: plain squares.
         over_prompts: nodes for the `mean` or the `worst` prompt's local error.
-        step_weights: of the local errors of steps that begin at each of the N steps; None: even. Some let an error count by how
-            it grows to the end (`erta.propagation_gain`).
+        step_weights: of a local error that is there after each of the N steps; None: even. Some let it count by how it grows to
+            the end (`erta.propagation_gain`).
         placement: nodes are `planned`, spread `even`ly, or the `best` of both by cross-validation (see `erta.nodes`), one run
             more; without it, planned.
-        refine: then so many times a node is moved, and stays where cross-validation finds it better: K forwards a prompt each.
-            What is predicted of such nodes was chosen to be good, and promises a little too much.
+        refine: then a node is moved, up to so many times, and stays where cross-validation finds it better: each a run more. What
+            is predicted of such nodes was chosen to be good, and promises a little too much.
         validate: predict the error by a run with coefficients of all other prompts.
         baseline: beside it predict plain ERTACache at the same budget, one run more, and warn where it is ahead.
     """
@@ -93,14 +94,18 @@ class FitOptions:
         choice_index("loop", self.loop, LOOPS)
         choice_index("placement", self.placement, PLACEMENTS)
         choice_index("branches", self.branches, BRANCHES)
-        if self.terms is not None and not 1 <= self.terms <= len(self.names):
-            raise ErtaError(f"terms must be 1 to {len(self.names)}, not {self.terms}")
+        if self.terms is not None and not 1 <= self.terms <= len(TERMS):
+            raise ErtaError(f"terms must be 1 to {len(TERMS)}, not {self.terms}")
         if self.branches == "apart" and self.loop != "closed":
             raise ErtaError(f"branches='apart' is fitted along its own run: loop must be closed, not {self.loop!r}")
         if self.ridge is not None and not self.ridge >= 0:
             raise ErtaError(f"ridge must be a number ≥ 0, not {self.ridge}")
         if self.refine < 0:
             raise ErtaError(f"refine must be a number ≥ 0 of moves, not {self.refine}")
+        if self.refine and not self.validate:
+            raise ErtaError("refine moves nodes by cross-validation: it needs validate=True")
+        if self.step_weights is not None:
+            object.__setattr__(self, "step_weights", tuple(map(float, self.step_weights)))  # plain, to be written
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,6 +161,8 @@ def _fitted(
     if psnr_db is not None:
         return fitting.reaching(psnr_db)
     if nodes is not None:
+        if fitting.options.refine:
+            raise ErtaError("nodes= are taken as they are: leave out refine")
         return fitting.on(tuple(nodes), asked={"nodes": list(nodes)})
     total, takeover = fitting.recorded.num_steps, fitting.recorded.signature["takeover"]
     count = steps if steps is not None else steps_for_speedup(total, float(speedup or 0), takeover)
@@ -213,7 +220,7 @@ class _Fitting:
         since = since or (time.perf_counter(), self.runs.forwards)
         places = placed_nodes(self.recorded, count, options.placement, options.over_prompts, options.step_weights)
         if options.refine and not self._validates:
-            raise ErtaError("refine is by cross-validation: two prompts or more, and validate=True")
+            raise ErtaError("refine moves nodes by cross-validation: it needs two prompts or more")
         if (len(places) == 1 and not options.refine) or not self._validates:
             name, nodes = next(iter(places.items()))
             return self.on(nodes, asked, known.get(nodes), since, {name: None})

@@ -71,7 +71,8 @@ def unnamed_context(place: int, rows: int, samples: int | None, branches: Sequen
             planned = f"{len(branches)} branches, {samples * parts} rows"
             raise SignatureMismatch("the batch of a forward", planned, f"{rows} rows")
         raise ErtaError(
-            f"one sample gave a batch of {rows}: its guidance branches cannot be told apart. Calibrate with guidance off."
+            f"{samples} sample{'s' if samples > 1 else ''} gave a batch of {rows}: its guidance branches cannot be told apart. "
+            "Run with guidance off."
         )
     if place >= len(CALLS) or (batched is not None and place > 0):
         raise ErtaError(

@@ -107,18 +107,28 @@ def leave_one_out(
 def best_setting(
     products: np.ndarray, own: np.ndarray, terms: int | None, ridge: float | None, weighted: bool
 ) -> tuple[list[int], float]:
-    """Terms and ridge of one step: what is given, else whose error on left-out prompts is smallest, in decibels."""
-    counts = [terms] if terms is not None else range(1, len(own) + 1)
+    """Terms and ridge of one step: what is given, else whose error on left-out prompts is smallest, in decibels.
+
+    `terms` counts the first six. With contrasts among the terms, how many of those are taken is chosen after it, all if `terms` is
+    given.
+    """
     ridges = [ridge] if ridge is not None else list(RIDGES)
-    settings = [(list(range(count)), ridge) for count in counts for ridge in ridges]
-    if len(settings) == 1:
-        return settings[0]
-    if len(products) < 2:
-        return settings[-1][0], ridges[len(ridges) // 2]
+    contrasts = list(range(len(TERMS), len(own)))
+    if terms is not None or len(products) < 2:
+        used = [*range(terms or len(TERMS)), *contrasts]
+        settings = [(used, one) for one in ridges]
+        if len(settings) == 1 or len(products) < 2:
+            return used, ridges[len(ridges) // 2]
+    else:
+        settings = [(list(range(count)), one) for count in range(1, len(TERMS) + 1) for one in ridges]
 
     def score(setting: tuple[list[int], float]) -> float:
         held_out = leave_one_out(products, own, *setting, weighted)
         left = [squared_errors(products[one : one + 1], held_out[one])[0] for one in range(len(products))]
         return float(np.mean(np.log(np.array(left) + np.finfo(float).tiny)))
 
-    return min(settings, key=score)
+    best = min(settings, key=score)
+    if terms is None and contrasts:
+        more = [([*best[0], *contrasts[:count]], one) for count in range(1, len(contrasts) + 1) for one in ridges]
+        best = min([best, *more], key=score)
+    return best

@@ -26,7 +26,7 @@ def check_readable(path: str | Path, what: str) -> None:
 
 @contextmanager
 def arrays_of(
-    path: str | Path, what: str, schema: str, again: str
+    path: str | Path, what: str, schemas: tuple[str, ...], again: str
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """The arrays of a file that `erta.files.save_arrays` wrote, and its JSON metadata by name.
 
@@ -37,8 +37,8 @@ def arrays_of(
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             found = metadata.pop("schema", None)
-            if found != schema:
-                raise ErtaError(f"{path} is not {what} of this version ({found!r}, not {schema!r})")
+            if found not in schemas:
+                raise ErtaError(f"{path} is not {what} of this version ({found!r}, not {' or '.join(schemas)})")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         yield arrays, {name: json.loads(text) for name, text in metadata.items()}
     except ErtaError:

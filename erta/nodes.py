@@ -90,13 +90,15 @@ def plan_nodes(
     """The `count` nodes, from step 0 on, whose summed local errors are smallest.
 
     Args:
-        weights: of the errors of steps that begin at each step, (N,); None: even. Some let an error count by how it grows.
+        weights: of an error that is there after each step of the grid, (N,); None: even. Some let it count by how it grows.
         takeover: a step that must be a node, since a second transformer takes over there.
 
     Raises BudgetError for a count that there are no paths of.
     """
     steps = errors.num_steps
-    cost = errors.at[:, :steps] * (np.ones(steps) if weights is None else np.asarray(weights, float))[None, :, None]
+    cost = errors.at[:, :steps].copy()
+    if weights is not None:
+        cost[:, :, 1:] *= np.asarray(weights, float)  # an error of a step to j is there after step j - 1
     if takeover is not None and 0 < takeover < steps:
         cost[:, :takeover, takeover + 1 :] = np.inf
     best = np.full((steps + 1, steps + 1), np.inf)  # over (the node before, the present one)

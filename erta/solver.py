@@ -111,11 +111,19 @@ class Solver:
         used = np.any([table[step].any(axis=1) for table in self.tables.values()], axis=0)
         return int(np.flatnonzero(used).max(initial=0))
 
-    def advance(self, step: int, latents: Sequence[Any], velocities: Sequence[Any]) -> Any:
-        """x[k+1] from the latents and outputs of the nodes k, k - 1, …, newest first. Channels, if any, are the last axis."""
+    def advance(
+        self, step: int, latents: Sequence[Any], velocities: Sequence[Any], contrasts: Sequence[Any] = ()
+    ) -> Any:
+        """x[k+1] from what the nodes k, k - 1, … had, newest first. Channels, if any, are the last axis.
+
+        Raises ErtaError where contrasts are needed and not given.
+        """
+        if self.contrast is not None and not contrasts:
+            raise ErtaError("this solver tells the guidance branches apart: give their contrasts too")
         result = latents[0] + self._as(self.offset[step], latents[0])
-        for table, values in ((self.velocity[step], velocities), (self.latent[step], latents)):
-            for coefficients, value in zip(table, values, strict=False):
+        values_of = {"velocity": velocities, "latent": latents, "contrast": contrasts}
+        for name, table in self.tables.items():
+            for coefficients, value in zip(table[step], values_of[name], strict=False):
                 if coefficients.any():
                     result = result + self._as(coefficients, value) * value
         return result

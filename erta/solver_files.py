@@ -20,7 +20,10 @@ from erta.files import save_arrays
 from erta.loading import Fields, arrays_of, check_array, check_readable, check_sigmas
 from erta.solver import Solver
 
-SCHEMA = "erta.solver/1"
+SCHEMA, SCHEMA_APART = (
+    "erta.solver/1",
+    "erta.solver/2",
+)  # the second: with a table that earlier versions would leave out
 CONFIG_FILE, SOLVER_FILE = "scheduler_config.json", "solver.safetensors"
 BASE = "_base_class_name"  # diffusers drops names with a leading underscore where another class is made of the config
 APART = "contrast"  # a table that only solvers have which tell the guidance branches apart
@@ -62,7 +65,7 @@ def write_tables(folder: Path, solver: Solver, made_for: MadeFor) -> None:
     save_arrays(
         folder / SOLVER_FILE,
         {name: getattr(solver, name) for name in TABLES} | solver.tables,
-        SCHEMA,
+        SCHEMA if solver.contrast is None else SCHEMA_APART,
         made_for=written,
         report=solver.report,
     )
@@ -132,7 +135,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _read_solver(path: Path) -> tuple[Solver, MadeFor]:
-    with arrays_of(path, "a solver", SCHEMA, "Make it again with erta.fit.") as (arrays, said):
+    with arrays_of(path, "a solver", (SCHEMA, SCHEMA_APART), "Make it again with erta.fit.") as (arrays, said):
         tables = {name: arrays[name] for name in (*TABLES, *({APART} & set(arrays)))}
         fields, report = Fields(path, said["made_for"], "made_for"), said["report"]
     nodes = fields.wholes("nodes", 0) or []

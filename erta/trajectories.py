@@ -99,7 +99,7 @@ class Trajectories:
     @classmethod
     def load(cls, path: str | Path) -> Trajectories:
         """Read trajectories; raises ErtaError if the file is missing, truncated or something else."""
-        with arrays_of(path, "trajectories", SCHEMA, "Record them again.") as (arrays, said):
+        with arrays_of(path, "trajectories", (SCHEMA,), "Record them again.") as (arrays, said):
             found = cls(**{name: arrays[name] for name in ARRAYS}, signature=said["signature"], record=said["record"])
         _check_loaded(found, path)
         return found

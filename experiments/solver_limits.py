@@ -45,6 +45,7 @@ from experiments.harness.arm import Arm
 from experiments.harness.by_prompt import by_prompt
 from experiments.harness.calibrations import CALIBRATION_SEED
 from experiments.harness.figure import finish_figure, rounded
+from experiments.harness.kept import kept
 from experiments.harness.setup import Setup
 from experiments.harness.worst import sides
 from experiments.methods.common.solvers import kept_solver, kept_trajectories, solver_arm, step_bar
@@ -207,39 +208,42 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
         found.append(condition(f"fitted to {count} of {total} positions", _at(usual, np.sort(chosen))))
     steps, count = cfg.model.num_inference_steps, setup.step_count()
     found += [condition(f"nodes {name}", usual, nodes=nodes) for name, nodes in spread_nodes(steps, count).items()]
-    return found + [
-        condition(title, usual, **asked) for title, asked in other_ways(setup, texts[:few], own.refine).items()
-    ]
+    return found + [condition(title, usual, **asked) for title, asked in other_ways(setup, usual, own.refine).items()]
 
 
-def other_ways(setup: Setup, texts: list[str], refine: int) -> dict[str, dict[str, Any]]:
-    """By title, options of `erta.fit` that are not the usual ones."""
+def other_ways(setup: Setup, usual: erta.Trajectories, refine: int) -> dict[str, dict[str, Any]]:
+    """By title, options of `erta.fit` that are not the usual ones; nodes are refined where there are prompts to leave out."""
     found: dict[str, dict[str, Any]] = {
         "nodes for the worst prompt": {"over_prompts": "worst", "placement": "planned"},
-        "nodes by errors as they grow": {"step_weights": error_growth(setup, texts), "placement": "planned"},
+        "nodes by errors as they grow": {"step_weights": error_growth(setup, usual), "placement": "planned"},
         f"nodes refined by {refine} moves": {"refine": refine, "validate": True},
         "fitted by plain squares": {"weighted": False},
         "fitted in an open loop": {"loop": "open"},
         "fitted with two terms": {"terms": 2},
         "fitted with all six terms": {"terms": 6},
     }
-    if not refine:
+    if not refine or usual.num_prompts < 2:
         found.pop(f"nodes refined by {refine} moves")
     return found
 
 
-def error_growth(setup: Setup, texts: list[str]) -> tuple[float, ...]:
+def error_growth(setup: Setup, usual: erta.Trajectories) -> tuple[float, ...]:
     """How much an error at the end of each step grows to the end of the run, (N,): the geometric mean over prompts.
 
     Measured by runs under Euler's rule at a few places, and interpolated between them.
     """
     total = setup.cfg.model.num_inference_steps
     places = sorted({round(share * (total - 1)) for share in np.linspace(0, 1, GROWTH_PLACES)})
-    gains = []
-    with running_under(setup, "flow_match_euler"), console.progress_bar() as bar:
-        for k, text in enumerate(bar.track(texts[:GROWTH_PROMPTS], description="growth of errors")):
-            seed = CALIBRATION_SEED + k
-            gains.append(erta.propagation_gain(setup.pipe, text, places, seed=seed, **setup.kwargs)[:, 0])
+    texts, seeds = (usual.record[key][:GROWTH_PROMPTS] for key in ("prompts", "seeds"))
+
+    def measure() -> dict[str, Any]:
+        gains = []
+        with running_under(setup, "flow_match_euler"), console.progress_bar() as bar:
+            for text, seed in bar.track(list(zip(texts, seeds, strict=True)), description="growth of errors"):
+                gains.append(erta.propagation_gain(setup.pipe, text, places, seed=seed, **setup.kwargs)[:, 0].tolist())
+        return {"gains": gains}
+
+    gains = kept(setup, "growth", [texts, seeds, places], measure)["gains"]
     logs = np.log(np.maximum(gains, np.finfo(float).tiny)).mean(axis=0)
     return tuple(np.exp(np.interp(np.arange(total), places, logs)).tolist())
 

@@ -47,7 +47,7 @@ NUMBER_LISTS = {
 }  # fmt: skip
 MAY_BE_ZERO = {
     "seed", "model.guidance_scale", "model.guidance_scale_2", "model.paper_threshold", "cache.threshold",
-    "compare.worst", "solver_limits.worst",
+    "compare.worst", "solver_limits.worst", "solver_limits.refine",
 }  # fmt: skip
 WORD_KEYS = {
     "model.dtype", "model.offload", "model.prompt_source", "cache.site", "cache.rectifier_fit", "cache.policy",

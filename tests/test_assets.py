@@ -164,8 +164,8 @@ UNCACHED_AT_LEAST = {
 @pytest.mark.slow
 @pytest.mark.parametrize("model", UNCACHED_AT_LEAST)
 def test_uncached_samples_show_what_was_asked(model):
-    """40 held-out prompts here; the README's figures are from 200."""
-    cfg = default_config(f"model={model}", "bench.num_prompts=40", "seed=5")
+    """30 held-out prompts here; the README's figures are from more."""
+    cfg = default_config(f"model={model}", "bench.num_prompts=30", "seed=5")
     pipe, results = load_pipeline(cfg), []
     for prompt in test_prompts(cfg):
         sample = generate(pipe, prompt.text, prompt.seed, call_kwargs(cfg))

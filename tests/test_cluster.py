@@ -19,7 +19,7 @@ from experiments.harness.config import CONF
 from tests.commands import QUICK
 from tests.soak import ROOT
 
-JOBS = int(os.environ.get("ERTA_CLUSTER_JOBS", 5))  # 20 by hand
+JOBS = int(os.environ.get("ERTA_CLUSTER_JOBS", 4))  # 20 by hand
 KILLED, AT_ONCE = max(2, JOBS // 4), 3
 THRESHOLDS = ",".join(f"{0.02 * (k + 1):g}" for k in range(JOBS))
 TIMES = ("speed", "_s", "seconds", "calibration", "peak", "headline")  # the headline tells the speed-up too

@@ -1,6 +1,7 @@
 """ERTAPlan (this project): a cache is a solver, so its nodes are planned and its coefficients are fitted.
 
-Site: none, the scheduler's place. Stored: latents and guided outputs of the last two computed steps. Static: the nodes are a
+Site: none, the scheduler's place. Stored: latents and guided outputs of the last two computed steps (`branches: apart`: how the
+guidance branches differ there too, noted by a hook on the transformer). Static: the nodes are a
 shortest path over local errors read off recorded trajectories; the coefficients, six numbers a step, are closed-form least
 squares along the solver's own run on calibration prompts (`erta.fit`). No paper: it is a method of ours. Where we differ: from
 caches, in that nothing is reused and the transformer holds nothing; from fitted solvers before it (IIA, 2304.11328;

@@ -18,15 +18,13 @@ from erta.fitted_scheduler import FittedScheduler
 from erta.scheduler import with_grid
 from erta.signature import check_signature
 from erta.solver import Solver, linear_solver
-from erta.solver_files import MadeFor
+from erta.solver_files import APART, TABLES, MadeFor
 from experiments.harness.arm import Arm
 from experiments.harness.calibrations import CALIBRATION_SEED, kept_path
 from experiments.harness.kept import kept, note_spent
 from experiments.harness.setup import Setup
 from experiments.output import console
 from experiments.output.console import progress_bar
-
-ARRAYS = ("sigmas", "timesteps", "nominal_sigmas", "velocity", "latent", "offset")
 
 
 def scheduler_arm(
@@ -60,6 +58,10 @@ def solver_arm(setup: Setup, scheduler: FittedScheduler) -> Arm:
 def solver_of(setup: Setup, arm: Arm) -> Solver:
     """The linear solver that an arm amounts to. Raises ErtaError for one that decides while it runs."""
     if arm.solver is not None:
+        if arm.solver.contrast is not None:
+            raise ErtaError(
+                f"cache={setup.cfg.cache.name} weighs the guidance branches apart: no rule of guided outputs says what it does"
+            )
         return arm.solver
     if arm.plan is not None:
         rectifies = arm.plan.rectification is not None and not all(arm.plan.mask)
@@ -125,8 +127,7 @@ def kept_solver(setup: Setup, name: str, made_with: list[Any], make: Callable[[]
         solver = made.solver
         return {
             "nodes": list(solver.nodes),
-            **{key: getattr(solver, key).tolist() for key in ARRAYS},
-            "contrast": None if solver.contrast is None else solver.contrast.tolist(),
+            **{key: getattr(solver, key).tolist() for key in {*TABLES, *solver.tables}},
             "made_for": vars(made.made_for),
             "report": solver.report,
         }
@@ -134,7 +135,7 @@ def kept_solver(setup: Setup, name: str, made_with: list[Any], make: Callable[[]
     found = kept(setup, name, made_with, tables)
     shape, rest = found["made_for"]["latent_shape"], {k: v for k, v in found["made_for"].items() if k != "latent_shape"}
     made_for = MadeFor(latent_shape=shape and tuple(shape), **rest)
-    arrays = {key: np.array(found[key]) for key in (*ARRAYS, "contrast") if found.get(key) is not None}
+    arrays = {key: np.array(found[key]) for key in (*TABLES, APART) if key in found}
     for key in ("sigmas", "nominal_sigmas", "timesteps"):
         if arrays[key].dtype == np.float64:  # as schedulers have them
             arrays[key] = arrays[key].astype(np.float32)
