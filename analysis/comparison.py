@@ -15,6 +15,7 @@ from analysis.verdicts import Result, results, verdict
 WHOLE = 1e-3  # of a forward
 IDENTICAL_DB = 100.0  # what identical samples count as where a number is needed
 FLIPPED_DB = 30.0  # below it a sample is another outcome, not the same one a little off
+FEWEST_TIMED = 2  # pairs of samples timed in turns
 NO_PLACE = (None, None)  # of rows that stand beside all others
 Metric = Callable[[Sample], float | None]
 Place = tuple[str | None, int | None]  # see `records.Row.place`
@@ -123,9 +124,9 @@ class Outcome:
 
     @property
     def speedup(self) -> float | None:
-        """Median over the pairs that were timed in turns."""
+        """Median over the pairs that were timed in turns; None of a single one, which is no measurement."""
         known = self.known("speedup")
-        return float(np.median(known)) if known else None
+        return float(np.median(known)) if len(known) >= FEWEST_TIMED else None
 
     def interval(self, metric: str) -> Interval | None:
         """Mean over prompts with its 95 % interval; of PSNR over the prompts whose samples are not identical."""
@@ -136,11 +137,13 @@ class Outcome:
     def gain(self, metric: str, over: Outcome) -> Interval | None:
         """Paired difference to another row, 95 % over prompts; None where a sample does not know the metric.
 
-        That of the speed-up is over the prompts on which both rows were timed.
+        That of the speed-up is over the prompts on which both rows were timed, if these are two or more.
         """
         ours, theirs = self.by_prompt(metric), over.by_prompt(metric)
         if metric == "speedup":
             timed = ~np.isnan(ours) & ~np.isnan(theirs)
+            if timed.sum() < FEWEST_TIMED:
+                return None
             ours, theirs = ours[timed], theirs[timed]
         differences = ours - theirs
         return None if not len(differences) or np.isnan(differences).any() else paired_interval(differences)

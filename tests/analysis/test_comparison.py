@@ -26,11 +26,12 @@ def cells(rows, title: str) -> dict[str, str]:
 
 
 def test_a_row_of_the_table():
-    """Mutants: unpaired differences, the speed-up of other samples than the timed ones, means over what is missing."""
-    timed = [one(33.0, denoise_s=1.0, uncached_s=2.0), one(43.0, denoise_s=9.0)]
-    rows = table([(ERTA, [one(30.0), one(40.0)]), (UNIFORM, timed)])
+    """Mutants: unpaired differences, the speed-up of other samples than the timed ones, or of one pair, means over what is missing."""
+    timed = [one(33.0, denoise_s=1.0, uncached_s=2.0), one(43.0, denoise_s=9.0), one(41.0, uncached_s=2.0)]
+    rows = table([(ERTA, [one(30.0), one(40.0), one(38.0, uncached_s=2.0)]), (UNIFORM, timed)])
+    assert cells(rows, "Ertacache")["speed-up, measured"] == ""
     found = cells(rows, "Uniform")
-    assert found["PSNR dB"] == "38.00" and found["against Ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
+    assert found["PSNR dB"] == "39.00" and found["against Ertacache (95 %)"] == "+3.00 [+3.00, +3.00]"
     assert found["speed-up, measured"] == "2.00x" and found["LPIPS"] == "" and found["scene, all"] == "100.0%"
     assert cells(rows, "Ertacache")["against Ertacache (95 %)"] == "" and found["calibration s"] == "2"
     assert [line[0] for line in section(rows).lines] == ["uncached", "Uniform", "Ertacache"]  # best first
@@ -89,17 +90,19 @@ def test_noises_of_a_prompt_are_averaged_before_pairing():
 
 
 def test_speedups_of_the_noise_that_was_timed():
-    """Only the first prompt's first noise was timed: 4 against 2. Mutants: nothing paired; noises not timed count as 0."""
-    ours = [one(10.0, uncached_s=4.0), one(20.0), one(14.0), one(28.0)]
-    theirs = [one(11.0, uncached_s=2.0), one(19.0), one(11.0), one(23.0)]
+    """A noise of each prompt was timed: 4 against 2. Mutants: nothing paired; noises not timed count as 0; one pair is enough."""
+    ours = [one(10.0, uncached_s=4.0), one(20.0), one(14.0), one(28.0, uncached_s=4.0)]
+    theirs = [one(11.0, uncached_s=2.0), one(19.0), one(11.0), one(23.0, uncached_s=2.0)]
     reference, other = Comparison(table([(ERTA, theirs), (UNIFORM, ours)], noises=2)).outcomes
     assert other.gain("speedup", reference).mean == 2 and other.speedup == 4
+    once = Comparison(table([(ERTA, [*theirs[:3], one(23.0)]), (UNIFORM, ours)], noises=2)).outcomes
+    assert once[1].gain("speedup", once[0]) is None and once[0].speedup is None
 
 
 def test_points_of_the_figures():
     """Mutants: a row that computed everything, or was not sampled, drawn; the reference not told apart."""
     whole = [one(None, forwards=12)] * 2
-    rows = [(NONE, whole), (ERTA, [one(30.0, uncached_s=2.0), one(32.0)]), (FORA, whole), (UNIFORM, [])]
+    rows = [(NONE, whole), (ERTA, [one(30.0, uncached_s=2.0), one(32.0, uncached_s=2.0)]), (FORA, whole), (UNIFORM, [])]
     found = Comparison(table(rows))
     points = [as_point(outcome, found) for outcome in found.outcomes]
     assert [point is None for point in points] == [True, False, True, True]
