@@ -227,7 +227,7 @@ def check_values(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) is None and cfg.bench.suite != "standard":
             raise ErtaError(f"{key} must be a number, at least 1, not null")
     _raise("resume", Choice(RESUMES), str(cfg.resume).lower())
-    _check_options(cfg.cache.name, cfg.cache.options)
+    _check_options(cfg.cache.name, cfg.cache.options, cfg.model.num_inference_steps)
     _check_own(cfg)
     _check_sampler(cfg.sampler)
     check_shape(cfg.model)
@@ -239,7 +239,7 @@ def _raise(key: str, check: Check, value: Any) -> None:
         raise check.error(f"{key} must be {why}, not {shown if len(shown) < 80 else shown[:77] + '…'}")
 
 
-def _check_options(method: str, options: Mapping[str, Any]) -> None:
+def _check_options(method: str, options: Mapping[str, Any], steps: int) -> None:
     """A method's own options are of the kind that its file in conf/cache gives them, counts, shares and thresholds ≥ 0."""
     from experiments.harness import catalogue
 
@@ -250,6 +250,10 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
             raise ErtaError(f"{where}: cache={method} has no such option, but {', '.join(known) or 'none at all'}")
         if value is not None or usual is not None:
             _raise(where, _option_check(str(key), usual), value)
+        if key == "step_weights" and value is not None and len(value) != steps:
+            raise ErtaError(
+                f"{where} must be {steps} numbers, one for each of model.num_inference_steps, not {len(value)}"
+            )
 
 
 def _option_check(key: str, usual: Any) -> Check:

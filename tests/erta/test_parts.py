@@ -28,7 +28,7 @@ def test_what_a_forward_without_a_name_is_called():
         unnamed_context(3, 2, 2, None)
     with pytest.raises(erta.ErtaError, match="forward 2 of one step"):
         unnamed_context(1, 6, 2, None)
-    with pytest.raises(erta.ErtaError, match="one sample gave a batch of 4"):
+    with pytest.raises(erta.ErtaError, match="1 sample gave a batch of 4"):
         unnamed_context(0, 4, 1, None)
     for rows in (2, 4):
         with pytest.raises(erta.SignatureMismatch, match="3 branches, 6 rows"):
