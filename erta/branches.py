@@ -80,7 +80,6 @@ class _ApartSession(HookedSession[_NotingHook]):
     def before_call(self, pipe: Any, arguments: dict[str, Any]) -> None:
         """See `HookedSession`."""
         super().before_call(pipe, arguments)
-        self.seen.clear()
         self.scale = combining_scale_of(arguments)
         for hook in self.hooks.values():
             hook.samples = samples_of(arguments)

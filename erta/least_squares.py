@@ -114,13 +114,10 @@ def best_setting(
     """
     ridges = [ridge] if ridge is not None else list(RIDGES)
     contrasts = list(range(len(TERMS), len(own)))
-    if terms is not None or len(products) < 2:
-        used = [*range(terms or len(TERMS)), *contrasts]
-        settings = [(used, one) for one in ridges]
-        if len(settings) == 1 or len(products) < 2:
-            return used, ridges[len(ridges) // 2]
-    else:
-        settings = [(list(range(count)), one) for count in range(1, len(TERMS) + 1) for one in ridges]
+    if len(products) < 2 or (terms is not None and ridge is not None):
+        return [*range(terms or len(TERMS)), *contrasts], ridges[len(ridges) // 2]
+    counts, fixed = (range(1, len(TERMS) + 1), []) if terms is None else ([terms], contrasts)
+    settings = [([*range(count), *fixed], one) for count in counts for one in ridges]
 
     def score(setting: tuple[list[int], float]) -> float:
         held_out = leave_one_out(products, own, *setting, weighted)

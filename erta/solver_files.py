@@ -20,10 +20,8 @@ from erta.files import save_arrays
 from erta.loading import Fields, arrays_of, check_array, check_readable, check_sigmas
 from erta.solver import Solver
 
-SCHEMA, SCHEMA_APART = (
-    "erta.solver/1",
-    "erta.solver/2",
-)  # the second: with a table that earlier versions would leave out
+SCHEMA = "erta.solver/1"
+SCHEMA_APART = "erta.solver/2"  # with a table that earlier versions would leave out
 CONFIG_FILE, SOLVER_FILE = "scheduler_config.json", "solver.safetensors"
 BASE = "_base_class_name"  # diffusers drops names with a leading underscore where another class is made of the config
 APART = "contrast"  # a table that only solvers have which tell the guidance branches apart
