@@ -216,14 +216,13 @@ def other_ways(setup: Setup, usual: erta.Trajectories, refine: int) -> dict[str,
     found: dict[str, dict[str, Any]] = {
         "nodes for the worst prompt": {"over_prompts": "worst", "placement": "planned"},
         "nodes by errors as they grow": {"step_weights": error_growth(setup, usual), "placement": "planned"},
-        f"nodes refined by {refine} moves": {"refine": refine, "validate": True},
         "fitted by plain squares": {"weighted": False},
         "fitted in an open loop": {"loop": "open"},
         "fitted with two terms": {"terms": 2},
         "fitted with all six terms": {"terms": 6},
     }
-    if not refine or usual.num_prompts < 2:
-        found.pop(f"nodes refined by {refine} moves")
+    if refine and usual.num_prompts > 1:
+        found[f"nodes refined by {refine} moves"] = {"refine": refine, "validate": True}
     return found
 
 
