@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from erta.fitted_scheduler import FittedScheduler
     from erta.fitting import FitOptions, fit
     from erta.interpolation import interpolate
-    from erta.plan import Plan, PlanOptions, Rectification
+    from erta.options import PlanOptions
+    from erta.plan import Plan, Rectification
     from erta.session import cached, install, uninstall
     from erta.solver import Solver
     from erta.trace import Trace
@@ -38,7 +39,7 @@ _HOME = {
     "InstallError": "errors",
     "NonFiniteError": "errors",
     "Plan": "plan",
-    "PlanOptions": "plan",
+    "PlanOptions": "options",
     "Rectification": "plan",
     "SignatureMismatch": "errors",
     "Solver": "solver",

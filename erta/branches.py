@@ -17,7 +17,7 @@ from torch import nn
 
 from erta.errors import ErtaError, InstallError
 from erta.fitted_scheduler import FittedScheduler
-from erta.guidance import PAIRS, branches_of, combining_scale_of, samples_of, split
+from erta.guidance import branches_of, combining_scale_of, known_pair, samples_of, split
 from erta.hooks import BranchHook, Forward, HookedSession
 from erta.pipeline import check_bare, find_denoisers, leaving
 from erta.site import Site, make_site
@@ -108,7 +108,7 @@ class _ApartSession(HookedSession[_NotingHook]):
                 f"({', '.join(parts) or 'the transformer was not run'}): give a guidance that runs two "
                 "(true_cfg_scale and a negative prompt on FLUX), or fit with branches='together'"
             )
-        order = next((pair for pair in PAIRS if set(pair) == set(parts)), tuple(parts))
+        order = known_pair(parts) or tuple(parts)
         first, second = (parts[name].detach().float() for name in order)
         return first - second
 

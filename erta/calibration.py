@@ -22,8 +22,9 @@ from erta.grid import adjusted_sigmas, longer_last_step, step_scale
 from erta.guidance import combining_scale_of, guidance_scale_of, second_scale_of
 from erta.hooks import observed
 from erta.loading import Fields, arrays_of, check_array
+from erta.options import PHI_DENOMINATORS, RECTIFIER_FORMS, RECTIFIERS, REL_L1_DENOMINATORS, SITES, PlanOptions
 from erta.pipeline import call_arguments, check_bare, find_denoiser, find_denoisers, latent_call
-from erta.plan import Plan, PlanOptions, Rectification
+from erta.plan import Plan, Rectification
 from erta.policy import (
     Mask,
     budget_mask,
@@ -35,11 +36,11 @@ from erta.policy import (
     uniform_mask,
 )
 from erta.prompts import single_calls
-from erta.rectifier import RECTIFIER_FORMS, RECTIFIERS, LinearRectifier, fit_linear
+from erta.rectifier import LinearRectifier, fit_linear
 from erta.scheduler import first_index, has_movable_sigmas
 from erta.signature import argument_signature, check_signature, model_signature
-from erta.site import SITES, make_site
-from erta.statistics import PHI_DENOMINATORS, REL_L1_DENOMINATORS, PairStatistics, TrajectoryObserver
+from erta.site import make_site
+from erta.statistics import PairStatistics, TrajectoryObserver
 
 SCHEMA = "erta.calibration/2"
 DEFAULT_WINDOW = 16

@@ -17,10 +17,11 @@ import torch
 from erta.architectures import architecture_of
 from erta.errors import ErtaError, NonFiniteError, choice_index
 from erta.guidance import branches_of, split
+from erta.options import RECTIFIERS
 from erta.pipeline import find_denoiser, latent_call
 from erta.plan import Plan, Rectification
 from erta.prompts import prompt_list
-from erta.rectifier import RECTIFIERS, Moments, fit_linear
+from erta.rectifier import Moments, fit_linear
 from erta.session import cached, planned_session
 from erta.statistics import channel_moments
 

@@ -23,7 +23,7 @@ from torch import nn
 from erta.architectures import Architecture, architecture_of
 from erta.coefficients import Coefficients
 from erta.errors import ErtaError
-from erta.guidance import branches_of, combining_scale_of, guide, is_known_pair, second_scale_of, split
+from erta.guidance import branches_of, combining_scale_of, guide, known_pair, second_scale_of, split
 from erta.hooks import observed
 from erta.pipeline import Session, call_arguments, find_denoiser, latent_call
 from erta.plan import Plan
@@ -66,7 +66,7 @@ def decompose(pipe: Any, plan: Plan, prompt: str, *, seed: int = 0, **pipeline_k
     """
     if not hasattr(pipe.scheduler, "step_index"):
         raise ErtaError(f"{type(pipe.scheduler).__name__} does not step along sigmas: its error is not split")
-    if plan.branches is not None and len(plan.branches) > 1 and not is_known_pair(plan.branches):
+    if plan.branches is not None and len(plan.branches) > 1 and not known_pair(plan.branches):
         raise ErtaError(
             f"this pipeline does not name its guidance branches, which are {list(plan.branches)} here: its error is not split. "
             "Switch guidance off"

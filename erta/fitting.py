@@ -41,7 +41,8 @@ from erta.least_squares import (
     products_of,
     solve,
 )
-from erta.nodes import PLACEMENTS, Nodes, climbed, nodes_for, placed_nodes
+from erta.nodes import Nodes, climbed, nodes_for, placed_nodes
+from erta.options import BRANCHES, LOOPS, PLACEMENTS
 from erta.pipeline import check_bare
 from erta.policy import steps_for_speedup
 from erta.quality import Quality
@@ -50,9 +51,6 @@ from erta.signature import check_signature, model_signature
 from erta.solver import Solver, linear_solver
 from erta.solver_files import MadeFor
 from erta.trajectories import Trajectories
-
-LOOPS = ("closed", "open", "best")
-BRANCHES = ("together", "apart")
 
 
 @dataclass(frozen=True)

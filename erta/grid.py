@@ -7,7 +7,6 @@ import numpy as np
 from erta.errors import ErtaError
 from erta.policy import Mask, segments
 
-TIME_FORMS = ("phi", "last_step")
 PHI_MIN = 0.01  # phi = 0 makes two sigmas equal, and multistep solvers then divide by zero
 
 

@@ -120,18 +120,19 @@ def split(value: torch.Tensor, branches: tuple[str, ...]) -> dict[str, torch.Ten
     return dict(zip(branches, value.chunk(len(branches)), strict=True))
 
 
-def is_known_pair(values: Iterable[str]) -> bool:
-    """Whether these are the names that diffusers gives to two guidance branches."""
-    return any(set(pair) == set(values) for pair in PAIRS)
+def known_pair(names: Iterable[str]) -> tuple[str, str] | None:
+    """These two guidance branches, the conditional one first, if they have names that diffusers gives them."""
+    return next((pair for pair in PAIRS if set(pair) == set(names)), None)
 
 
 def guide(values: dict[str, torch.Tensor], guidance_scale: float | None) -> torch.Tensor:
     """What is integrated: `uncond + scale (cond - uncond)`. Raises ErtaError for branches it does not know."""
     if len(values) == 1:
         return next(iter(values.values()))
-    if not is_known_pair(values) or guidance_scale is None:
+    pair = known_pair(values)
+    if pair is None or guidance_scale is None:
         raise ErtaError(f"it is not known how the guidance branches {sorted(values)} are combined")
-    cond, uncond = (values[branch] for pair in PAIRS if set(pair) == set(values) for branch in pair)
+    cond, uncond = (values[branch] for branch in pair)
     return uncond + guidance_scale * (cond - uncond)
 
 

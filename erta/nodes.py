@@ -14,12 +14,11 @@ from itertools import pairwise
 import numpy as np
 
 from erta.errors import BudgetError, ErtaError, choice_index
+from erta.options import OVER_PROMPTS, PLACEMENTS
 from erta.policy import uniform_mask
 from erta.trajectories import Trajectories
 
 WINDOW = 12
-OVER_PROMPTS = ("mean", "worst")
-PLACEMENTS = ("planned", "even", "best")
 Nodes = tuple[int, ...]
 NOTHING = 1e-12  # of a diagonal: features below it count as none
 

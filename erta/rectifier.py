@@ -11,9 +11,6 @@ from functools import reduce
 
 import numpy as np
 
-RECTIFIERS = ("channel", "scalar")
-RECTIFIER_FORMS = ("linear", "sigmoid")
-
 
 @dataclass(frozen=True)
 class Moments:

@@ -19,7 +19,6 @@ from torch import nn
 from erta.architectures import Architecture, BlockStack, architecture_of, at_rest, blocks_of, latent_of, raw_latent
 from erta.errors import InstallError
 
-SITES = ("output", "blocks")
 Forward = Callable[..., Any]
 
 
@@ -231,7 +230,7 @@ Site = OutputSite | BlocksSite
 
 
 def make_site(name: str, transformer: nn.Module, reuse: str = "residual") -> Site:
-    """The site called `name`, one of `SITES`. Raises InstallError at `blocks` for a transformer whose blocks are not known."""
+    """The site called `name`, one of `erta.options.SITES`. Raises InstallError at `blocks` for a transformer whose blocks are not known."""
     return OutputSite(architecture_of(transformer), reuse) if name == "output" else BlocksSite(transformer)
 
 

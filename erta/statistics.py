@@ -19,12 +19,10 @@ import torch
 
 from erta.architectures import Architecture
 from erta.errors import ErtaError, NonFiniteError
-from erta.guidance import branches_of, given_part, guide, is_known_pair, split, weighted, weights_of
+from erta.guidance import branches_of, given_part, guide, known_pair, split, weighted, weights_of
 from erta.rectifier import Moments
 from erta.site import SeenForward
 
-REL_L1_DENOMINATORS = ("ground_truth", "cached")
-PHI_DENOMINATORS = ("velocity", "increment")
 SAME_OUTPUT = 0.05  # relative; pipelines combine in the transformer's type
 
 
@@ -56,8 +54,8 @@ class PairStatistics:
     """What one or many prompts leave behind.
 
     Shapes, with N steps, window W, B guidance branches, C channels:
-        rel_l1: (2, N, W) over `REL_L1_DENOMINATORS`; samples are prompts times branches.
-        phi_ratio: (2, N, W) over `PHI_DENOMINATORS`, of the guided output; samples are prompts.
+        rel_l1: (2, N, W) over `erta.options.REL_L1_DENOMINATORS`; samples are prompts times branches.
+        phi_ratio: (2, N, W) over `erta.options.PHI_DENOMINATORS`, of the guided output; samples are prompts.
         moments: (B, N, W, C).
     """
 
@@ -181,7 +179,7 @@ class TrajectoryObserver:
     def _combination(self, velocities: dict[str, torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         """How this step's branches are combined: by the scale, or, where that is not known, as was seen to be done."""
         scale = self.combines_by[self._stage]
-        if len(velocities) == 1 or (is_known_pair(velocities) and scale is not None):
+        if len(velocities) == 1 or (known_pair(velocities) and scale is not None):
             return partial(guide, guidance_scale=scale)
         weights = None if self._model_output is None else weights_of(velocities, *self._model_output)
         if weights is None:

@@ -16,7 +16,8 @@ from experiments.harness.calibrations import make_calibration
 from experiments.harness.setup import Setup
 from experiments.harness.steps import profile
 from experiments.output import console, tracking
-from experiments.output.run_folder import describe_made, finish
+from experiments.output.provenance import describe_made
+from experiments.output.run_folder import finish
 
 
 def merge_parts(paths: list[Path]) -> erta.Calibration:

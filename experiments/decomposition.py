@@ -23,7 +23,8 @@ from experiments.harness.by_prompt import by_prompt
 from experiments.harness.setup import Setup
 from experiments.harness.steps import step_table
 from experiments.output import console, tracking
-from experiments.output.run_folder import check_inputs, describe_inputs, describe_run, finish
+from experiments.output.provenance import describe_inputs, describe_run
+from experiments.output.run_folder import check_inputs, finish
 from experiments.prompts.choose import Prompt, test_prompts
 
 GROWTH_STEPS = 6  # steps after which the growth of an error is measured

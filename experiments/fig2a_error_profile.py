@@ -26,7 +26,8 @@ from experiments.harness.kept import kept
 from experiments.harness.setup import Setup
 from experiments.methods.common.recorders import Recorder, record
 from experiments.methods.teacache import coefficients_of, modulated_input
-from experiments.output.run_folder import check_inputs, describe_inputs
+from experiments.output.provenance import describe_inputs
+from experiments.output.run_folder import check_inputs
 from experiments.prompts.choose import Prompt, test_prompts
 
 ALIKE = 0.9  # a correlation from which profiles count as alike

@@ -24,7 +24,8 @@ from experiments.harness.by_prompt import by_prompt
 from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
-from experiments.output.run_folder import check_inputs, describe_inputs
+from experiments.output.provenance import describe_inputs
+from experiments.output.run_folder import check_inputs
 from experiments.prompts.choose import Prompt, test_prompts
 
 ARMS = {"fixed steps (policy)": "policy", "adjusted steps (policy + time)": "policy_time", "ERTACache": "ertacache"}

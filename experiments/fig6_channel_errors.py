@@ -25,7 +25,8 @@ from experiments.harness.arm import Arm, make_arm
 from experiments.harness.by_prompt import by_prompt
 from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.setup import Setup
-from experiments.output.run_folder import check_inputs, describe_inputs
+from experiments.output.provenance import describe_inputs
+from experiments.output.run_folder import check_inputs
 from experiments.prompts.choose import Prompt, test_prompts
 
 ALIKE = 0.9  # a correlation from which spreads count as alike

@@ -26,7 +26,8 @@ from experiments.harness.figure import finish_figure
 from experiments.harness.generate import needed_s
 from experiments.harness.setup import Setup
 from experiments.output import console
-from experiments.output.run_folder import check_inputs, describe_inputs
+from experiments.output.provenance import describe_inputs
+from experiments.output.run_folder import check_inputs
 from experiments.prompts.choose import Prompt, test_prompts
 
 KEPT = 0.95

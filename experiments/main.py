@@ -18,7 +18,8 @@ from experiments.harness.setup import Setup
 from experiments.harness.steps import profile, step_table
 from experiments.models.load import check_vocabulary
 from experiments.output import console, ranks, report, tracking
-from experiments.output.run_folder import check_inputs, describe_inputs, finish
+from experiments.output.provenance import describe_inputs
+from experiments.output.run_folder import check_inputs, finish
 from experiments.prompts.choose import test_prompts
 
 

@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from analysis.records import ModelCardRecord
-from erta.site import SITES
+from erta.options import SITES
 from experiments.models.architectures import describe, forward_inputs, known_class
 from experiments.models.classes import class_named
 from experiments.models.costs import count_flops, flops_without_blocks
 from experiments.output import console, tracking
-from experiments.output.run_folder import describe_made, finish
+from experiments.output.provenance import describe_made
+from experiments.output.run_folder import finish
 
 FLOPS_PER_PAIR = 40  # and element, of the statistics of two steps: counted by hand, generously
 

@@ -36,7 +36,8 @@ from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
 from experiments.methods.fewer_steps import running_under
 from experiments.output import console
-from experiments.output.run_folder import check_inputs, describe_inputs
+from experiments.output.provenance import describe_inputs
+from experiments.output.run_folder import check_inputs
 from experiments.prompts.choose import Prompt, test_prompts
 
 FEWER = {"1/2": 2, "1/3": 3}

@@ -28,7 +28,8 @@ from experiments.methods.common.solvers import scheduler_arm, solver_arm
 from experiments.models.untrained import untrained_pipeline
 from experiments.output import console, tracking
 from experiments.output.console import progress_bar
-from experiments.output.run_folder import describe_made, finish
+from experiments.output.provenance import describe_made
+from experiments.output.run_folder import finish
 
 PROMPT = "a red circle"  # any words will do
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from analysis import paper
 from analysis.records import Claim, Table
-from erta.site import SITES
+from erta.options import SITES
 from experiments.harness.row_sampling import run_table
 from experiments.harness.rows import NO_CORRECTOR, Row
 

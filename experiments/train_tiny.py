@@ -22,7 +22,8 @@ from experiments.models.load import ASSETS
 from experiments.output import console, tracking
 from experiments.output.clips import to_uint8
 from experiments.output.files import read_json, read_lines, read_object, write_json
-from experiments.output.run_folder import STATE_FILE, check_inputs, goes_on, mark_finished, source_digest
+from experiments.output.provenance import source_digest
+from experiments.output.run_folder import STATE_FILE, check_inputs, goes_on, mark_finished
 from experiments.prompts.choose import Prompt, test_prompts
 from experiments.scenes import agreement, read_clip
 from experiments.training import train_images, train_video

@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 from omegaconf import DictConfig, OmegaConf
 
 from erta.errors import BudgetError, ErtaError
-from erta.nodes import OVER_PROMPTS, PLACEMENTS
-from erta.plan import OPTION_CHOICES
-from erta.site import SITES
+from erta.options import BRANCHES, LOOPS, OPTION_CHOICES, OVER_PROMPTS, PLACEMENTS, SITES
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
@@ -190,8 +187,8 @@ CHECKS: dict[str, Check] = {
 REQUIRED = ("bench.num_prompts",)  # None has no meaning, but in VBench's standard suite
 OPTION_WORDS = {  # of `cache.options`, whatever the method
     "constants": ("calibrated", "published"),
-    "loop": ("closed", "open", "best"),
-    "branches": ("together", "apart"),
+    "loop": LOOPS,
+    "branches": BRANCHES,
     "over_prompts": OVER_PROMPTS,
     "placement": PLACEMENTS,
 }
@@ -309,7 +306,11 @@ def own_check(key: str, value: Any) -> Check:
 
 def _check_sampler(sampler: DictConfig) -> None:
     name = sampler.scheduler
-    if name is not None and not (name.isidentifier() and name.endswith("Scheduler") and hasattr(diffusers, name)):
+    if name is None:
+        return
+    import diffusers  # it takes seconds, and most commands name no solver
+
+    if not (name.isidentifier() and name.endswith("Scheduler") and hasattr(diffusers, name)):
         raise ErtaError(f"sampler.scheduler must be a scheduler of diffusers, not {name!r}; sampler=default has none")
 
 

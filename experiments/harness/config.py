@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, AnyNode, BooleanNode, DictConfig, IntegerNode, OmegaConf
 
 from erta.errors import BudgetError, ErtaError
-from erta.plan import PlanOptions
+from erta.options import PlanOptions
 from experiments.bench.vbench import dimensions
 from experiments.harness.checks import check_values
 from experiments.harness.experiment_keys import OWN_KEYS

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from analysis import tables, verdicts
 from analysis.records import FigureRecord, Measured
 from experiments.output import console, tracking
-from experiments.output.run_folder import describe_run, finish
+from experiments.output.provenance import describe_run
+from experiments.output.run_folder import finish
 from experiments.prompts.choose import Prompt
 
 

@@ -22,7 +22,7 @@ from experiments.harness.setup import Setup
 from experiments.output import clips, console, ranks, report, tracking
 from experiments.output.console import progress_bar
 from experiments.output.files import append_line, read_own_lines
-from experiments.output.run_folder import describe_run
+from experiments.output.provenance import describe_run
 from experiments.prompts.choose import Prompt
 from experiments.scenes import CHANCE_LEVEL
 

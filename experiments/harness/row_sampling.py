@@ -36,14 +36,8 @@ from experiments.output import console, ranks, tracking
 from experiments.output.clips import frames_of, is_whole
 from experiments.output.console import progress_bar
 from experiments.output.files import append_line, read_lines, read_object, read_own_lines, write_json
-from experiments.output.run_folder import (
-    check_inputs,
-    describe_inputs,
-    describe_run,
-    environment,
-    mark_finished,
-    write_record,
-)
+from experiments.output.provenance import describe_inputs, describe_run, environment
+from experiments.output.run_folder import check_inputs, mark_finished, write_record
 from experiments.prompts.choose import Prompt
 
 UNCACHED = "uncached"  # folder

@@ -4,6 +4,8 @@ A rank writes finished lines into a file of its own beside the run's, so that no
 any number of ranks, merges what is there and shares the rest. Without torchrun there is one rank, and nothing here does anything.
 
 gloo on CPUs; on GPUs nccl beside it, each rank with its own device. What is exchanged is small: who does what, and sums of scores.
+
+torch is imported where it is used: every command line imports this file, `--help` too.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from erta.errors import ErtaError
 from experiments.output import console
 from experiments.output.files import read_lines, write_lines
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 _ALONE: ContextVar[bool] = ContextVar("works by itself", default=False)
@@ -50,7 +52,7 @@ def is_first() -> bool:
 
 
 def _is_asked() -> bool:
-    return dist.is_available() and dist.is_torchelastic_launched()
+    return "TORCHELASTIC_RUN_ID" in os.environ  # as torch.distributed.is_torchelastic_launched does
 
 
 @contextmanager
@@ -59,6 +61,9 @@ def together() -> Iterator[None]:
     if count() == 1:
         yield
         return
+    import torch
+    from torch import distributed
+
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         place = int(os.environ["LOCAL_RANK"])
@@ -67,13 +72,13 @@ def together() -> Iterator[None]:
                 f"torchrun started rank {place} on a machine with {torch.cuda.device_count()} GPUs: --nproc-per-node is too large"
             )
         torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LONGEST_WAIT)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LONGEST_WAIT)
     if not is_first():
         console.quiet_process()
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -104,14 +109,16 @@ def same(make: Callable[[], T]) -> T:
     """What `make` gives on the first rank, on all of them. An error there is one on all of them."""
     if _is_one():
         return make()
+    from torch import distributed
+
     box: list[Any] = [None]
     if is_first():
         try:
             box = [(make(), None)]
         except Exception as error:
-            dist.broadcast_object_list([(None, _sendable(error))], src=0)
+            distributed.broadcast_object_list([(None, _sendable(error))], src=0)
             raise
-    dist.broadcast_object_list(box, src=0)
+    distributed.broadcast_object_list(box, src=0)
     made, failed = box[0]
     if failed is not None:
         raise failed
@@ -127,23 +134,29 @@ def _sendable(error: Exception) -> Exception:
 def wait_for_all() -> None:
     """Go on when every rank is here."""
     if not _is_one():
-        dist.barrier()
+        from torch import distributed
+
+        distributed.barrier()
 
 
 def gathered(value: T) -> list[T]:
     """The value of every rank, in their order, on all of them."""
     if _is_one():
         return [value]
+    from torch import distributed
+
     box: list[Any] = [None] * count()
-    dist.all_gather_object(box, value)
+    distributed.all_gather_object(box, value)
     return box
 
 
 def added(numbers: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, on the device of `numbers`."""
     if not _is_one():
+        from torch import distributed
+
         numbers = numbers.clone()
-        dist.all_reduce(numbers)
+        distributed.all_reduce(numbers)
     return numbers
 
 

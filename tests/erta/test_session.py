@@ -11,8 +11,8 @@ from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
 
 import erta
 from erta.grid import adjusted_sigmas
+from erta.options import SITES
 from erta.policy import sources
-from erta.site import SITES
 from tests.pipelines import CALL, PROMPTS, SOLVERS, SOME, STEPS, bare_plan, build_pipe, run
 
 ALL = (True,) * STEPS

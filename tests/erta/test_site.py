@@ -14,9 +14,10 @@ from diffusers import (
 from torch import nn
 
 import erta
+from erta.options import SITES
 from erta.policy import sources
 from erta.scheduler import nominal_sigmas
-from erta.site import SITES, BlocksSite
+from erta.site import BlocksSite
 from tests.pipelines import (
     CALL,
     COG_CALL,

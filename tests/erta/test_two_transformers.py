@@ -16,9 +16,9 @@ import erta
 from erta.grid import adjusted_sigmas, longer_last_step
 from erta.guidance import guide
 from erta.online import online
+from erta.options import SITES
 from erta.pipeline import SESSION, single_denoiser
 from erta.policy import sources, steps_for_speedup, uniform_mask
-from erta.site import SITES
 from experiments.harness.setup import Setup
 from experiments.methods.common.counting import diffusers_cache
 from experiments.methods.common.searched import plan_of

@@ -68,3 +68,14 @@ def test_an_interrupt_that_python_would_forget_comes_again():
     lost = "import run, time\nclass Kept:\n def __del__(self): raise KeyboardInterrupt\nKept()\ntime.sleep(60)"
     ended = subprocess.run([sys.executable, "-c", lost], cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert "Exception ignored" not in ended.stderr and ended.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--cfg", "job"], ["kache=none"], ["cache.site=middle"], ["bench.num_prompts=0"]]
+)
+def test_what_needs_no_model_is_answered_without_torch(arguments, tmp_path):
+    """It takes seconds to load. Mutant: the configuration's module imports `erta.plan`."""
+    command = [sys.executable, "-X", "importtime", ROOT / "run.py", *arguments]
+    loaded = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr
+    names = {line.rpartition("|")[2].strip() for line in loaded.splitlines() if line.startswith("import time:")}
+    assert "experiments.harness.checks" in names and not {"torch", "diffusers", "transformers"} & names

@@ -19,7 +19,8 @@ from experiments.harness.calibrations import kept_path
 from experiments.harness.config import CONF
 from experiments.output import clips, tracking
 from experiments.output.files import append_line, read_lines
-from experiments.output.run_folder import check_inputs, environment, mark_finished, open_folder
+from experiments.output.provenance import environment
+from experiments.output.run_folder import check_inputs, mark_finished, open_folder
 from tests.commands import folders
 
 
