@@ -55,9 +55,10 @@ def slug(key: str) -> str:
 
 
 def methods(rows: Rows, folder: Path) -> Named:
-    """Every method's PSNR with its interval, and PSNR against measured speed-up."""
+    """Every method's PSNR with its interval, and PSNR against measured speed-up where that was measured."""
     if found := points(Comparison(rows)):
         yield "methods", row_plots.dot_plot_figure(found, rows.record.num_steps)
+    if len(row_plots.timed(found)) > 1:
         yield "pareto", row_plots.pareto_figure(found)
 
 

@@ -113,15 +113,15 @@ def _group_keys(points: list[Point]) -> list[Line2D]:
 
 def pareto_figure(points: list[Point]) -> Figure:
     """PSNR against measured speed-up of what was timed; only the front, a line, and the reference are named."""
-    timed, best = [point for point in points if point.speedup is not None], front(points)
-    budgets = sorted({point.budget for point in timed}, reverse=True)
+    shown, best = timed(points), front(points)
+    budgets = sorted({point.budget for point in shown}, reverse=True)
     sizes = dict(zip(budgets, np.linspace(8.5, 5, len(budgets)), strict=True))
     figure = Figure((WIDTH, 5.6))
     axis = figure.subplots()
     axis.grid(color=GREY, alpha=0.25, lw=0.5)
     speedups, decibels = np.repeat(_places(best), 2, axis=0).T
     (steps,) = axis.plot(speedups[:-1], decibels[1:], color=GREY, lw=1.5, zorder=1, label="nothing has more of both")
-    for point, place in zip(timed, _places(timed), strict=True):
+    for point, place in zip(shown, _places(shown), strict=True):
         group, edge = GROUPS[point.group], "black" if point.is_reference else "white"
         look = {"color": group.colour, "ms": sizes[point.budget], "mec": edge, "zorder": 2 + point.is_reference}
         axis.plot(*place, group.marker, mew=0.8, **look)
@@ -130,13 +130,18 @@ def pareto_figure(points: list[Point]) -> Figure:
     axis.margins(0.06)
     left, right = axis.get_xlim()
     axis.set_xlim(right=right + 0.1 * (right - left))  # room for the name of the fastest
-    figure.legend(handles=_group_keys(timed), loc="outside upper center", ncols=4, handletextpad=0.2)
+    figure.legend(handles=_group_keys(shown), loc="outside upper center", ncols=4, handletextpad=0.2)
     keys = [Line2D([], [], ls="", marker="o", color=GREY, ms=sizes[k], label=f"{k} computed steps") for k in budgets]
     legend = axis.legend(handles=[steps, *keys], loc="upper right")
     figure.draw_without_rendering()  # settles the layout: room for names is looked for in pixels
-    taken = [legend.get_window_extent(), *_covered(axis, timed, steps)]
-    name_points(axis, [point for point in timed if point in best or point.is_reference], taken)
+    taken = [legend.get_window_extent(), *_covered(axis, shown, steps)]
+    name_points(axis, [point for point in shown if point in best or point.is_reference], taken)
     return figure
+
+
+def timed(points: list[Point]) -> list[Point]:
+    """Those whose speed-up was measured."""
+    return [point for point in points if point.speedup is not None]
 
 
 def front(points: list[Point]) -> list[Point]:
@@ -145,11 +150,11 @@ def front(points: list[Point]) -> list[Point]:
     Oracles are no part of it.
     """
     counted = [point for point in points if point.group != ORACLE]
-    timed = sorted(((p.speedup, p.psnr_db, p) for p in counted if p.speedup is not None), key=lambda t: t[:2])
+    by_speedup = sorted(((p.speedup, p.psnr_db, p) for p in counted if p.speedup is not None), key=lambda t: t[:2])
     return [
         point
-        for speedup, psnr_db, point in timed
-        if not any(s >= speedup and db >= psnr_db and (s, db) != (speedup, psnr_db) for s, db, _ in timed)
+        for speedup, psnr_db, point in by_speedup
+        if not any(s >= speedup and db >= psnr_db and (s, db) != (speedup, psnr_db) for s, db, _ in by_speedup)
     ]
 
 

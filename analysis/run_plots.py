@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis.row_plots import GROUPS, Point, dot_plot_figure, pareto_figure
+from analysis.row_plots import GROUPS, Point, dot_plot_figure, pareto_figure, timed
 from analysis.style import COLOURS, COMPUTED, DASHES, GREY, MARKERS, REUSED, WIDTH, save
 
 REFERENCE = "ertacache"
@@ -55,11 +55,11 @@ def figures(frame: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
             yield f"psnr_by_budget_{name}", psnr_by_budget_figure(found, steps)
             if len({point.budget for point in found}) <= MOST_PANELS:
                 yield f"methods_{name}", dot_plot_figure(found, steps)
-        if len([point for point in found if point.speedup is not None]) > 1:
+        if len(timed(found)) > 1:
             yield f"pareto_{name}", pareto_figure(found)
-    timed = frame.dropna(subset=["speedup_denoise", "speedup_possible"])
-    if len(timed):
-        yield "speedup", speedup_figure(timed)
+    measured = frame.dropna(subset=["speedup_denoise", "speedup_possible"])
+    if len(measured):
+        yield "speedup", speedup_figure(measured)
     split = frame.dropna(subset=list(PARTS))
     if len(split):
         shares = [Split(_split_title(row), {part: row[part] for part in PARTS}) for _, row in split.iterrows()]

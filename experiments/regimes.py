@@ -74,7 +74,7 @@ def members_of(cfg: DictConfig) -> list[tuple[float, Member]]:
                     f"model={cfg.model.name}",
                     f"model.guidance_scale={guidance:g}",
                     f"compare.methods=[{methods}]",
-                    f"compare.timed={own.timed}",
+                    "compare.timed=0",
                     f"bench.num_prompts={cfg.bench.num_prompts}",
                     f"calibration.num_prompts={cfg.calibration.num_prompts}",
                     f"calibration.knob_prompts={cfg.calibration.knob_prompts}",

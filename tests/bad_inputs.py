@@ -120,7 +120,7 @@ def kinds_of(key: str, node: Any) -> dict[str, str]:
     if key == "seed":  # 10^12 is one
         return {kind: value for kind, value in {**NUMBERS, **FRACTION}.items() if kind != "far too large"}
     if of in ("IntegerNode", "FloatNode"):
-        zero = {} if key in MAY_BE_ZERO else ZERO
+        zero = {} if key in MAY_BE_ZERO or key.endswith(".timed") else ZERO
         return {**NUMBERS, **zero, **(FRACTION if of == "IntegerNode" else {})}
     if of == "StringNode":
         return WORDS if key in WORD_KEYS else TEXTS

@@ -298,7 +298,7 @@ def own_check(key: str, value: Any) -> Check:
     if isinstance(value, bool):
         return _Bool()
     if isinstance(value, int):
-        return Count()
+        return Count(0) if key == "timed" else Count()
     if isinstance(value, float):
         return Number(0, 1e6, above=True)
     return PATH if isinstance(value, str) else ListOf(PATH)

@@ -6,8 +6,9 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from analysis import row_plots
+from analysis import figures, row_plots
 from analysis.row_plots import GROUPS, Point
+from tests.analysis.tables import one, row, table
 
 
 def made(title: str, psnr_db: float, speedup: float | None = None, **changed) -> Point:
@@ -109,3 +110,10 @@ def test_figures_of_few_rows_are_900_px_or_wider(draw, points, tmp_path):
     draw(points).savefig(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.width == 1440
+
+
+@pytest.mark.parametrize(("uncached_s", "drawn"), [(None, ["methods"]), (2.0, ["methods", "pareto"])])
+def test_speed_ups_are_drawn_where_they_were_measured(uncached_s, drawn, tmp_path):
+    """Mutant: axes without a point in them."""
+    rows = table([(row(name, 3), [one(30.0, uncached_s=uncached_s)] * 4) for name in ("a", "b")])
+    assert [name for name, _ in figures.methods(rows, tmp_path)] == drawn
