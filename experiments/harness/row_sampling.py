@@ -8,7 +8,7 @@ with the same uncached samples, paired by prompt and noise; forwards are counted
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from experiments.harness.config import own_keys
 from experiments.harness.row_scores import RowBench, keep_sample, sample_files
 from experiments.harness.rows import Row, compose_row
 from experiments.harness.setup import Setup
+from experiments.harness.uncached import uncached_samples
 from experiments.harness.workers import Event, shared_threads, side_by_side
 from experiments.harness.worst import keep_worst_of_rows
 from experiments.output import console, ranks, tracking
@@ -40,7 +41,6 @@ from experiments.output.provenance import describe_inputs, describe_run, environ
 from experiments.output.run_folder import check_inputs, mark_finished, write_record
 from experiments.prompts.choose import Prompt
 
-UNCACHED = "uncached"  # folder
 SEED_STRIDE = 100_000  # between the noises of one prompt
 SET_UP, SAMPLED, LEFT, FAILED = "set up", "sampled", "is left out", "failed"  # what happens to a row
 Piece = list[tuple[Row, tuple[int, ...]]]  # rows for one process, with the numbers of the samples that are missing
@@ -58,6 +58,11 @@ class Work:
     pictured: frozenset[str] = frozenset()  # rows of which at least the first sample is kept for it
     lossless: bool = False  # whether all are kept for a benchmark
     ran_on: str = ""
+
+    @property
+    def workers_key(self) -> str:
+        """The key that says how many processes share the rows."""
+        return f"{self.cfg.experiment.name}.workers"
 
 
 def run_table(
@@ -134,20 +139,22 @@ def _sample(
     for row in rows:
         if row.why_not is not None and row.key not in samples.left_out:
             samples.add(Event(LEFT, row.key, {"reason": row.why_not}))
-    _prepare(setup, work, rows, record)
+    _calibrate(setup, rows)
     pieces = ranks.share(samples.pieces())
-    with ranks.alone(), closing(_events(setup, work, pieces)) as events, progress_bar() as bar:
-        total = len(samples.done) + sum(len(missing) for piece in pieces for _, missing in piece)
-        task = bar.add_task("rows", total=total, completed=len(samples.done), visible=False)
-        for event in events:
-            samples.add(event)
-            if event.kind == SAMPLED:
-                tracker.log(event.about, event.row)
-                known.add((event.row, event.about["index"]))
-            settled = len(samples.done) + sum(
-                len(missing) for piece in pieces for row, missing in piece if row.key in samples.left_out
-            )
-            bar.update(task, description=event.row, completed=settled, visible=True)
+    with _processes(work, len(pieces)) as count:
+        _keep_uncached(setup, work, record)
+        with ranks.alone(), closing(_events(setup, work, pieces, count)) as events, progress_bar() as bar:
+            total = len(samples.done) + sum(len(missing) for piece in pieces for _, missing in piece)
+            task = bar.add_task("rows", total=total, completed=len(samples.done), visible=False)
+            for event in events:
+                samples.add(event)
+                if event.kind == SAMPLED:
+                    tracker.log(event.about, event.row)
+                    known.add((event.row, event.about["index"]))
+                settled = len(samples.done) + sum(
+                    len(missing) for piece in pieces for row, missing in piece if row.key in samples.left_out
+                )
+                bar.update(task, description=event.row, completed=settled, visible=True)
     if ranks.count() == 1:
         return samples
     left_out, failed = zip(*ranks.gathered((samples.left_out, samples.failed)), strict=True)
@@ -238,11 +245,15 @@ class Samples:
             console.note(f"{event.row} {event.kind}: {event.about['reason']}")
 
 
-def _prepare(setup: Setup, work: Work, rows: list[Row], record: records.RowsRecord) -> None:
-    """What all rows need, once and not in every process: calibrations, and the uncached samples that they are compared with."""
+def _calibrate(setup: Setup, rows: list[Row]) -> None:
+    """The calibrations that rows need, once and not in every process."""
     for row in {row.site: row for row in rows if row.site is not None}.values():
         with suppress(ErtaError):  # the rows of that site say it
             get_calibration(setup.with_cache(compose_row(row)))
+
+
+def _keep_uncached(setup: Setup, work: Work, record: records.RowsRecord) -> None:
+    """The uncached samples that all rows are compared with, and the record, which says what they show."""
     references, keep = uncached_samples(setup, work.prompts, work.folder), keeper(work)
     if not ranks.is_first():
         return
@@ -253,28 +264,34 @@ def _prepare(setup: Setup, work: Work, rows: list[Row], record: records.RowsReco
     write_record(work.folder, replace(record, uncached_scene=scenes))
 
 
-def _events(setup: Setup, work: Work, pieces: list[Piece]) -> Generator[Event, None, None]:
-    """What happens to these rows."""
-    cfg = work.cfg
-    by_default = cfg.model.embedded and not torch.cuda.is_available()  # a large model is in memory once
-    asked, key = own_keys(cfg).workers, f"{cfg.experiment.name}.workers"
+def _processes(work: Work, pieces: int) -> AbstractContextManager[int]:
+    """How many share the rows. Inside the `with`, this one has as many of torch's threads as each of them.
+
+    Their number decides how sums are rounded: with another one the uncached samples would not be the rows' to the last bit.
+    """
+    by_default = work.cfg.model.embedded and not torch.cuda.is_available()  # a large model is in memory once
+    asked = own_keys(work.cfg).workers
     if ranks.count() > 1:
         if (asked or 1) > 1:
-            raise ErtaError(f"{key}={asked}: the ranks of torchrun share the rows already; leave it out")
+            raise ErtaError(f"{work.workers_key}={asked}: the ranks of torchrun share the rows already; leave it out")
         asked = 1
-    with shared_threads(asked, len(pieces), by_default, key) as count:
-        device = environment()["device"]
-        ran_on = device if count == 1 else f"{count} processes side by side, each on {device}"
-        if ranks.count() > 1:
-            ran_on = f"{ranks.count()} ranks, each on {device}"
-        work = replace(work, ran_on=ran_on)
-        if count == 1:
-            sample = sampler(work, setup)
-            for piece in pieces:
-                yield from sample(piece)
-        else:
-            del setup
-            yield from side_by_side(count, key, pieces, sampler, work)
+    return shared_threads(asked, pieces, by_default, work.workers_key)
+
+
+def _events(setup: Setup, work: Work, pieces: list[Piece], count: int) -> Generator[Event, None, None]:
+    """What happens to these rows, in this process or in `count` others."""
+    device = environment()["device"]
+    ran_on = device if count == 1 else f"{count} processes side by side, each on {device}"
+    if ranks.count() > 1:
+        ran_on = f"{ranks.count()} ranks, each on {device}"
+    work = replace(work, ran_on=ran_on)
+    if count == 1:
+        sample = sampler(work, setup)
+        for piece in pieces:
+            yield from sample(piece)
+    else:
+        del setup
+        yield from side_by_side(count, work.workers_key, pieces, sampler, work)
 
 
 def sampler(work: Work, setup: Setup | None = None) -> Callable[[Piece], Iterator[Event]]:
@@ -375,18 +392,3 @@ def comparer(cfg: DictConfig) -> Callable[[np.ndarray, np.ndarray], list[np.ndar
             ]
 
     return compared if cfg.bench.frames_from != "decoded" else lambda sample, reference: [sample, reference]
-
-
-def uncached_samples(setup: Setup, prompts: list[Prompt], folder: Path) -> list[np.ndarray]:
-    """Uncached samples, kept beside the rows so that a continued run compares with the same ones."""
-    paths = [folder / UNCACHED / f"{index:03d}.npy" for index in range(len(prompts))]
-    (folder / UNCACHED).mkdir(exist_ok=True)
-    missing = ranks.share(ranks.same(lambda: [index for index, path in enumerate(paths) if not is_whole(path)]))
-    if missing:
-        with progress_bar() as bar:
-            for index in bar.track(missing, description="uncached samples"):
-                partial = paths[index].with_suffix(".partial.npy")
-                np.save(partial, Arm(None, setup.kwargs).sample(setup.pipe, prompts[index]).frames)
-                partial.replace(paths[index])
-    ranks.wait_for_all()
-    return [np.load(path, mmap_mode="c") for path in paths]

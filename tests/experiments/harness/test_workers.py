@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from erta.errors import BudgetError, ErtaError
-from experiments.harness import workers
+from experiments.harness import row_sampling, workers
 from experiments.harness.workers import Event, shared_threads
 from experiments.output.files import read_lines
 
@@ -109,10 +109,17 @@ def test_nobody_is_left_behind():
 
 
 @pytest.mark.slow
-def test_comparison_in_two_processes(command, threads):
+def test_comparison_in_two_processes(command, threads, monkeypatch):
     """The rows of two processes are those of one. Mutants: processes that do not get the command line's overrides; one
-    process whatever was asked for.
+    process whatever was asked for; uncached samples of all threads, whose sums are rounded otherwise than the rows'.
     """
+    threads_of_uncached, make = [], row_sampling.uncached_samples
+
+    def counted(*given):
+        threads_of_uncached.append(torch.get_num_threads())
+        return make(*given)
+
+    monkeypatch.setattr(row_sampling, "uncached_samples", counted)
     arguments = ("experiment=compare", "compare.methods=[ertacache,uniform]", "bench.num_prompts=2")
     found = {}
     for count in (1, 2):
@@ -122,6 +129,7 @@ def test_comparison_in_two_processes(command, threads):
         rows = read_lines(Path(folder, "rows.jsonl"))
         found[count] = {(row["row"], row["index"]): row["psnr_db"] for row in rows}
         assert ("2 processes side by side" in Path(folder, "table.md").read_text()) == (count == 2)
+    assert threads_of_uncached == [2, 2, 1]  # by this process; the first one sampled the rows, too
     assert set(found[1]) == {(name, k) for name in ("none", "ertacache (3)", "uniform (3)") for k in (0, 1)}
     assert found[1].keys() == found[2].keys()
     for key, value in found[1].items():
