@@ -57,7 +57,10 @@ def test_what_is_kept_stands_in_analysis(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "HERE", tmp_path)
     for name in ("data", "tables", "figures"):
         (tmp_path / name).mkdir()
-    rows = table([(row("none", None), [one(None, forwards=12)]), (row("ertacache"), [one(30.0, uncached_s=2.0)])])
+    timed = [one(30.0, uncached_s=2.0)] * 2
+    rows = table(
+        [(row("none", None), [one(None, forwards=12)] * 2), (row("ertacache"), timed), (row("uniform"), timed)]
+    )
     written = tables.keep("mine", rows, tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "data/mine.json.gz", "tables/mine.md", "figures/mine_methods.png", "figures/mine_pareto.png",
