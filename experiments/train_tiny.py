@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from erta.errors import ErtaError
+from experiments.bench.scene import scene_agreement
 from experiments.harness.calibrations import make_calibration
 from experiments.harness.generate import generate
 from experiments.harness.setup import Setup
@@ -25,7 +26,6 @@ from experiments.output.files import read_json, read_lines, read_object, write_j
 from experiments.output.provenance import source_digest
 from experiments.output.run_folder import STATE_FILE, check_inputs, goes_on, mark_finished
 from experiments.prompts.choose import Prompt, test_prompts
-from experiments.scenes import agreement, read_clip
 from experiments.training import train_images, train_video
 
 TRAINERS = {"WanPipeline": train_video, "FluxPipeline": train_images}
@@ -38,6 +38,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     trainer = TRAINERS.get(cfg.model.pipeline)
     if not cfg.model.embedded or trainer is None:
         raise ErtaError(f"experiment=train_tiny trains embedded models, and model={cfg.model.name} is not one")
+    if cfg.train_tiny.distil_shipped and trainer is not train_images:
+        raise ErtaError(
+            f"train_tiny.distil_shipped=true: model={cfg.model.name} has no distilled guidance; use model=flux_tiny"
+        )
     until = cfg.train_tiny.until or trainer.PARTS[-1]
     if until not in trainer.PARTS:
         raise ErtaError(f"train_tiny.until must be one of {', '.join(trainer.PARTS)}, not {until!r}")
@@ -103,7 +107,7 @@ def install(cfg: DictConfig, pipe: Any, curves: dict[str, Path]) -> None:
     for path in partial.glob("*/config.json"):  # diffusers notes where the parts were loaded from
         kept = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
         write_json(path, kept)
-    (partial / "training").mkdir()
+    shutil.copytree(target / "training", partial / "training", dirs_exist_ok=True)  # of parts that were not trained now
     for part, curve in curves.items():
         shutil.copyfile(curve, partial / "training" / f"{part}.jsonl")
     shutil.rmtree(target, ignore_errors=True)
@@ -122,7 +126,7 @@ def draw_sheet(pipe: Any, prompts: list[Prompt], kwargs: dict[str, Any], path: P
         frames = generate(pipe, prompt.text, prompt.seed, kwargs).frames
         shown = sorted({0, len(frames) // 2, len(frames) - 1})
         strips.append(np.concatenate(frames[shown], axis=1))
-        right += prompt.scene is not None and agreement(prompt.scene, read_clip(frames))["all"]
+        right += (scene_agreement(prompt, frames) or {"all": False})["all"]
     half = (len(strips) + 1) // 2
     strips += [np.ones_like(strips[0])] * (2 * half - len(strips))
     picture = np.concatenate([np.concatenate(strips[:half]), np.concatenate(strips[half:])], axis=1)

@@ -9,5 +9,5 @@ from experiments.scenes import agreement, read_clip
 
 
 def scene_agreement(prompt: Prompt, clip: np.ndarray) -> dict[str, bool] | None:
-    """What the scene checker finds right, by attribute; None for prompts that are not of the scene world."""
-    return None if prompt.scene is None else agreement(prompt.scene, read_clip(clip))
+    """What the scene checker finds right, by attribute that was asked for; None for prompts that are not of the scene world."""
+    return None if prompt.scene is None else agreement(prompt.scene, read_clip(clip, prompt.scene.world))

@@ -20,6 +20,7 @@ OFFLOADS = ("none", "model", "sequential")
 FRAMES_FROM = ("decoded", "mp4")
 WANDB_MODES = ("offline", "online", "disabled")
 PROMPT_SOURCES = ("scenes", "vbench")
+WORLDS = ("plain", "rich")  # as experiments.scenes has them, which takes half a second to load
 RECTIFIER_FITS = ("open", "closed")
 # steps planned before the run; decided while it runs; parts inside the model; no cache; what has seen the test samples
 METHOD_GROUPS = ("planned", "online", "inside", "none", "oracle")
@@ -138,6 +139,7 @@ CHECKS: dict[str, Check] = {
     "model.offload": Choice(OFFLOADS),
     "model.paper_threshold": FINITE,
     "model.prompt_source": Choice(PROMPT_SOURCES),
+    "model.world": Choice(WORLDS),
     "sampler.name": PATH,
     "cache.name": PATH,
     "cache.threshold": Number(0, 1e6, error=BudgetError),

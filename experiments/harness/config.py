@@ -49,6 +49,7 @@ class ModelConfig:
     compile: bool = False  # of the transformer's repeated blocks
     paper_threshold: float | None = None
     prompt_source: str = "scenes"
+    world: str = "plain"  # of the scenes that prompts ask for and embedded models are trained on: plain or rich
 
 
 @dataclass

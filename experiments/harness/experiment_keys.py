@@ -83,8 +83,10 @@ class TrainTiny:
     until: str | None = None  # stop after this part: autoencoder, decoder or clip, text, transformer
     work_dir: str | None = None  # where checkpoints are kept
     install: bool = True  # put the finished weights into erta/assets
-    device: str | None = None  # of the transformer; null: cuda if there is one, else cpu
+    distil_shipped: bool = False  # flux_tiny: distil the shipped transformer anew, and train nothing else
+    device: str | None = None  # null: cuda if there is one, else cpu
     steps: int | None = None  # of the transformer; null: what was found enough on two cores
+    minutes: float | None = None  # of the transformer, restarts included, however many steps that is
     batch_size: int | None = None  # of the transformer; null: what is fast on two cores
 
 

@@ -40,7 +40,7 @@ def test_prompts(cfg: DictConfig, key: str = "bench.num_prompts") -> list[Prompt
         chosen = _from_file(cfg.bench.prompts, count, key)
         return [Prompt(p.text, cfg.seed + k if p.seed is None else p.seed, id=p.id) for k, p in enumerate(chosen)]
     if cfg.model.prompt_source == "scenes":
-        return scene_prompts(count, "test", cfg.seed, picture=cfg.model.num_frames is None)
+        return scene_prompts(count, "test", cfg.seed, cfg.model.num_frames is None, cfg.model.world)
     texts = _enough(_vbench_texts()[::-1], count, "VBench", key)
     return [Prompt(text, cfg.seed + k, id=_place(k)) for k, text in enumerate(texts)]
 
@@ -63,15 +63,15 @@ def calibration_prompts(cfg: DictConfig) -> list[str]:
             )
         return [p.text for p in chosen]
     if cfg.model.prompt_source == "scenes":
-        scenes = scene_prompts(count, "calibration", 0, picture=cfg.model.num_frames is None)
+        scenes = scene_prompts(count, "calibration", 0, cfg.model.num_frames is None, cfg.model.world)
         return [prompt.text for prompt in scenes]
     return _enough(_vbench_texts(), count, "VBench", "calibration.num_prompts")
 
 
-def scene_prompts(count: int, split: str, seed: int, picture: bool = False) -> list[Prompt]:
+def scene_prompts(count: int, split: str, seed: int, picture: bool = False, world: str = "plain") -> list[Prompt]:
     """Captions of `count` different scenes of a split, or of pictures; prompt k has the seed `seed + k`."""
     rng = np.random.default_rng([CAPTION_SEED, seed])
-    scenes = sample_scenes(count, split, seed, picture=picture)
+    scenes = sample_scenes(count, split, seed, picture=picture, world=world)
     return [Prompt(caption(scene, rng), seed + k, scene, id=_place(k)) for k, scene in enumerate(scenes)]
 
 

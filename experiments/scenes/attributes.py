@@ -3,11 +3,15 @@
 A scene has one or two objects (shape, colour, size), a background, a motion that all its objects share
 (none in a picture), and, with two objects, the relation of the first to the second. The split is by attribute combination:
 no combination that a test prompt asks for was ever seen in training or calibration.
+
+There are two worlds. In the plain one a caption fixes nearly all that is seen. In the rich one a third of the captions leave
+attributes out (`ANY`), and much is free that no caption speaks of (`experiments.scenes.rich`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +42,9 @@ RELATIONS = {  # unit vector from the second object to the first
 }
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "calibration", "test")
+WORLDS = ("plain", "rich")
+ANY = "any"  # the value of an attribute that the caption leaves out
+LEFT_OUT_SHARE = 1 / 3  # of the rich world's captions
 TWO_OBJECT_SHARE = 0.4
 MAX_DRAWS_IN_VAIN = 300
 MAX_RADIUS_SUM_PX = 18.0  # of two objects: what fits side by side, moving, into 64 pixels
@@ -45,7 +52,7 @@ MAX_RADIUS_SUM_PX = 18.0  # of two objects: what fits side by side, moving, into
 
 @dataclass(frozen=True)
 class Object:
-    """One coloured shape; `size` is a key of `RADII_PX`."""
+    """One coloured shape; `size` is a key of `RADII_PX`. Whatever is not asked for is `ANY`."""
 
     shape: str
     colour: str
@@ -57,12 +64,14 @@ class Scene:
     """What a caption asks for.
 
     `motion` is None in a picture. `relation` is that of the first object to the second, None if there is one.
+    An attribute that the caption leaves out is `ANY`.
     """
 
     objects: tuple[Object, ...]
     background: str
     motion: str | None
     relation: str | None = None
+    world: str = "plain"
 
     def key(self) -> str:
         """The attribute combination as one line of text, the unit of the split."""
@@ -92,7 +101,11 @@ def _split_of_key(key: str) -> str:
 
 
 def sample_scene(
-    rng: np.random.Generator, split: str | None = None, num_objects: int | None = None, picture: bool = False
+    rng: np.random.Generator,
+    split: str | None = None,
+    num_objects: int | None = None,
+    picture: bool = False,
+    world: str = "plain",
 ) -> Scene:
     """Draw a scene of `split` (None: of any) with one or two objects (None: two in 40 % of the cases).
 
@@ -100,22 +113,26 @@ def sample_scene(
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    if world not in WORLDS:
+        raise ValueError(f"unknown world {world!r}; choose one of {', '.join(WORLDS)}")
     count = num_objects or (2 if rng.random() < TWO_OBJECT_SHARE else 1)
     while True:
         scene = _draw(rng, count, picture)
+        if world == "rich":
+            scene = _left_out(replace(scene, world=world), rng)
         if split is None or split_of(scene) == split:
             return scene
 
 
 def sample_scenes(
-    count: int, split: str, seed: int, num_objects: int | None = None, picture: bool = False
+    count: int, split: str, seed: int, num_objects: int | None = None, picture: bool = False, world: str = "plain"
 ) -> list[Scene]:
     """`count` different scenes of a split, always the same ones for a seed."""
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     scenes: dict[str, Scene] = {}
     in_vain = 0
     while len(scenes) < count:
-        scene = sample_scene(rng, split, num_objects, picture)
+        scene = sample_scene(rng, split, num_objects, picture, world)
         in_vain = in_vain + 1 if scene.key() in scenes else 0
         if in_vain > MAX_DRAWS_IN_VAIN:
             raise ValueError(f"the {split} split has fewer than {count} different scenes")
@@ -123,14 +140,39 @@ def sample_scenes(
     return list(scenes.values())
 
 
+def completed(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with a value drawn for everything that its caption leaves out: what is rendered."""
+
+    def value(current: str, values: Iterable[str]) -> str:
+        return str(rng.choice(list(values))) if current == ANY else current
+
+    taken = {o.colour for o in scene.objects}
+    while True:
+        sizes = [value(o.size, RADII_PX) for o in scene.objects]
+        if fit_together(sizes):
+            break
+    objects = tuple(
+        Object(value(o.shape, SHAPES), value(o.colour, [c for c in COLOURS if c not in taken]), size)
+        for o, size in zip(scene.objects, sizes, strict=True)
+    )
+    motion = None if scene.motion is None else value(scene.motion, MOTIONS)
+    return replace(scene, objects=objects, background=value(scene.background, BACKGROUNDS), motion=motion)
+
+
+def fit_together(sizes: Sequence[str]) -> bool:
+    """Whether objects of these sizes fit side by side, moving, into the frame. `ANY` can be the smallest."""
+    radii = [min(RADII_PX.values()) if size == ANY else RADII_PX[size] for size in sizes]
+    return len(radii) == 1 or sum(radii) <= MAX_RADIUS_SUM_PX
+
+
 def _draw(rng: np.random.Generator, count: int, picture: bool) -> Scene:
     colours = rng.permutation(list(COLOURS))[:count]  # two objects never share a colour
     while True:
-        sizes = rng.choice(list(RADII_PX), size=count)
-        if count == 1 or sum(RADII_PX[s] for s in sizes) <= MAX_RADIUS_SUM_PX:
+        sizes = [str(size) for size in rng.choice(list(RADII_PX), size=count)]
+        if fit_together(sizes):
             break
     objects = tuple(
-        Object(str(rng.choice(SHAPES)), str(colour), str(size)) for colour, size in zip(colours, sizes, strict=True)
+        Object(str(rng.choice(SHAPES)), str(colour), size) for colour, size in zip(colours, sizes, strict=True)
     )
     return Scene(
         objects=objects,
@@ -138,3 +180,22 @@ def _draw(rng: np.random.Generator, count: int, picture: bool) -> Scene:
         motion=None if picture else str(rng.choice(list(MOTIONS))),
         relation=str(rng.choice(list(RELATIONS))) if count == 2 else None,
     )
+
+
+def _left_out(scene: Scene, rng: np.random.Generator) -> Scene:
+    """In a third of the cases one or two attributes less: of each object at most one, and of two one keeps its colour."""
+    if rng.random() >= LEFT_OUT_SHARE:
+        return scene
+    places = ["background", *(["motion"] if scene.motion else []), *range(len(scene.objects))]
+    chosen = rng.permutation(np.array(places, dtype=object))[: rng.integers(1, 3)]
+    objects = list(scene.objects)
+    for place in chosen:
+        if place == "background":
+            scene = replace(scene, background=ANY)
+        elif place == "motion":
+            scene = replace(scene, motion=ANY)
+        else:
+            some_other_has_none = any(o.colour == ANY for o in objects)
+            kinds = ["shape", "size"] if some_other_has_none else ["shape", "size", "colour"]
+            objects[place] = replace(objects[place], **{str(rng.choice(kinds)): ANY})
+    return replace(scene, objects=tuple(objects))

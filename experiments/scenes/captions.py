@@ -1,7 +1,7 @@
 """Scenes in English: several templates and paraphrases for each attribute.
 
 The wording is drawn at random, so that the text encoder has to learn that "a tiny disc" and "a small circle"
-ask for the same thing. Every caption names every attribute that its scene has.
+ask for the same thing. A caption names every attribute of its scene that is not `ANY`, and no other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from experiments.scenes.attributes import Object, Scene
+from experiments.scenes.attributes import ANY, Object, Scene
 
 SIZE_WORDS = {
     "small": ("small", "tiny", "little"),
@@ -50,30 +50,46 @@ RELATION_WORDS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-TEMPLATES_ONE = (
-    "a {first} {motion} on a {background} background",
-    "a {first}, {motion}, in front of a {background} background",
-    "on a {background} background, a {first} is {motion}",
-    "there is a {first} {motion} before a {background} backdrop",
-)
-TEMPLATES_TWO = (
-    "a {first} {relation} a {second}, both {motion}, on a {background} background",
-    "on a {background} background, a {first} {relation} a {second}, both {motion}",
-    "there is a {first} {relation} a {second}, both {motion} before a {background} backdrop",
-    "a {first} and a {second} {motion} on a {background} background, the first {relation} the second",
-)
-PICTURE_TEMPLATES_ONE = (
-    "a {first} on a {background} background",
-    "a {first} in front of a {background} background",
-    "on a {background} background, a {first}",
-    "there is a {first} before a {background} backdrop",
-)
-PICTURE_TEMPLATES_TWO = (
-    "a {first} {relation} a {second} on a {background} background",
-    "on a {background} background, a {first} {relation} a {second}",
-    "there is a {first} {relation} a {second} before a {background} backdrop",
-    "a {first} and a {second} on a {background} background, the first {relation} the second",
-)
+THING_WORDS = ("thing", "object")  # of any shape
+Layout = tuple[int, bool, bool]  # objects, whether a motion is named, whether a background is
+TEMPLATES: dict[Layout, tuple[str, ...]] = {
+    (1, True, True): (
+        "a {first} {motion} on a {background} background",
+        "a {first}, {motion}, in front of a {background} background",
+        "on a {background} background, a {first} is {motion}",
+        "there is a {first} {motion} before a {background} backdrop",
+    ),
+    (2, True, True): (
+        "a {first} {relation} a {second}, both {motion}, on a {background} background",
+        "on a {background} background, a {first} {relation} a {second}, both {motion}",
+        "there is a {first} {relation} a {second}, both {motion} before a {background} backdrop",
+        "a {first} and a {second} {motion} on a {background} background, the first {relation} the second",
+    ),
+    (1, False, True): (
+        "a {first} on a {background} background",
+        "a {first} in front of a {background} background",
+        "on a {background} background, a {first}",
+        "there is a {first} before a {background} backdrop",
+    ),
+    (2, False, True): (
+        "a {first} {relation} a {second} on a {background} background",
+        "on a {background} background, a {first} {relation} a {second}",
+        "there is a {first} {relation} a {second} before a {background} backdrop",
+        "a {first} and a {second} on a {background} background, the first {relation} the second",
+    ),
+    (1, True, False): ("a {first} {motion}", "a {first} is {motion}", "there is a {first} {motion}"),
+    (2, True, False): (
+        "a {first} {relation} a {second}, both {motion}",
+        "there is a {first} {relation} a {second}, both {motion}",
+        "a {first} and a {second} {motion}, the first {relation} the second",
+    ),
+    (1, False, False): ("a {first}", "there is a {first}"),
+    (2, False, False): (
+        "a {first} {relation} a {second}",
+        "there is a {first} {relation} a {second}",
+        "a {first} and a {second}, the first {relation} the second",
+    ),
+}
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -83,18 +99,17 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         return options[0] if rng is None else options[rng.integers(len(options))]
 
     def phrase(thing: Object) -> str:
-        return (
-            f"{choose(SIZE_WORDS[thing.size])} {choose(COLOUR_WORDS[thing.colour])} {choose(SHAPE_WORDS[thing.shape])}"
-        )
+        asked = [SIZE_WORDS.get(thing.size), COLOUR_WORDS.get(thing.colour), SHAPE_WORDS.get(thing.shape, THING_WORDS)]
+        return " ".join(choose(words) for words in asked if words)
 
     words = {"first": phrase(scene.objects[0])}
-    if scene.motion is not None:
-        words["motion"] = choose(MOTION_WORDS[scene.motion])
-    words["background"] = choose(BACKGROUND_WORDS[scene.background])
-    if scene.relation is None:
-        return choose(TEMPLATES_ONE if scene.motion else PICTURE_TEMPLATES_ONE).format(**words)
-    words |= {"second": phrase(scene.objects[1]), "relation": choose(RELATION_WORDS[scene.relation])}
-    return choose(TEMPLATES_TWO if scene.motion else PICTURE_TEMPLATES_TWO).format(**words)
+    if moves := scene.motion not in (None, ANY):
+        words["motion"] = choose(MOTION_WORDS[scene.motion or ""])
+    if stands := scene.background != ANY:
+        words["background"] = choose(BACKGROUND_WORDS[scene.background])
+    if scene.relation is not None:
+        words |= {"second": phrase(scene.objects[1]), "relation": choose(RELATION_WORDS[scene.relation])}
+    return choose(TEMPLATES[len(scene.objects), moves, stands]).format(**words)
 
 
 def words_of(text: str) -> list[str]:
@@ -102,10 +117,11 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
 
-def vocabulary() -> list[str]:
-    """Every word that a caption can hold, sorted."""
-    texts = [*TEMPLATES_ONE, *TEMPLATES_TWO, *PICTURE_TEMPLATES_ONE, *PICTURE_TEMPLATES_TWO]
+def vocabulary(world: str = "plain") -> list[str]:
+    """Every word that a caption of the world can hold, sorted."""
+    texts = [text for templates in TEMPLATES.values() for text in templates]
     for table in (SIZE_WORDS, SHAPE_WORDS, COLOUR_WORDS, BACKGROUND_WORDS, MOTION_WORDS, RELATION_WORDS):
         texts += [option for options in table.values() for option in options]
+    texts += THING_WORDS if world == "rich" else ()
     placeholders = re.compile(r"\{\w+\}")
     return sorted({word for text in texts for word in words_of(placeholders.sub(" ", text))})

@@ -10,9 +10,9 @@ from transformers import (
 from experiments.scenes import vocabulary
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, lower case, punctuation dropped, `</s>` at the end."""
-    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+def build_tokenizer(world: str = "plain") -> PreTrainedTokenizerFast:
+    """One token a word of the world, lower case, punctuation dropped, `</s>` at the end."""
+    words = ["<pad>", "</s>", "<unk>", *vocabulary(world)]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Split(Regex("[^a-z]+"), behavior="removed")

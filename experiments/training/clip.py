@@ -15,16 +15,17 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from experiments.scenes import Scene, caption, render, sample_scene
 from experiments.scenes.attributes import (
+    ANY,
     BACKGROUNDS,
     COLOURS,
-    MAX_RADIUS_SUM_PX,
     OPPOSITE,
     RADII_PX,
     RELATIONS,
     SHAPES,
+    fit_together,
     split_of,
 )
-from experiments.scenes.render import SIZE_PX
+from experiments.scenes.shapes import SIZE_PX
 from experiments.scenes.tokenizer import build_tokenizer
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import muon_and_adamw
@@ -73,7 +74,7 @@ def build_clip(vocab_size: int, seed: int) -> CLIPModel:
     return model
 
 
-def build_processor() -> CLIPProcessor:
+def build_processor(world: str = "plain") -> CLIPProcessor:
     """Pictures are taken as they are, 64x64; captions get the embedded models' word tokens."""
     images = CLIPImageProcessor(
         size={"shortest_edge": SIZE_PX},
@@ -81,12 +82,12 @@ def build_processor() -> CLIPProcessor:
         image_mean=[IMAGE_MEAN] * 3,
         image_std=[IMAGE_STD] * 3,
     )
-    return CLIPProcessor(image_processor=images, tokenizer=clip_tokenizer())
+    return CLIPProcessor(image_processor=images, tokenizer=clip_tokenizer(world))
 
 
-def clip_tokenizer() -> PreTrainedTokenizerFast:
+def clip_tokenizer(world: str = "plain") -> PreTrainedTokenizerFast:
     """The word tokenizer at the text tower's length."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(world)
     tokenizer.model_max_length = TEXT_POSITIONS
     return tokenizer
 
@@ -98,6 +99,8 @@ def twin(scene: Scene, rng: np.random.Generator) -> Scene:
         kind = str(rng.choice(kinds))
         which = int(rng.integers(len(scene.objects)))
         thing = scene.objects[which]
+        if ANY in (getattr(scene, kind, None), getattr(thing, kind, None)):
+            continue  # what is left out has no other value
         if kind == "background":
             changed = replace(scene, background=str(rng.choice(BACKGROUNDS)))
         elif kind == "relation":
@@ -110,7 +113,7 @@ def twin(scene: Scene, rng: np.random.Generator) -> Scene:
             objects[which] = replace(thing, **{kind: str(rng.choice(values))})
             changed = replace(scene, objects=tuple(objects))
         colours = [o.colour for o in changed.objects]
-        fits = len(colours) == 1 or sum(RADII_PX[o.size] for o in changed.objects) <= MAX_RADIUS_SUM_PX
+        fits = fit_together([o.size for o in changed.objects])
         if changed != scene and len(set(colours)) == len(colours) and fits:
             return changed
 
@@ -118,34 +121,40 @@ def twin(scene: Scene, rng: np.random.Generator) -> Scene:
 def contrastive_loss(model: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> Losses:
     """Symmetric cross-entropy over the batch (Radford et al. 2021); pictures (b, 3, 64, 64) as the processor's."""
     found = model(input_ids=tokens, attention_mask=mask, pixel_values=pictures)
-    wanted = torch.arange(len(pictures))
+    wanted = torch.arange(len(pictures), device=pictures.device)
     loss = nn.functional.cross_entropy(found.logits_per_image, wanted)
     loss = (loss + nn.functional.cross_entropy(found.logits_per_text, wanted)) / 2
     right = (found.logits_per_image.argmax(1) == wanted).float().mean().item()
     return loss, {"right_caption": right}
 
 
-def train_clip(settings: StageSettings, folder: Path) -> CLIPModel:
+def train_clip(
+    settings: StageSettings, folder: Path, world: str = "plain", device: torch.device | str = "cpu"
+) -> CLIPModel:
     """Train, and save model and processor under `folder`/clip."""
-    tokenizer = clip_tokenizer()
-    model = build_clip(len(tokenizer), settings.seed)
+    tokenizer = clip_tokenizer(world)
+    model = build_clip(len(tokenizer), settings.seed).to(device)
 
-    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
-        first = [sample_scene(rng, "train", picture=True) for _ in range(PAIRS)]
+    def draw(step: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first = [sample_scene(rng, "train", picture=True, world=world) for _ in range(PAIRS)]
         scenes = first + [_training_twin(scene, rng) for scene in first]
         pictures = torch.from_numpy(np.concatenate([render(s, rng) for s in scenes])).permute(0, 3, 1, 2)
         text = tokenizer([caption(s, rng) for s in scenes], padding="max_length", return_tensors="pt")
+        return pictures, text.input_ids, text.attention_mask
+
+    def loss_fn(step: int, drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Losses:
+        pictures, tokens, mask = (tensor.to(device) for tensor in drawn)
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return contrastive_loss(model, (pictures - IMAGE_MEAN) / IMAGE_STD, text.input_ids, text.attention_mask)
+        return contrastive_loss(model, (pictures - IMAGE_MEAN) / IMAGE_STD, tokens, mask)
 
     def is_inside(name: str, parameter: torch.Tensor) -> bool:
         return ".layers." in name and parameter.ndim == 2
 
     optimizers = muon_and_adamw(model, is_inside, settings.learning_rate, betas=(0.9, 0.98), adamw_decay=1e-4)
-    Trainer(settings, model, loss_fn, optimizers, folder).run()
+    Trainer(settings, model, loss_fn, optimizers, folder, draw=draw).run()
     model.save_pretrained(folder / "clip")
-    build_processor().save_pretrained(folder / "clip")
+    build_processor(world).save_pretrained(folder / "clip")
     return model
 
 

@@ -56,6 +56,7 @@ def encode_scenes(
     count: int,
     seed: int,
     picture: bool = False,
+    world: str = "plain",
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
     """Latents (count, …), on `device`, of rendered training scenes as `encode` gives them, where objects are, and the scenes.
@@ -71,7 +72,7 @@ def encode_scenes(
 
     def draw(index: int) -> Drawn:
         rng = np.random.default_rng([seed, 7, index])
-        return sample_scene(rng, "train", picture=picture), rng
+        return sample_scene(rng, "train", picture=picture, world=world), rng
 
     first = as_batch(draw(index) for index in range(ENCODED_AT_ONCE))
     clips = hashlib.sha256(first.numpy().tobytes() + object_cells(first).numpy().tobytes()).hexdigest()

@@ -54,7 +54,7 @@ TRANSFORMER_CONFIG = dict(
 BATCH_SIZE = 48
 NUM_PICTURES = 20_000
 CAPTION_DROPOUT = 0.1
-MAX_GUIDANCE = 5.0
+MAX_GUIDANCE = 12.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,12 @@ def picture_cells(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def encode_pictures(
-    vae: AutoencoderKL, path: Path, count: int, seed: int, device: torch.device | str = "cpu"
+    vae: AutoencoderKL,
+    path: Path,
+    count: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    world: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
     """Normalised latents as tokens (count, 64, 16), where objects are (count, 64, 16), and the scenes."""
 
@@ -111,7 +116,9 @@ def encode_pictures(
 
     digest = weights_digest(vae)
     vae.to(device)
-    raw, objects, scenes = encode_scenes(encode, picture_cells, digest, path, count, seed, picture=True, device=device)
+    raw, objects, scenes = encode_scenes(
+        encode, picture_cells, digest, path, count, seed, picture=True, world=world, device=device
+    )
     latents = (raw - vae.config.shift_factor) * vae.config.scaling_factor
     return pack(latents), pack(objects.expand_as(latents)), scenes
 
@@ -148,6 +155,28 @@ def guided(teacher: Velocity, noisy, sigma, guidance, text, no_text) -> torch.Te
     return without + guidance.view(-1, 1, 1) * (with_text - without)
 
 
+class Pictures:
+    """What the image transformer is trained on: latents of pictures, where objects are, and their captions, on a device."""
+
+    def __init__(
+        self, folder: Path, vae: AutoencoderKL, texts: Texts, seed: int, device: torch.device | str, world: str
+    ) -> None:
+        self.device = device
+        self.latents, self.objects, scenes = encode_pictures(
+            vae, folder / "latents.safetensors", NUM_PICTURES, seed, device, world
+        )
+        texts.clip.to(device)
+        texts.encoder.to(device)
+        self.words, self.no_text, self.draws = encode_captions(texts, scenes, seed), texts([""]), hard_first(scenes)
+
+    def batch(self, rng: np.random.Generator, size: int) -> tuple[torch.Tensor, ...]:
+        """Noisy tokens (b, 64, 16), the velocity wanted there, sigma (b,), where objects are, and the captions."""
+        picked = self.draws[rng.integers(0, len(self.draws), size=size)]
+        sigma = noise_levels(size, self.device)
+        text = pick_captions(self.words, self.no_text, picked, CAPTION_DROPOUT, rng)
+        return (*noised(self.latents[picked], sigma), sigma, self.objects[picked], text)
+
+
 def train_image_transformer(
     first: StageSettings,
     distillation: StageSettings,
@@ -157,24 +186,21 @@ def train_image_transformer(
     on_sample: Callable[[FluxTransformer2DModel, int], None] | None = None,
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
+    teacher: FluxTransformer2DModel | None = None,
+    world: str = "plain",
 ) -> FluxTransformer2DModel:
-    """Train without guidance under `folder`/first, distil under `folder`/distilled, and save the averaged weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    latents, objects, scenes = encode_pictures(vae, folder / "latents.safetensors", NUM_PICTURES, first.seed, device)
-    transformer = build_image_transformer(first.seed)
-    velocity = Velocity(compiled(transformer.to(device)), device)
-    texts.clip.to(device)
-    texts.encoder.to(device)
-    words, no_text, draws = encode_captions(texts, scenes, first.seed), texts([""]), hard_first(scenes)
+    """Train without guidance under `folder`/first, distil under `folder`/distilled, and save the averaged weights.
 
-    def batch(rng: np.random.Generator, dropout: float):
-        picked = draws[rng.integers(0, len(draws), size=batch_size)]
-        sigma = noise_levels(batch_size, device)
-        text = pick_captions(words, no_text, picked, dropout, rng)
-        return (*noised(latents[picked], sigma), sigma, objects[picked], text)
+    Args:
+        teacher: a finished transformer, which is distilled anew, told 1 as its own teacher; then there is no first stage.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = Pictures(folder, vae, texts, first.seed, device, world)
+    transformer = (build_image_transformer(first.seed) if teacher is None else copy.deepcopy(teacher)).to(device)
+    velocity = Velocity(compiled(transformer), device)
 
     def first_loss(step: int, rng: np.random.Generator) -> Losses:
-        noisy, wanted, sigma, where, text = batch(rng, CAPTION_DROPOUT)
+        noisy, wanted, sigma, where, text = pictures.batch(rng, batch_size)
         loss, per_sample = flow_loss(velocity(noisy, sigma, torch.ones_like(sigma), text), wanted, where, sigma)
         return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}
 
@@ -186,14 +212,16 @@ def train_image_transformer(
         optimizers = make_optimizers(transformer, stage.learning_rate)
         Trainer(stage, transformer, loss_fn, optimizers, folder / where, sample if on_sample else None).run()
 
-    train(first, first_loss, "first")
-    teacher = Velocity(copy.deepcopy(transformer).requires_grad_(False), device)
+    if teacher is None:
+        train(first, first_loss, "first")
+    told_one = Velocity(copy.deepcopy(transformer).requires_grad_(False).eval(), device)
 
     def distillation_loss(step: int, rng: np.random.Generator) -> Losses:
-        noisy, _, sigma, where, text = batch(rng, 0.0)
+        """A dropped caption stays what it is at any scale, so that the pupil can be a teacher again."""
+        noisy, _, sigma, where, text = pictures.batch(rng, batch_size)
         guidance = torch.from_numpy(rng.uniform(1, MAX_GUIDANCE, batch_size)).float().to(device)
         with torch.no_grad():
-            wanted = guided(teacher, noisy, sigma, guidance, text, no_text)
+            wanted = guided(told_one, noisy, sigma, guidance, text, pictures.no_text)
         loss, per_sample = flow_loss(velocity(noisy, sigma, guidance, text), wanted, where, sigma)
         return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}
 

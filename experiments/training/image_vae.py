@@ -53,16 +53,20 @@ def build_image_vae(seed: int) -> AutoencoderKL:
     return vae
 
 
-def picture_batch(rng: np.random.Generator, size: int) -> torch.Tensor:
+def picture_batch(rng: np.random.Generator, size: int, world: str = "plain") -> torch.Tensor:
     """Rendered training pictures as (size, 3, 64, 64) in [-1, 1]."""
-    return as_batch((sample_scene(rng, "train", picture=True), rng) for _ in range(size)).squeeze(2).contiguous()
+    return (
+        as_batch((sample_scene(rng, "train", picture=True, world=world), rng) for _ in range(size))
+        .squeeze(2)
+        .contiguous()
+    )
 
 
 def image_vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> Losses:
     """Squared plus absolute error of what is decoded from noisy latents, and a weak KL term that bounds them."""
     posterior = vae.encode(pictures).latent_dist
     latents = posterior.sample()
-    level = MAX_NOISE * latents.detach().std() * torch.rand(len(latents), 1, 1, 1)
+    level = MAX_NOISE * latents.detach().std() * torch.rand(len(latents), 1, 1, 1, device=latents.device)
     error = vae.decode(latents + level * torch.randn_like(latents)).sample - pictures
     near_object = near_objects(pictures.unsqueeze(2)).squeeze(2)
     weight = 1 + OBJECT_WEIGHT * near_object
@@ -83,17 +87,24 @@ def make_optimizers(vae: AutoencoderKL, learning_rate: float) -> list[torch.opti
     return muon_and_adamw(vae, is_inside, learning_rate, adamw_decay=1e-4, lr=0.7 * learning_rate, betas=(0.9, 0.99))
 
 
-def train_image_vae(settings: StageSettings, folder: Path) -> AutoencoderKL:
+def train_image_vae(
+    settings: StageSettings, folder: Path, world: str = "plain", device: torch.device | str = "cpu"
+) -> AutoencoderKL:
     """Train, write the latents' mean and deviation into the config, and save under `folder`/vae."""
-    vae = build_image_vae(settings.seed)
+    vae = build_image_vae(settings.seed).to(device)
 
-    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
-        return image_vae_loss(vae, picture_batch(rng, BATCH_SIZE))
+    def draw(step: int, rng: np.random.Generator) -> torch.Tensor:
+        return picture_batch(rng, BATCH_SIZE, world)
 
-    Trainer(settings, vae, loss_fn, make_optimizers(vae, settings.learning_rate), folder).run()
+    def loss_fn(step: int, pictures: torch.Tensor) -> Losses:
+        return image_vae_loss(vae, pictures.to(device))
+
+    Trainer(settings, vae, loss_fn, make_optimizers(vae, settings.learning_rate), folder, draw=draw).run()
     rng = np.random.default_rng(settings.seed)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(picture_batch(rng, 16)).latent_dist.mode() for _ in range(16)])
+        latents = torch.cat(
+            [vae.encode(picture_batch(rng, 16, world).to(device)).latent_dist.mode() for _ in range(16)]
+        )
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     vae.save_pretrained(folder / "vae")
     return vae

@@ -1,16 +1,17 @@
 """One training loop for every part of the embedded models: seeded, resumable, with a curve and a progress bar.
 
 Step k draws its batch and its noise from generators seeded by (seed, k), so a run that was interrupted and
-continued sees the batches that an uninterrupted one would have seen.
+continued sees the batches that an uninterrupted one would have seen. On a GPU batches are drawn ahead by other processes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from erta.errors import ErtaError
 
 LOG_EVERY_S = 60.0  # where there is no terminal for a progress bar
+DRAWN_AHEAD = 4  # batches by each process
+MOST_DRAWING = 12  # processes
 LOOK_EVERY = 20  # steps between two looks at the loss: each makes the device wait
 Losses = tuple[torch.Tensor, dict[str, float | torch.Tensor]]
 
@@ -42,22 +46,27 @@ class StageSettings:
     seed: int = 0
     checkpoint_every_s: float = 60.0
     sample_every_s: float = 600.0
+    minutes: float | None = None  # of training, restarts included, after which it has ended
 
-    def learning_rate_factor(self, step: int) -> float:
+    def share_done(self, step: int, seconds: float) -> float:
+        """How much of the training is behind, in [0, 1]: by steps, or by time where that is nearer to its end."""
+        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return min(max(step / self.steps, by_time), 1.0)
+
+    def learning_rate_factor(self, step: int, seconds: float = 0.0) -> float:
         """Linear warm-up, constant, then half a cosine to zero."""
         warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-        start = self.steps * (1 - self.decay_share)
-        if step <= start:
-            return warm
-        progress = (step - start) / max(self.steps - start, 1)
-        return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        progress = (self.share_done(step, seconds) - (1 - self.decay_share)) / max(self.decay_share, 1e-9)
+        return warm if progress <= 0 else warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def with_steps(settings: StageSettings, steps: int | None) -> StageSettings:
-    """The settings with another number of steps, if one is given."""
+def asked(settings: StageSettings, steps: int | None, minutes: float | None) -> StageSettings:
+    """The settings with another number of steps, or an end in time, if one is given."""
     if steps is not None and steps < 1:
         raise ErtaError(f"train_tiny.steps must be at least 1, not {steps}")
-    return settings if steps is None else replace(settings, steps=steps)
+    if minutes is not None and not minutes > 0:
+        raise ErtaError(f"train_tiny.minutes must be above 0, not {minutes}")
+    return replace(settings, steps=steps or settings.steps, minutes=minutes)
 
 
 def training_device(name: str | None) -> torch.device:
@@ -79,10 +88,27 @@ def compiled(model: nn.Module) -> Callable[..., Any]:
     return torch.compile(model, mode="reduce-overhead")
 
 
-class Trainer:
-    """Trains `model` by `loss_fn(step, rng)`, keeps a moving average of its weights, and can be continued.
+class _Draws(Dataset):
+    """What each step is given, drawn from a generator of its own."""
 
-    After `run`, the model holds the averaged weights. The folder holds `checkpoint.safetensors` (weights,
+    def __init__(self, draw: Callable[[int, np.random.Generator], Any], seed: int) -> None:
+        self.draw, self.seed = draw, seed
+
+    def __getitem__(self, step: int) -> Any:
+        return self.draw(step, np.random.default_rng([self.seed, step]))
+
+
+def drawing_processes(device: torch.device | str) -> int:
+    """How many processes draw batches ahead: none beside a model that trains on the same cores."""
+    if torch.device(device).type == "cpu" or "fork" not in multiprocessing.get_all_start_methods():
+        return 0
+    return min(MOST_DRAWING, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+class Trainer:
+    """Trains `model` by `loss_fn(step, drawn)`, keeps a moving average of its weights, and can be continued.
+
+    `drawn` is what `draw(step, rng)` gives; without `draw` it is the step's generator itself. After `run`, the model holds the averaged weights. The folder holds `checkpoint.safetensors` (weights,
     average, optimizer state, step), `curve.jsonl` and whatever `on_sample(step)` writes.
     """
 
@@ -90,10 +116,11 @@ class Trainer:
         self,
         settings: StageSettings,
         model: nn.Module,
-        loss_fn: Callable[[int, np.random.Generator], Losses],
+        loss_fn: Callable[[int, Any], Losses],
         optimizers: list[torch.optim.Optimizer],
         folder: Path,
         on_sample: Callable[[int], None] | None = None,
+        draw: Callable[[int, np.random.Generator], Any] | None = None,
     ) -> None:
         self.settings, self.model, self.loss_fn = settings, model, loss_fn
         self.optimizers, self.folder, self.on_sample = optimizers, Path(folder), on_sample
@@ -101,7 +128,10 @@ class Trainer:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.named.items()}
         self.base_rates = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
+        self.draws = _Draws(draw or (lambda step, rng: rng), settings.seed)
+        self.device = next(model.parameters()).device
+        self.processes = drawing_processes(self.device) if draw else 0
 
     @property
     def checkpoint_path(self) -> Path:
@@ -112,6 +142,7 @@ class Trainer:
         if self.checkpoint_path.exists():
             self._load()
         last = min(until_step or self.settings.steps, self.settings.steps)
+        drawn = self._drawn(last)
         checkpointed = sampled = logged = time.monotonic()
         shown = ""
         self.model.train()
@@ -120,8 +151,10 @@ class Trainer:
         with Progress(*columns) as bar, open(self.folder / "curve.jsonl", "a") as curve:
             task = bar.add_task(self.settings.name, total=last, completed=self.step)
             try:
-                while self.step < last:
-                    losses = self._one_step()
+                while self.step < last and self.settings.share_done(self.step, self.seconds) < 1:
+                    began = time.monotonic()
+                    losses = self._one_step(next(drawn))
+                    self.seconds += time.monotonic() - began
                     if self.step % LOOK_EVERY == 0:
                         metrics = {name: float(value) for name, value in losses.items()}
                         curve.write(json.dumps({"step": self.step, **metrics}) + "\n")
@@ -144,14 +177,29 @@ class Trainer:
         self.model.eval()
         return self.model
 
-    def _one_step(self) -> dict[str, float | torch.Tensor]:
-        factor = self.settings.learning_rate_factor(self.step)
+    def _drawn(self, last: int) -> Iterator[Any]:
+        """What the steps from here on are given, drawn ahead where processes are at hand."""
+        return iter(
+            DataLoader(
+                self.draws,
+                batch_size=None,
+                sampler=range(self.step, last),
+                collate_fn=lambda drawn: drawn,
+                num_workers=self.processes,
+                multiprocessing_context="fork" if self.processes else None,
+                prefetch_factor=DRAWN_AHEAD if self.processes else None,
+                generator=torch.Generator(),  # the loader draws a seed: not from the global generator
+            )
+        )
+
+    def _one_step(self, drawn: Any) -> dict[str, float | torch.Tensor]:
+        factor = self.settings.learning_rate_factor(self.step, self.seconds)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-        loss, metrics = self.loss_fn(self.step, np.random.default_rng([self.settings.seed, self.step]))
+        loss, metrics = self.loss_fn(self.step, drawn)
         if self.step % LOOK_EVERY == 0 and not torch.isfinite(loss):
             raise FloatingPointError(f"{self.settings.name}: the loss is not finite at step {self.step}")
         loss.backward()
@@ -187,14 +235,18 @@ class Trainer:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{k}.{index}.{key}": torch.as_tensor(v) for key, v in state.items()}
         partial = self.checkpoint_path.with_suffix(".partial")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"step": str(self.step)})
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()},
+            partial,
+            {"step": str(self.step), "seconds": str(self.seconds)},
+        )
         os.replace(partial, self.checkpoint_path)
 
     def _load(self) -> None:
         from safetensors import safe_open
 
         with safe_open(self.checkpoint_path, "pt") as file:
-            self.step = int(file.metadata()["step"])
+            self.step, self.seconds = int(file.metadata()["step"]), float(file.metadata().get("seconds", 0))
         tensors = load_file(self.checkpoint_path)
         with torch.no_grad():
             for name, parameter in self.named.items():

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from experiments.scenes import Scene, caption, sample_scene
-from experiments.scenes.attributes import BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES
+from experiments.scenes.attributes import ANY, BACKGROUNDS, COLOURS, MOTIONS, RADII_PX, RELATIONS, SHAPES
 from experiments.scenes.tokenizer import build_tokenizer
 from experiments.training.loop import Losses, StageSettings, Trainer
 from experiments.training.muon import muon_and_adamw
@@ -59,7 +59,7 @@ def build_picture_text_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
 
 
 def slots(scene: Scene) -> dict[str, str]:
-    """A scene as fixed slots; those of a missing second object hold `none`."""
+    """A scene as fixed slots; those of a missing second object hold `none`, those that the caption leaves out `any`."""
     first = scene.objects[0]
     second = scene.objects[1] if len(scene.objects) > 1 else None
     return {
@@ -81,14 +81,14 @@ def as_seen(scene: Scene) -> Scene:
 
 
 SLOT_VALUES = {
-    "first.shape": list(SHAPES),
-    "first.colour": list(COLOURS),
-    "first.size": list(RADII_PX),
-    "second.shape": [*SHAPES, NONE],
-    "second.colour": [*COLOURS, NONE],
-    "second.size": [*RADII_PX, NONE],
-    "background": list(BACKGROUNDS),
-    "motion": [*MOTIONS, NONE],
+    "first.shape": [*SHAPES, ANY],
+    "first.colour": [*COLOURS, ANY],
+    "first.size": [*RADII_PX, ANY],
+    "second.shape": [*SHAPES, ANY, NONE],
+    "second.colour": [*COLOURS, ANY, NONE],
+    "second.size": [*RADII_PX, ANY, NONE],
+    "background": [*BACKGROUNDS, ANY],
+    "motion": [*MOTIONS, ANY, NONE],
     "relation": [*RELATIONS, NONE],
 }
 
@@ -119,10 +119,12 @@ class _SlotReader(nn.Module):
             "worded": (self.norm(states[-2][keep]), [slots(s) for s in scenes]),
             "seen": (states[-1][keep], [slots(as_seen(s)) for s in scenes]),
         }
-        loss, right = torch.zeros(()), []
+        loss, right = torch.zeros((), device=tokens.device), []
         for view, (embeddings, filled) in views.items():
             for name, values in SLOT_VALUES.items():
-                wanted = torch.tensor([values.index(f[name]) for f in filled])[:, None].expand_as(mask)[keep]
+                wanted = torch.tensor([values.index(f[name]) for f in filled], device=mask.device)[:, None].expand_as(
+                    mask
+                )[keep]
                 scores = self.heads[f"{view}_{name}".replace(".", "_")](embeddings)
                 loss = loss + nn.functional.cross_entropy(scores, wanted) / (2 * len(SLOT_VALUES))
                 if view == "seen":
@@ -144,22 +146,33 @@ def encode_words(
     return encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None], mask
 
 
-def train_text_encoder(settings: StageSettings, folder: Path, length: int = MAX_WORDS, picture: bool = False) -> None:
+def train_text_encoder(
+    settings: StageSettings,
+    folder: Path,
+    length: int = MAX_WORDS,
+    picture: bool = False,
+    world: str = "plain",
+    device: torch.device | str = "cpu",
+) -> None:
     """Train on captions of clips, or of pictures, and save tokenizer and encoder under `folder`."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(world)
     build = build_picture_text_encoder if picture else build_text_encoder
-    model = _SlotReader(build(len(tokenizer), settings.seed), masked=not picture)
+    model = _SlotReader(build(len(tokenizer), settings.seed), masked=not picture).to(device)
 
-    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
-        scenes = [sample_scene(rng, "train", picture=picture) for _ in range(TEXT_BATCH)]
+    def draw(step: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
+        scenes = [sample_scene(rng, "train", picture=picture, world=world) for _ in range(TEXT_BATCH)]
         tokens = tokenize(tokenizer, [caption(s, rng) for s in scenes], length)
-        loss, accuracy = model(tokens.input_ids, tokens.attention_mask, scenes)
+        return tokens.input_ids, tokens.attention_mask, scenes
+
+    def loss_fn(step: int, drawn: tuple[torch.Tensor, torch.Tensor, list[Scene]]) -> Losses:
+        ids, mask, scenes = drawn
+        loss, accuracy = model(ids.to(device), mask.to(device), scenes)
         return loss, {"worst_slot_accuracy": accuracy}
 
     def is_inside(name: str, parameter: torch.Tensor) -> bool:
         return ".layer." in name and parameter.ndim == 2 and "bias" not in name
 
     optimizers = muon_and_adamw(model, is_inside, settings.learning_rate, adamw_decay=1e-4)
-    Trainer(settings, model, loss_fn, optimizers, folder).run()
+    Trainer(settings, model, loss_fn, optimizers, folder, draw=draw).run()
     tokenizer.save_pretrained(folder / "tokenizer")
     model.encoder.save_pretrained(folder / "text_encoder")

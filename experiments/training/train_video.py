@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from experiments.training.loop import StageSettings, training_device, with_steps
+from experiments.training.loop import StageSettings, asked, training_device
 from experiments.training.text import train_text_encoder
 from experiments.training.video_transformer import BATCH_SIZE, train_transformer
 from experiments.training.video_vae import train_decoder, train_vae
@@ -28,19 +28,20 @@ SETTINGS = {
 
 def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int], None]) -> WanPipeline | None:
     """Train what is not trained yet, up to the part `until`; the pipeline if that is the last."""
+    device, world = training_device(cfg.train_tiny.device), cfg.model.world
     if not (work / "autoencoder" / "vae").is_dir():
-        train_vae(SETTINGS["autoencoder"], work / "autoencoder")
+        train_vae(SETTINGS["autoencoder"], work / "autoencoder", world, device)
     encoding_vae = AutoencoderKLWan.from_pretrained(work / "autoencoder" / "vae")
     if until == "autoencoder":
         return None
     if not (work / "decoder" / "vae").is_dir():
         first = AutoencoderKLWan.from_pretrained(work / "autoencoder" / "vae")
-        train_decoder(SETTINGS["decoder"], work / "decoder", first)
+        train_decoder(SETTINGS["decoder"], work / "decoder", first, world, device)
     vae = AutoencoderKLWan.from_pretrained(work / "decoder" / "vae")
     if until == "decoder":
         return None
     if not (work / "text" / "text_encoder").is_dir():
-        train_text_encoder(SETTINGS["text"], work / "text")
+        train_text_encoder(SETTINGS["text"], work / "text", world=world, device=device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "text" / "tokenizer")
     text_encoder = UMT5EncoderModel.from_pretrained(work / "text" / "text_encoder")
     if until == "text":
@@ -62,13 +63,14 @@ def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int
         return pipe.to(transformer.device)
 
     transformer = train_transformer(
-        with_steps(SETTINGS["transformer"], cfg.train_tiny.steps),
+        asked(SETTINGS["transformer"], cfg.train_tiny.steps, cfg.train_tiny.minutes),
         work / "transformer",
         encoding_vae,
         tokenizer,
         text_encoder,
         lambda transformer, step: on_sample(assemble(transformer), step),
         cfg.train_tiny.batch_size or BATCH_SIZE,
-        training_device(cfg.train_tiny.device),
+        device,
+        world,
     )
     return assemble(transformer)

@@ -74,7 +74,12 @@ class PadCountAttention(WanAttnProcessor):
 
 
 def encode_clips(
-    vae: AutoencoderKLWan, path: Path, count: int, seed: int, device: torch.device | str = "cpu"
+    vae: AutoencoderKLWan,
+    path: Path,
+    count: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    world: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
     """Normalised latents (count, 16, 3, 8, 8) of training clips, where objects are, and the scenes; see encode_scenes.
 
@@ -86,7 +91,9 @@ def encode_clips(
 
     digest = weights_digest(vae)
     vae.to(device)
-    latents, objects, scenes = encode_scenes(encode, object_cells, digest, path, count, seed, device=device)
+    latents, objects, scenes = encode_scenes(
+        encode, object_cells, digest, path, count, seed, world=world, device=device
+    )
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
     return (latents - mean) / std, objects, scenes
@@ -148,10 +155,13 @@ def train_transformer(
     on_sample: Callable[[WanTransformer3DModel, int], None] | None = None,
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
+    world: str = "plain",
 ) -> WanTransformer3DModel:
     """Train (or go on training) on `device`, and save the averaged weights under `folder`/transformer."""
     folder.mkdir(parents=True, exist_ok=True)
-    latents, objects, scenes = encode_clips(vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed, device)
+    latents, objects, scenes = encode_clips(
+        vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed, device, world
+    )
     transformer = build_transformer(settings.seed)
     length = MAX_WORDS + 1  # the last position is always a pad and stands for all that are not here
     words, is_word = encode_words(tokenizer, text_encoder, [caption(scene) for scene in scenes[:100]], length)

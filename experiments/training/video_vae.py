@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +57,9 @@ def build_vae(seed: int) -> AutoencoderKLWan:
     return vae
 
 
-def clip_batch(rng: np.random.Generator, size: int) -> torch.Tensor:
+def clip_batch(rng: np.random.Generator, size: int, world: str = "plain") -> torch.Tensor:
     """Rendered training scenes as (size, 3, 9, 64, 64) in [-1, 1]."""
-    return as_batch((sample_scene(rng, "train"), rng) for _ in range(size)).contiguous()
+    return as_batch((sample_scene(rng, "train", world=world), rng) for _ in range(size)).contiguous()
 
 
 def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -78,14 +77,18 @@ def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, 
     return loss, {"psnr_db": psnr_db.item(), "object_psnr_db": object_psnr_db.item(), "kl": kl.item()}
 
 
-def set_latent_statistics(vae: AutoencoderKLWan, rng: np.random.Generator, count: int = 256) -> None:
+def set_latent_statistics(
+    vae: AutoencoderKLWan, rng: np.random.Generator, count: int = 256, world: str = "plain"
+) -> None:
     """Write the mean of the latents' channels into the config, and one deviation for all: that of the widest.
 
     A deviation for each channel would blow up those that the KL term has emptied (about half of them) to the
     size of the ones that hold the picture, and the transformer would spend half its capacity on them.
     """
     with torch.no_grad():
-        latents = torch.cat([vae.encode(clip_batch(rng, 8)).latent_dist.mode() for _ in range(count // 8)])
+        latents = torch.cat(
+            [vae.encode(clip_batch(rng, 8, world).to(vae.device)).latent_dist.mode() for _ in range(count // 8)]
+        )
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=[std.max().item()] * len(std))
 
@@ -98,7 +101,7 @@ def decoder_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tens
     """
     with torch.no_grad():
         latents = vae.encode(clips).latent_dist.mode()
-        level = DECODER_MAX_NOISE * vae.config.latents_std[0] * torch.rand(len(clips), 1, 1, 1, 1)
+        level = DECODER_MAX_NOISE * vae.config.latents_std[0] * torch.rand(len(clips), 1, 1, 1, 1, device=clips.device)
         latents = latents + level * torch.randn_like(latents)
         near_object = near_objects(clips)
         weight = 1 + DECODER_OBJECT_WEIGHT * near_object / near_object.mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -126,36 +129,49 @@ def make_optimizers(vae: AutoencoderKLWan, learning_rate: float) -> list[torch.o
 
 
 def train_vae(
-    settings: StageSettings, folder: Path, on_sample: Callable[[int], None] | None = None
+    settings: StageSettings, folder: Path, world: str = "plain", device: torch.device | str = "cpu"
 ) -> AutoencoderKLWan:
     """Train the autoencoder: single frames first, then clips of 5 frames, whole clips at the end."""
-    vae = build_vae(settings.seed)
+    vae = build_vae(settings.seed).to(device)
     single_until = int(SINGLE_FRAME_SHARE * settings.steps)
     short_until = single_until + int(SHORT_CLIP_SHARE * settings.steps)
 
-    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
+    def draw(step: int, rng: np.random.Generator) -> torch.Tensor:
         if step < single_until:
-            return vae_loss(vae, clip_batch(rng, 2 * BATCH_SIZE)[:, :, :1])
-        clips = clip_batch(rng, BATCH_SIZE)
+            return clip_batch(rng, 2 * BATCH_SIZE, world)[:, :, :1]
+        clips = clip_batch(rng, BATCH_SIZE, world)
         if step < short_until:
             start = int(rng.integers(0, clips.shape[2] - 4))
             clips = clips[:, :, start : start + 5]
-        return vae_loss(vae, clips)
+        return clips
 
-    Trainer(settings, vae, loss_fn, make_optimizers(vae, settings.learning_rate), folder, on_sample).run()
-    set_latent_statistics(vae, np.random.default_rng(settings.seed))
+    def loss_fn(step: int, clips: torch.Tensor) -> Losses:
+        return vae_loss(vae, clips.to(device))
+
+    Trainer(settings, vae, loss_fn, make_optimizers(vae, settings.learning_rate), folder, draw=draw).run()
+    set_latent_statistics(vae, np.random.default_rng(settings.seed), world=world)
     vae.save_pretrained(folder / "vae")
     return vae
 
 
-def train_decoder(settings: StageSettings, folder: Path, vae: AutoencoderKLWan) -> AutoencoderKLWan:
+def train_decoder(
+    settings: StageSettings,
+    folder: Path,
+    vae: AutoencoderKLWan,
+    world: str = "plain",
+    device: torch.device | str = "cpu",
+) -> AutoencoderKLWan:
     """Train the decoder on, alone: the latents stay what they are, so nothing trained on them changes."""
+    vae.to(device)
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
 
-    def loss_fn(step: int, rng: np.random.Generator) -> Losses:
-        return decoder_loss(vae, clip_batch(rng, BATCH_SIZE))
+    def draw(step: int, rng: np.random.Generator) -> torch.Tensor:
+        return clip_batch(rng, BATCH_SIZE, world)
 
-    Trainer(settings, vae, loss_fn, make_optimizers(vae, settings.learning_rate), folder).run()
+    def loss_fn(step: int, clips: torch.Tensor) -> Losses:
+        return decoder_loss(vae, clips.to(device))
+
+    Trainer(settings, vae, loss_fn, make_optimizers(vae, settings.learning_rate), folder, draw=draw).run()
     vae.requires_grad_(True).save_pretrained(folder / "vae")
     return vae
