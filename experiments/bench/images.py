@@ -23,7 +23,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from analysis.intervals import paired_interval
 from analysis.records import RowScores
 from erta.errors import ErtaError
-from experiments.models.load import ASSETS
+from experiments.models.load import ASSETS, check_vocabulary
 from experiments.output import console, ranks
 from experiments.output.clips import to_uint8
 from experiments.prompts.choose import Prompt
@@ -240,8 +240,10 @@ def load_networks(cfg: DictConfig, prompts: list[Prompt]) -> Networks:
     clip = None
     try:
         clip = load_clip(CLIP_TINY if name == "tinyclip" else chosen or "openai/clip-vit-base-patch16")
+        if name == "tinyclip":
+            check_vocabulary(clip[1], [prompt.text for prompt in prompts], "clip_tiny")
     except ErtaError as error:
-        missing[f"clip_score_{name}"] = str(error)
+        clip, missing[f"clip_score_{name}"] = None, str(error)
     if clip is not None and name == "tinyclip":
         features["tinyclip"] = ClipFeatures(*clip)
     else:

@@ -140,15 +140,15 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
         pipe.scheduler = scheduler.from_config(whole)
 
 
-def check_vocabulary(pipe: Any, prompts: list[str]) -> None:
-    """Raise ErtaError for a word that the embedded model has never seen."""
-    known = set(pipe.tokenizer.get_vocab())
+def check_vocabulary(has_tokenizer: Any, prompts: list[str], model: str = "the embedded model") -> None:
+    """Raise ErtaError for a word that an embedded model, a pipeline or a CLIP with its processor, has never seen."""
+    known = set(has_tokenizer.tokenizer.get_vocab())
     for prompt in prompts:
         unknown = [word for word in words_of(prompt) if word not in known]
         if unknown or not words_of(prompt):
             what = f"the words {', '.join(map(repr, unknown))} are" if unknown else "an empty prompt is"
             words = " ".join(sorted(word for word in known if word.isalpha()))
-            raise ErtaError(f"{prompt!r}: {what} not in the embedded model's vocabulary.\nIt knows: {words}")
+            raise ErtaError(f"{prompt!r}: {what} not in {model}'s vocabulary.\nIt knows: {words}")
 
 
 def check_folder(folder: Path) -> None:

@@ -53,8 +53,9 @@ TRANSFORMER_CONFIG = dict(
 )
 BATCH_SIZE = 48
 NUM_PICTURES = 20_000
+NUM_TAUGHT = 6_000  # of them, where a teacher answers: its answers say more than the pictures do
 CAPTION_DROPOUT = 0.1
-MAX_GUIDANCE = 12.0
+MAX_GUIDANCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,18 @@ class Pictures:
     """What the image transformer is trained on: latents of pictures, where objects are, and their captions, on a device."""
 
     def __init__(
-        self, folder: Path, vae: AutoencoderKL, texts: Texts, seed: int, device: torch.device | str, world: str
+        self,
+        folder: Path,
+        count: int,
+        vae: AutoencoderKL,
+        texts: Texts,
+        seed: int,
+        device: torch.device | str,
+        world: str,
     ) -> None:
         self.device = device
         self.latents, self.objects, scenes = encode_pictures(
-            vae, folder / "latents.safetensors", NUM_PICTURES, seed, device, world
+            vae, folder / "latents.safetensors", count, seed, device, world
         )
         texts.clip.to(device)
         texts.encoder.to(device)
@@ -195,7 +203,7 @@ def train_image_transformer(
         teacher: a finished transformer, which is distilled anew, told 1 as its own teacher; then there is no first stage.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = Pictures(folder, vae, texts, first.seed, device, world)
+    pictures = Pictures(folder, NUM_PICTURES if teacher is None else NUM_TAUGHT, vae, texts, first.seed, device, world)
     transformer = (build_image_transformer(first.seed) if teacher is None else copy.deepcopy(teacher)).to(device)
     velocity = Velocity(compiled(transformer), device)
 
@@ -217,12 +225,16 @@ def train_image_transformer(
     told_one = Velocity(copy.deepcopy(transformer).requires_grad_(False).eval(), device)
 
     def distillation_loss(step: int, rng: np.random.Generator) -> Losses:
-        """A dropped caption stays what it is at any scale, so that the pupil can be a teacher again."""
+        """Error relative to the scale: else the highest scales, whose velocities are largest, would be all that counts.
+
+        A dropped caption stays what it is at any scale, so that the pupil can be a teacher again.
+        """
         noisy, _, sigma, where, text = pictures.batch(rng, batch_size)
         guidance = torch.from_numpy(rng.uniform(1, MAX_GUIDANCE, batch_size)).float().to(device)
         with torch.no_grad():
             wanted = guided(told_one, noisy, sigma, guidance, text, pictures.no_text)
-        loss, per_sample = flow_loss(velocity(noisy, sigma, guidance, text), wanted, where, sigma)
+        scale, answer = guidance.view(-1, 1, 1), velocity(noisy, sigma, guidance, text)
+        loss, per_sample = flow_loss(answer / scale, wanted / scale, where, sigma)
         return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}
 
     train(distillation, distillation_loss, "distilled")

@@ -26,7 +26,7 @@ SETTINGS = {
     "clip": StageSettings("clip", steps=1000, learning_rate=2e-3, decay_share=0.5, ema_decay=0.99),
     "text": StageSettings("text", steps=1200, learning_rate=3e-3, decay_share=0.5, ema_decay=0.99),
     "first": StageSettings("transformer", steps=2000, learning_rate=3e-3, decay_share=0.3, ema_decay=0.998),
-    "distilled": StageSettings("distillation", steps=2000, learning_rate=1e-3, ema_decay=0.99),
+    "distilled": StageSettings("distillation", steps=1500, learning_rate=1e-3, decay_share=0.5, ema_decay=0.99),
 }
 SHIFT = 1.15  # what FLUX.1-dev's scheduler arrives at for 1024x1024 pixels
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from erta.errors import ErtaError
 from experiments import train_tiny
 from experiments.scenes import Object, Scene, caption, render, sample_scene
 from experiments.scenes.captions import words_of
 from experiments.scenes.tokenizer import build_tokenizer
+from experiments.training import clip, image_vae, loop, video_vae
 from experiments.training.flow import OBJECT_WEIGHT, flow_loss, hard_first, noised
 from experiments.training.loop import StageSettings, Trainer
 from experiments.training.muon import Muon, orthogonalise
-from experiments.training.text import MAX_WORDS, TEXT_DIM, as_seen, build_text_encoder, encode_words
+from experiments.training.text import (
+    MAX_WORDS,
+    TEXT_DIM,
+    as_seen,
+    build_text_encoder,
+    encode_words,
+    train_text_encoder,
+)
 from experiments.training.video_transformer import (
     TEXT_LENGTH,
     PadCountAttention,
@@ -44,6 +55,99 @@ def trainer(folder) -> tuple[Trainer, nn.Module]:
         torch.optim.AdamW([p for p in model.parameters() if p is not model[0].weight], lr=0.01),
     ]
     return Trainer(settings, model, loss_fn, optimizers, folder), model
+
+
+def drawing(folder, draws_in: list[int]) -> tuple[Trainer, nn.Module]:
+    """A trainer whose batches are drawn beforehand, by a function that notes the process."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    settings = StageSettings("toy", steps=12, learning_rate=0.01, warmup_steps=3)
+
+    def draw(step, rng):
+        return torch.from_numpy(rng.normal(size=(8, 4))).float(), step, os.getpid()
+
+    def loss_fn(step, drawn):
+        x, drawn_for, process = drawn
+        assert step == drawn_for
+        draws_in.append(process)
+        return (model(x) - x.sum(1, keepdim=True) + 0.1 * torch.randn(8, 1)).square().mean(), {}
+
+    return Trainer(settings, model, loss_fn, [torch.optim.SGD(model.parameters(), lr=0.01)], folder, draw=draw), model
+
+
+def test_batches_drawn_ahead_are_the_same_batches(tmp_path, monkeypatch):
+    """Mutants: batches in the order in which they come, a generator for each process, resuming at the first batch."""
+    here, others = [], []
+    first, one = drawing(tmp_path / "here", here)
+    first.run()
+    monkeypatch.setattr(loop, "drawing_processes", lambda device: 2)
+    stopped, _ = drawing(tmp_path / "others", others)
+    stopped.run(until_step=5)
+    second, two = drawing(tmp_path / "others", others)
+    second.run()
+    torch.testing.assert_close(one.weight, two.weight, rtol=0, atol=0)
+    assert set(here) == {os.getpid()} and os.getpid() not in others and len(others) == 12
+
+
+def test_nothing_is_drawn_ahead_on_the_cores_that_train():
+    assert loop.drawing_processes("cpu") == 0 and 1 <= loop.drawing_processes("cuda") <= loop.MOST_DRAWING
+
+
+def test_training_to_a_given_time(tmp_path, monkeypatch):
+    """Mutants: the time of one start only, a learning rate that falls by steps and is cut off."""
+    clock = iter(range(0, 10_000, 3))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
+    settings = StageSettings("toy", steps=10_000, learning_rate=1.0, warmup_steps=1, decay_share=0.5, minutes=1.0)
+    assert settings.learning_rate_factor(10, 29.0) == 1
+    assert settings.learning_rate_factor(10, 45.0) == pytest.approx(0.5)
+    assert settings.learning_rate_factor(7500, 0.0) == pytest.approx(0.5)
+    model = nn.Linear(1, 1)
+
+    def again() -> Trainer:
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.0)]
+        return Trainer(settings, model, lambda step, rng: (model.weight.square().sum(), {}), optimizers, tmp_path)
+
+    first, second = again(), again()
+    first.run(until_step=8)
+    assert first.seconds == 24
+    second.run()
+    assert second.seconds == 60 and second.step == 20
+    for wrong in ({"steps": 0, "minutes": None}, {"steps": None, "minutes": 0.0}):
+        with pytest.raises(ErtaError, match="train_tiny"):
+            loop.asked(settings, **wrong)
+
+
+@pytest.mark.parametrize("world", ["plain", "rich"])
+def test_every_part_is_trained_on_the_asked_world(world, tmp_path, monkeypatch):
+    """Mutant: a part that draws its batches of the plain world."""
+    seen: set[str] = set()
+
+    def noting(*args, **kwargs):
+        scene = sample_scene(*args, **kwargs)
+        seen.add(scene.world)
+        return scene
+
+    def one_step(name: str) -> StageSettings:
+        return StageSettings(name, steps=1, learning_rate=1e-3)
+
+    monkeypatch.setattr(video_vae, "set_latent_statistics", lambda *_, **__: None)  # of 256 clips
+    monkeypatch.setattr(video_vae, "BATCH_SIZE", 1)
+    monkeypatch.setattr(image_vae, "BATCH_SIZE", 1)
+    monkeypatch.setattr(clip, "PAIRS", 2)
+    for name in ("video_vae", "image_vae", "clip", "text", "flow"):
+        monkeypatch.setattr(f"experiments.training.{name}.sample_scene", noting)
+        found = {
+            "video_vae": lambda: video_vae.train_vae(one_step("vae"), tmp_path / "video", world),
+            "image_vae": lambda: image_vae.train_image_vae(one_step("vae"), tmp_path / "image", world),
+            "clip": lambda: clip.train_clip(one_step("clip"), tmp_path / "clip", world),
+            "text": lambda: train_text_encoder(one_step("text"), tmp_path / "text", world=world),
+            "flow": lambda: encode_clips(build_vae(0), tmp_path / "latents.safetensors", 2, seed=0, world=world),
+        }[name]
+        seen.clear()
+        found()
+        assert seen == {world}, name
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "text" / "tokenizer")
+    assert ("thing" in tokenizer.get_vocab()) is (world == "rich")
 
 
 def test_resuming_equals_not_stopping(tmp_path):
