@@ -31,6 +31,7 @@ from experiments.training import train_images, train_video
 TRAINERS = {"WanPipeline": train_video, "FluxPipeline": train_images}
 SHEET_PROMPTS = 12
 SHEET_STEPS = 25
+NEEDED_BYTES = 600_000_000  # latents, checkpoints while they are written, sheets
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -45,7 +46,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     until = cfg.train_tiny.until or trainer.PARTS[-1]
     if until not in trainer.PARTS:
         raise ErtaError(f"train_tiny.until must be one of {', '.join(trainer.PARTS)}, not {until!r}")
-    work = Path(cfg.train_tiny.work_dir or Path.home() / ".cache" / "erta" / "train" / cfg.model.name).expanduser()
+    name = cfg.model.name + ("" if cfg.model.world == "plain" else f"_{cfg.model.world}")
+    work = Path(cfg.train_tiny.work_dir or Path.home() / ".cache" / "erta" / "train" / name).expanduser()
     check_source(cfg, work)
     console.note(f"checkpoints, curves and sample sheets: {work}")
     prompts = test_prompts(cfg)[:SHEET_PROMPTS]
@@ -64,7 +66,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
         pipe = trainer.train(cfg, work, until, sheet)
         log_curves(tracker, work, told)
         tracker.finish()
-    if pipe is None or not cfg.train_tiny.install:
+    if pipe is None:
+        return
+    if not cfg.train_tiny.install:
+        pipe.save_pretrained(work / "pipeline")
+        console.note(f"written: {work / 'pipeline'} (model.path={work / 'pipeline'} model.world={cfg.model.world})")
+        mark_finished(folder)
         return
     curves = {str(path.parent.relative_to(work)).replace("/", "-"): path for path in work.glob("**/curve.jsonl")}
     install(cfg, pipe, curves)
@@ -77,16 +84,25 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 def check_source(cfg: DictConfig, work: Path) -> None:
-    """Checkpoints go on under the code that they began with: that of the scenes and of the training.
+    """Checkpoints go on under the code that they began with, that of the scenes and of the training, and on their world.
 
-    `resume=false` lays them aside, as `FOLDER.before-…`, and `resume=force` goes on. Raises ErtaError if the code changed.
+    `resume=false` lays them aside, as `FOLDER.before-…`, and `resume=force` goes on. Raises ErtaError if the code or
+    the world changed, or where the disk is too full.
     """
     if not goes_on(cfg) and work.exists():
         work.rename(work.with_name(f"{work.name}.before-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
     work.mkdir(parents=True, exist_ok=True)
     forces = str(cfg.resume).lower() == "force"
     write_json(work / STATE_FILE, {**read_object(work / STATE_FILE), "forces": forces})
-    check_inputs(work, {"source": source_digest("experiments/scenes", "experiments/training")})
+    check_inputs(
+        work, {"source": source_digest("experiments/scenes", "experiments/training"), "model.world": cfg.model.world}
+    )
+    free = shutil.disk_usage(work).free
+    if free < NEEDED_BYTES:
+        raise ErtaError(
+            f"{work} has {free / 1e6:.0f} MB free, and training takes {NEEDED_BYTES / 1e6:.0f}: name another place in "
+            "train_tiny.work_dir"
+        )
 
 
 def log_curves(tracker: tracking.Tracker, work: Path, told: dict[Path, int]) -> None:
@@ -115,6 +131,8 @@ def install(cfg: DictConfig, pipe: Any, curves: dict[str, Path]) -> None:
     steps = cfg.model.num_inference_steps
     make_calibration(Setup(cfg), target / f"calibration-{steps}.safetensors")
     console.note(f"installed: {target}")
+    if cfg.model.world != "plain":
+        console.note(f"these weights know the {cfg.model.world} world: say so in conf/model/{cfg.model.name}.yaml")
 
 
 def draw_sheet(pipe: Any, prompts: list[Prompt], kwargs: dict[str, Any], path: Path) -> int:

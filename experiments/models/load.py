@@ -16,7 +16,7 @@ import erta
 from erta.errors import ErtaError
 from erta.pipeline import find_denoisers
 from experiments.models.classes import class_named
-from experiments.scenes.captions import words_of
+from experiments.scenes.captions import vocabulary, words_of
 
 ASSETS = Path(erta.__file__).parent / "assets"
 
@@ -47,6 +47,8 @@ def load_pipeline(cfg: DictConfig) -> Any:
         raise ErtaError(_missing_weights(model, where() if where is not None else None)) from error
     if model.guidance_scale_2 is not None and getattr(pipe, "transformer_2", None) is None:
         raise ErtaError(f"model.guidance_scale_2 is for pipelines with two transformers, and {model.name} has one")
+    if model.embedded:
+        check_world(pipe, model)
     set_sampler(pipe, cfg)
     pipe.set_progress_bar_config(disable=True)
     _tile(pipe, model)
@@ -149,6 +151,17 @@ def check_vocabulary(has_tokenizer: Any, prompts: list[str], model: str = "the e
             what = f"the words {', '.join(map(repr, unknown))} are" if unknown else "an empty prompt is"
             words = " ".join(sorted(word for word in known if word.isalpha()))
             raise ErtaError(f"{prompt!r}: {what} not in {model}'s vocabulary.\nIt knows: {words}")
+
+
+def check_world(pipe: Any, model: DictConfig) -> None:
+    """Raise ErtaError if scenes of a world are asked of an embedded model that was trained on another."""
+    unknown = sorted(set(vocabulary(model.world)) - set(pipe.tokenizer.get_vocab()))
+    if unknown:
+        raise ErtaError(
+            f"model.world={model.world}: these weights do not know {', '.join(map(repr, unknown))}, so they were not trained on "
+            f"it. Train some (experiment=train_tiny model={model.name} model.world={model.world} train_tiny.install=false) and name "
+            "the pipeline that it writes in model.path"
+        )
 
 
 def check_folder(folder: Path) -> None:

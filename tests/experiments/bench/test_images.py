@@ -11,10 +11,19 @@ from scipy import linalg, ndimage
 
 from erta.errors import ErtaError
 from experiments.bench import images
-from experiments.bench.images import CLIP_TINY, ClipFeatures, clip_scores, fid, image_files, load_clip, read_image
+from experiments.bench.images import (
+    CLIP_TINY,
+    ClipFeatures,
+    clip_scores,
+    fid,
+    image_files,
+    load_clip,
+    load_networks,
+    read_image,
+)
 from experiments.harness.config import CONF
-from experiments.prompts.choose import scene_prompts
-from experiments.scenes import Scene, caption, render, sample_scene, sample_scenes
+from experiments.prompts.choose import Prompt, scene_prompts
+from experiments.scenes import Object, Scene, caption, render, sample_scene, sample_scenes
 from experiments.training.clip import IMAGE_MEAN, IMAGE_STD, build_clip, build_processor, twin
 
 PROMPTS = ["a small red circle on a dark background", "a large blue star on a striped background"]
@@ -173,3 +182,12 @@ def test_the_metrics_get_worse_with_blur_and_with_shuffled_captions():
     scores = [clip_scores(pictures, texts, model, processor).mean() for pictures in blurred]
     assert distances[0] < distances[1] < distances[2] and scores[0] > scores[1] > scores[2]
     assert clip_scores(blurred[0], texts[1:] + texts[:1], model, processor).mean() < scores[0] - 5
+
+
+def test_clip_tiny_scores_no_words_that_it_has_not_seen():
+    """Mutant: captions of another world scored with their unknown words as one token."""
+    scene = Scene((Object("star", "red", "any"),), "dark", None)
+    cfg = config()
+    networks = load_networks(cfg, [Prompt("a red thing", 0, scene, id="000")])
+    assert networks.clip is None and "'thing'" in networks.missing["clip_score_tinyclip"]
+    assert load_networks(cfg, [Prompt("a red star", 0, scene, id="000")]).clip is not None

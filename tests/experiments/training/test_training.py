@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -330,3 +331,14 @@ def test_checkpoints_go_on_under_their_own_code(tmp_path, monkeypatch):
     assert not (work / "checkpoint.safetensors").exists() and list(
         tmp_path.glob("work.before-*/checkpoint.safetensors")
     )
+
+
+def test_a_training_folder_of_another_world_and_a_full_disk_are_refused(tmp_path, monkeypatch):
+    """Mutants: checkpoints of the plain world that go on with rich pictures; a disk that fills up after hours."""
+    train_tiny.check_source(commands.config("experiment=train_tiny"), tmp_path)
+    with pytest.raises(ErtaError, match="model.world changed since the run in"):
+        train_tiny.check_source(commands.config("experiment=train_tiny", "model.world=rich"), tmp_path)
+    full = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(train_tiny.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(ErtaError, match="1 MB free, and training takes 600: name another place"):
+        train_tiny.check_source(commands.config("experiment=train_tiny"), tmp_path)
