@@ -72,7 +72,7 @@ def members_of(cfg: DictConfig) -> list[tuple[float, Member]]:
                 (
                     "experiment=compare",
                     f"model={cfg.model.name}",
-                    f"model.guidance_scale={guidance:g}",
+                    *dialled(own.dial, guidance),
                     f"compare.methods=[{methods}]",
                     "compare.timed=0",
                     f"bench.num_prompts={cfg.bench.num_prompts}",
@@ -84,6 +84,12 @@ def members_of(cfg: DictConfig) -> list[tuple[float, Member]]:
         )
         for guidance in own.guidances
     ]
+
+
+def dialled(dial: str, guidance: float) -> list[str]:
+    """The overrides that set the guidance. With true guidance the embedded one is switched off."""
+    embedded_off = ["model.guidance_scale=1"] if dial == "true_cfg_scale" else []
+    return [*embedded_off, f"model.{dial}={guidance:g}"]
 
 
 def conclusions(tables: dict[float, Comparison]) -> dict[str, dict[str, np.ndarray]]:

@@ -39,10 +39,6 @@ def run(cfg: DictConfig, folder: Path) -> None:
     trainer = TRAINERS.get(cfg.model.pipeline)
     if not cfg.model.embedded or trainer is None:
         raise ErtaError(f"experiment=train_tiny trains embedded models, and model={cfg.model.name} is not one")
-    if cfg.train_tiny.distil_shipped and trainer is not train_images:
-        raise ErtaError(
-            f"train_tiny.distil_shipped=true: model={cfg.model.name} has no distilled guidance; use model=flux_tiny"
-        )
     until = cfg.train_tiny.until or trainer.PARTS[-1]
     if until not in trainer.PARTS:
         raise ErtaError(f"train_tiny.until must be one of {', '.join(trainer.PARTS)}, not {until!r}")
@@ -123,7 +119,7 @@ def install(cfg: DictConfig, pipe: Any, curves: dict[str, Path]) -> None:
     for path in partial.glob("*/config.json"):  # diffusers notes where the parts were loaded from
         kept = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
         write_json(path, kept)
-    shutil.copytree(target / "training", partial / "training", dirs_exist_ok=True)  # of parts that were not trained now
+    (partial / "training").mkdir()
     for part, curve in curves.items():
         shutil.copyfile(curve, partial / "training" / f"{part}.jsonl")
     shutil.rmtree(target, ignore_errors=True)

@@ -53,7 +53,7 @@ WORD_KEYS = {
     "model.dtype", "model.offload", "model.prompt_source", "model.world", "cache.site", "cache.rectifier_fit", "cache.policy",
     "cache.rel_l1_denominator", "cache.phi_denominator", "cache.time_form", "cache.rectifier", "cache.rectifier_form",
     "cache.reuse", "bench.frames_from", "bench.suite", "wandb.mode", "cache.about.group", "compare.reference",
-    "sampler.scheduler",
+    "sampler.scheduler", "regimes.dial",
 }  # fmt: skip
 LEFT_OUT = (
     "experiment.",

@@ -20,6 +20,7 @@ OFFLOADS = ("none", "model", "sequential")
 FRAMES_FROM = ("decoded", "mp4")
 WANDB_MODES = ("offline", "online", "disabled")
 PROMPT_SOURCES = ("scenes", "vbench")
+DIALS = ("guidance_scale", "true_cfg_scale")
 WORLDS = ("plain", "rich")  # as experiments.scenes has them, which takes half a second to load
 RECTIFIER_FITS = ("open", "closed")
 # steps planned before the run; decided while it runs; parts inside the model; no cache; what has seen the test samples
@@ -129,6 +130,8 @@ CHECKS: dict[str, Check] = {
     "model.num_inference_steps": Count(2, MOST_STEPS),
     "model.guidance_scale": GUIDANCE,
     "model.guidance_scale_2": GUIDANCE,
+    "model.true_cfg_scale": Number(1, 1000),
+    "regimes.dial": Choice(DIALS),
     "model.flow_shift": Number(0, 1000, above=True),
     "model.height": Count(8, MOST_SIDE),
     "model.width": Count(8, MOST_SIDE),

@@ -54,6 +54,7 @@ class Decomposition:
 
 @dataclass
 class Regimes:
+    dial: str = "guidance_scale"  # or true_cfg_scale, with guidance_scale=1, for models with an embedded guidance
     guidances: list[float] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)  # of conf/cache
 
@@ -83,7 +84,6 @@ class TrainTiny:
     until: str | None = None  # stop after this part: autoencoder, decoder or clip, text, transformer
     work_dir: str | None = None  # where checkpoints are kept
     install: bool = True  # put the finished weights into erta/assets
-    distil_shipped: bool = False  # flux_tiny: distil the shipped transformer anew, and train nothing else
     device: str | None = None  # null: cuda if there is one, else cpu
     steps: int | None = None  # of the transformer; null: what was found enough on two cores
     minutes: float | None = None  # of the transformer, restarts included, however many steps that is

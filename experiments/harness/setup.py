@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import erta
 from erta.architectures import architecture_of
-from erta.guidance import second_scale_of
+from erta.guidance import second_scale_of, true_scale_of
 from erta.pipeline import find_denoiser, find_denoisers, single_denoiser
 from erta.policy import steps_for_speedup
 from erta.signature import model_signature
@@ -146,6 +146,7 @@ class _Shared:
             **model_signature(self.pipe),
             "sigmas": [float(s) for s in grid.sigmas],
             "guidance_scale": float(self.cfg.model.guidance_scale),
+            **({} if (true := true_scale_of(self.kwargs)) is None else {"true_cfg_scale": true}),
             **({} if grid.takeover is None else second),
         }
 

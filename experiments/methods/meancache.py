@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from erta.errors import ErtaError
-from erta.guidance import guide
+from erta.guidance import combining_scale_of, guide
 from erta.online import Call, OnlineRule, online
 from erta.policy import Mask
 from erta.scheduler import with_grid
@@ -40,7 +40,7 @@ def arm(setup: Setup) -> Arm:
     if setup.cfg.cache.site != "output":
         raise ErtaError("cache=meancache follows the path of the latent: use cache.site=output")
     power, sigmas = check_number("power", setup.options["power"], 0), setup.grid.sigmas
-    scale = setup.kwargs["guidance_scale"]
+    scale = combining_scale_of(setup.kwargs)
 
     def measure() -> dict[str, Any]:
         costs = [path_costs(one, sigmas, scale) for one in record(setup, TrajectoryRecorder, PROMPTS)]

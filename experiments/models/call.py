@@ -20,7 +20,9 @@ def call_kwargs(cfg: DictConfig) -> dict[str, Any]:
     """The pipeline's arguments of one generation, without prompt and seed."""
     model = cfg.model
     keys = ["num_inference_steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames"]
-    kwargs = {key: model[key] for key in [*keys, "max_sequence_length"]}
+    kwargs = {key: model[key] for key in [*keys, "max_sequence_length", "true_cfg_scale"]}
+    if model.true_cfg_scale is not None:
+        kwargs["negative_prompt"] = ""
     return {key: value for key, value in kwargs.items() if value is not None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,10 @@ def load_pipeline(cfg: DictConfig) -> Any:
         raise ErtaError(_missing_weights(model, where() if where is not None else None)) from error
     if model.guidance_scale_2 is not None and getattr(pipe, "transformer_2", None) is None:
         raise ErtaError(f"model.guidance_scale_2 is for pipelines with two transformers, and {model.name} has one")
+    if model.true_cfg_scale is not None and "true_cfg_scale" not in inspect.signature(pipe.__call__).parameters:
+        raise ErtaError(
+            f"model.true_cfg_scale: {type(pipe).__name__} knows no true_cfg_scale, use model.guidance_scale"
+        )
     if model.embedded:
         check_world(pipe, model)
     set_sampler(pipe, cfg)

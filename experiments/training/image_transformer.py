@@ -53,9 +53,8 @@ TRANSFORMER_CONFIG = dict(
 )
 BATCH_SIZE = 48
 NUM_PICTURES = 20_000
-NUM_TAUGHT = 6_000  # of them, where a teacher answers: its answers say more than the pictures do
 CAPTION_DROPOUT = 0.1
-MAX_GUIDANCE = 10.0
+MAX_GUIDANCE = 10.0  # of the shipped weights: 5
 
 
 @dataclass(frozen=True)
@@ -156,35 +155,6 @@ def guided(teacher: Velocity, noisy, sigma, guidance, text, no_text) -> torch.Te
     return without + guidance.view(-1, 1, 1) * (with_text - without)
 
 
-class Pictures:
-    """What the image transformer is trained on: latents of pictures, where objects are, and their captions, on a device."""
-
-    def __init__(
-        self,
-        folder: Path,
-        count: int,
-        vae: AutoencoderKL,
-        texts: Texts,
-        seed: int,
-        device: torch.device | str,
-        world: str,
-    ) -> None:
-        self.device = device
-        self.latents, self.objects, scenes = encode_pictures(
-            vae, folder / "latents.safetensors", count, seed, device, world
-        )
-        texts.clip.to(device)
-        texts.encoder.to(device)
-        self.words, self.no_text, self.draws = encode_captions(texts, scenes, seed), texts([""]), hard_first(scenes)
-
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[torch.Tensor, ...]:
-        """Noisy tokens (b, 64, 16), the velocity wanted there, sigma (b,), where objects are, and the captions."""
-        picked = self.draws[rng.integers(0, len(self.draws), size=size)]
-        sigma = noise_levels(size, self.device)
-        text = pick_captions(self.words, self.no_text, picked, CAPTION_DROPOUT, rng)
-        return (*noised(self.latents[picked], sigma), sigma, self.objects[picked], text)
-
-
 def train_image_transformer(
     first: StageSettings,
     distillation: StageSettings,
@@ -194,21 +164,27 @@ def train_image_transformer(
     on_sample: Callable[[FluxTransformer2DModel, int], None] | None = None,
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
-    teacher: FluxTransformer2DModel | None = None,
     world: str = "plain",
 ) -> FluxTransformer2DModel:
-    """Train without guidance under `folder`/first, distil under `folder`/distilled, and save the averaged weights.
-
-    Args:
-        teacher: a finished transformer, which is distilled anew, told 1 as its own teacher; then there is no first stage.
-    """
+    """Train without guidance under `folder`/first, distil under `folder`/distilled, and save the averaged weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = Pictures(folder, NUM_PICTURES if teacher is None else NUM_TAUGHT, vae, texts, first.seed, device, world)
-    transformer = (build_image_transformer(first.seed) if teacher is None else copy.deepcopy(teacher)).to(device)
-    velocity = Velocity(compiled(transformer), device)
+    latents, objects, scenes = encode_pictures(
+        vae, folder / "latents.safetensors", NUM_PICTURES, first.seed, device, world
+    )
+    transformer = build_image_transformer(first.seed)
+    velocity = Velocity(compiled(transformer.to(device)), device)
+    texts.clip.to(device)
+    texts.encoder.to(device)
+    words, no_text, draws = encode_captions(texts, scenes, first.seed), texts([""]), hard_first(scenes)
+
+    def batch(rng: np.random.Generator):
+        picked = draws[rng.integers(0, len(draws), size=batch_size)]
+        sigma = noise_levels(batch_size, device)
+        text = pick_captions(words, no_text, picked, CAPTION_DROPOUT, rng)
+        return (*noised(latents[picked], sigma), sigma, objects[picked], text)
 
     def first_loss(step: int, rng: np.random.Generator) -> Losses:
-        noisy, wanted, sigma, where, text = pictures.batch(rng, batch_size)
+        noisy, wanted, sigma, where, text = batch(rng)
         loss, per_sample = flow_loss(velocity(noisy, sigma, torch.ones_like(sigma), text), wanted, where, sigma)
         return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}
 
@@ -220,19 +196,18 @@ def train_image_transformer(
         optimizers = make_optimizers(transformer, stage.learning_rate)
         Trainer(stage, transformer, loss_fn, optimizers, folder / where, sample if on_sample else None).run()
 
-    if teacher is None:
-        train(first, first_loss, "first")
-    told_one = Velocity(copy.deepcopy(transformer).requires_grad_(False).eval(), device)
+    train(first, first_loss, "first")
+    teacher = Velocity(copy.deepcopy(transformer).requires_grad_(False), device)
 
     def distillation_loss(step: int, rng: np.random.Generator) -> Losses:
         """Error relative to the scale: else the highest scales, whose velocities are largest, would be all that counts.
 
-        A dropped caption stays what it is at any scale, so that the pupil can be a teacher again.
+        A dropped caption stays what it is at any scale, so that the pupil can be guided itself (`true_cfg_scale`).
         """
-        noisy, _, sigma, where, text = pictures.batch(rng, batch_size)
+        noisy, _, sigma, where, text = batch(rng)
         guidance = torch.from_numpy(rng.uniform(1, MAX_GUIDANCE, batch_size)).float().to(device)
         with torch.no_grad():
-            wanted = guided(told_one, noisy, sigma, guidance, text, pictures.no_text)
+            wanted = guided(teacher, noisy, sigma, guidance, text, no_text)
         scale, answer = guidance.view(-1, 1, 1), velocity(noisy, sigma, guidance, text)
         loss, per_sample = flow_loss(answer / scale, wanted / scale, where, sigma)
         return loss, {"loss_high_sigma": at_high_noise(per_sample, sigma)}

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from omegaconf import DictConfig
 from transformers import CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from experiments.models.load import ASSETS
 from experiments.training.clip import clip_tokenizer, train_clip
 from experiments.training.image_transformer import BATCH_SIZE, TEXT_LENGTH, Texts, train_image_transformer
 from experiments.training.image_vae import train_image_vae
@@ -26,7 +24,7 @@ SETTINGS = {
     "clip": StageSettings("clip", steps=1000, learning_rate=2e-3, decay_share=0.5, ema_decay=0.99),
     "text": StageSettings("text", steps=1200, learning_rate=3e-3, decay_share=0.5, ema_decay=0.99),
     "first": StageSettings("transformer", steps=2000, learning_rate=3e-3, decay_share=0.3, ema_decay=0.998),
-    "distilled": StageSettings("distillation", steps=1500, learning_rate=1e-3, decay_share=0.5, ema_decay=0.99),
+    "distilled": StageSettings("distillation", steps=600, learning_rate=1e-3, ema_decay=0.99),
 }
 SHIFT = 1.15  # what FLUX.1-dev's scheduler arrives at for 1024x1024 pixels
 
@@ -34,49 +32,6 @@ SHIFT = 1.15  # what FLUX.1-dev's scheduler arrives at for 1024x1024 pixels
 def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int], None]) -> FluxPipeline | None:
     """Train what is not trained yet, up to the part `until`; the pipeline if that is the last."""
     device, world = training_device(cfg.train_tiny.device), cfg.model.world
-    steps, minutes = cfg.train_tiny.steps, cfg.train_tiny.minutes
-    teacher = None
-    if cfg.train_tiny.distil_shipped:
-        shipped = FluxPipeline.from_pretrained(ASSETS / cfg.model.name)
-        vae, teacher = shipped.vae, shipped.transformer
-        texts = Texts(shipped.tokenizer, shipped.text_encoder, shipped.tokenizer_2, shipped.text_encoder_2.eval())
-    else:
-        parts = train_parts(work, until, world, device)
-        if parts is None:
-            return None
-        vae, texts = parts
-
-    def assemble(transformer: FluxTransformer2DModel) -> FluxPipeline:
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=SHIFT, max_shift=SHIFT)
-        pipe = FluxPipeline(
-            scheduler=scheduler,
-            vae=vae.eval(),
-            text_encoder=texts.clip,
-            tokenizer=texts.clip_tokenizer,
-            text_encoder_2=texts.encoder,
-            tokenizer_2=texts.tokenizer,
-            transformer=transformer,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe.to(transformer.device)
-
-    transformer = train_image_transformer(
-        asked(SETTINGS["first"], steps, minutes),
-        asked(SETTINGS["distilled"], steps, minutes) if teacher else SETTINGS["distilled"],
-        work / "transformer",
-        vae,
-        texts,
-        lambda transformer, step: on_sample(assemble(transformer), step),
-        cfg.train_tiny.batch_size or BATCH_SIZE,
-        device,
-        teacher,
-        world,
-    )
-    return assemble(transformer)
-
-
-def train_parts(work: Path, until: str, world: str, device: torch.device) -> tuple[AutoencoderKL, Texts] | None:
-    """Autoencoder and text encoders, trained if they are not yet; None if that is all that was asked for."""
     if not (work / "autoencoder" / "vae").is_dir():
         train_image_vae(SETTINGS["autoencoder"], work / "autoencoder", world, device)
     vae = AutoencoderKL.from_pretrained(work / "autoencoder" / "vae")
@@ -94,7 +49,35 @@ def train_parts(work: Path, until: str, world: str, device: torch.device) -> tup
         PreTrainedTokenizerFast.from_pretrained(work / "text" / "tokenizer"),
         T5EncoderModel.from_pretrained(work / "text" / "text_encoder").eval(),
     )
-    return None if until == "text" else (vae, texts)
+    if until == "text":
+        return None
+
+    def assemble(transformer: FluxTransformer2DModel) -> FluxPipeline:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=SHIFT, max_shift=SHIFT)
+        pipe = FluxPipeline(
+            scheduler=scheduler,
+            vae=vae.eval(),
+            text_encoder=texts.clip,
+            tokenizer=texts.clip_tokenizer,
+            text_encoder_2=texts.encoder,
+            tokenizer_2=texts.tokenizer,
+            transformer=transformer,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(transformer.device)
+
+    transformer = train_image_transformer(
+        asked(SETTINGS["first"], cfg.train_tiny.steps, cfg.train_tiny.minutes),
+        SETTINGS["distilled"],
+        work / "transformer",
+        vae,
+        texts,
+        lambda transformer, step: on_sample(assemble(transformer), step),
+        cfg.train_tiny.batch_size or BATCH_SIZE,
+        device,
+        world,
+    )
+    return assemble(transformer)
 
 
 def text_tower(clip: CLIPModel) -> CLIPTextModel:

@@ -39,7 +39,6 @@ BAD = {
     "mp4 of images": (["bench.frames_from=mp4", "model=flux_tiny", "model.num_frames=null"], "is for videos"),
     "mp4 of odd sizes": (["model.width=40"], "model.width must be a multiple of 16"),
     "train something else": (["experiment=train_tiny", "model=wan21"], "embedded"),
-    "distil a video model": (["experiment=train_tiny", "train_tiny.distil_shipped=true"], "use model=flux_tiny"),
     "another world": (["model.world=rich"], "were not trained on it"),
 }
 
