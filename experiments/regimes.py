@@ -30,6 +30,7 @@ PAPERS = {
     "the rectification helps": ("ertacache", "policy_time"),
 }
 AGAINST = "ertacache"
+CALLED = {"guidance_scale": "guidance", "true_cfg_scale": "true guidance"}
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -37,7 +38,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     members = members_of(cfg)
     run_members(cfg, folder, [one for _, one in members])
     tables = {guidance: Comparison(records.read_rows(folder / one.name)) for guidance, one in members}
-    cells = conclusions(tables)
+    cells = conclusions(tables, CALLED[cfg.regimes.dial])
     claims = [
         Measured(
             text=f"{text} ({cell})",
@@ -92,13 +93,13 @@ def dialled(dial: str, guidance: float) -> list[str]:
     return [*embedded_off, f"model.{dial}={guidance:g}"]
 
 
-def conclusions(tables: dict[float, Comparison]) -> dict[str, dict[str, np.ndarray]]:
+def conclusions(tables: dict[float, Comparison], dial: str = "guidance") -> dict[str, dict[str, np.ndarray]]:
     """By conclusion and cell, the paired differences by prompt. A row that a cell lacks leaves it out."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for guidance, table in tables.items():
         for place in table.groups:
             rows = {one.row.label: one for one in table.of(place) if one.samples}
-            cell = f"guidance {guidance:g}, {place[1]} steps"
+            cell = f"{dial} {guidance:g}, {place[1]} steps"
             for text, (better, worse) in pairs(rows).items():
                 found.setdefault(text, {})[cell] = decibels(rows[better]) - decibels(rows[worse])
     return found

@@ -96,3 +96,18 @@ def test_images_through_the_main_job(command, tmp_path):
     record = json.loads(Path("outputs/flux/record.json").read_text())
     assert record["steps"]["computed"] == 3 and record["metrics"]["psnr_db"] > 0
     assert record["memory"]["cache_bytes"] == 16 * 16 * 4 and Path("outputs/flux/report.html").is_file()
+
+
+@pytest.mark.parametrize("cache", ["ertacache", "meancache"])
+def test_true_guidance_beside_an_embedded_one(command, cache):
+    """Two forwards a step. Mutant: no negative prompt, without which the pipeline makes one."""
+    told = ["model=flux_tiny", "model.guidance_scale=1", "model.true_cfg_scale=4", "model.num_inference_steps=4"]
+    code, printed = command(
+        *told, "bench=fidelity", f"cache={cache}", "cache.steps=3", "model.path=null", "hydra.run.dir=outputs/true",
+        "model.num_frames=null", "model.height=64", "model.width=64",
+    )  # fmt: skip
+    assert code == 0, printed
+    first = json.loads(Path("outputs/true/per_prompt.jsonl").read_text().splitlines()[0])
+    assert (first["uncached"]["forwards"], first["cached"]["forwards"]) == (8, 6)
+    code, printed = command("model.true_cfg_scale=4")
+    assert code == 1 and "WanPipeline knows no true_cfg_scale" in printed

@@ -47,6 +47,13 @@ def test_a_comparison_for_each_guidance():
     assert {"model=flux_tiny", "model.guidance_scale=3.5", "bench.num_prompts=4"} < set(second.overrides)
 
 
+def test_true_guidance_as_the_dial():
+    """Mutant: true guidance on top of the embedded one."""
+    cfg = config("experiment=regimes", "model=flux_tiny", "regimes.guidances=[9]", "regimes.dial=true_cfg_scale")
+    ((_, member),) = regimes.members_of(cfg)
+    assert {"model.guidance_scale=1", "model.true_cfg_scale=9"} < set(member.overrides)
+
+
 def test_printed_order_is_of_the_model_with_the_same_pipeline():
     """Wan's rows at the same share of steps, of one table each; each printed pair is a claim, the closer one first.
 
