@@ -37,8 +37,11 @@ from experiments.training.muon import muon_and_adamw
 from experiments.training.text import MAX_WORDS, TEXT_DIM, encode_words
 
 TEXT_LENGTH = 512  # what WanPipeline pads to by default
+PATCH_SIZES = {
+    "plain": (1, 2, 2),
+    "rich": (1, 1, 1),
+}  # turned shapes stayed wrong in three of four clips with the larger one
 TRANSFORMER_CONFIG = dict(
-    patch_size=(1, 2, 2),
     num_attention_heads=4,
     attention_head_dim=32,
     in_channels=16,
@@ -106,10 +109,10 @@ def object_cells(clips: torch.Tensor) -> torch.Tensor:
     return torch.cat([functional.max_pool3d(coloured[:, :, :1], (1, 8, 8)), later], dim=2) > 0
 
 
-def build_transformer(seed: int) -> WanTransformer3DModel:
+def build_transformer(seed: int, world: str = "plain") -> WanTransformer3DModel:
     """A freshly initialised transformer whose output and residual branches start near zero."""
     torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+    transformer = WanTransformer3DModel(patch_size=PATCH_SIZES[world], **TRANSFORMER_CONFIG)
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -162,7 +165,7 @@ def train_transformer(
     latents, objects, scenes = encode_clips(
         vae, folder / "latents.safetensors", NUM_CLIPS, settings.seed, device, world
     )
-    transformer = build_transformer(settings.seed)
+    transformer = build_transformer(settings.seed, world)
     length = MAX_WORDS + 1  # the last position is always a pad and stands for all that are not here
     words, is_word = encode_words(tokenizer, text_encoder, [caption(scene) for scene in scenes[:100]], length)
     attend_to_words(transformer, words[is_word.bool()])
