@@ -291,6 +291,7 @@ class _Fitting:
             "fitted_to": {key: self.recorded.record[key] for key in ("prompts", "seeds", "dtype", "device")},
             "guidance_scale": self.recorded.signature["guidance_scale"],
             "guidance_scale_2": self.recorded.signature["guidance_scale_2"],
+            "true_cfg_scale": self.recorded.signature.get("true_cfg_scale"),
             "on_calibration": fitted,
             "predicted": expected.summary() if expected else None,
             "predicted_by_loop": {name: quality.score for name, quality in predicted.items()},

@@ -14,8 +14,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from analysis.records import ModelCardRecord
+from erta.guidance import true_scale_of
 from erta.options import SITES
 from experiments.models.architectures import describe, forward_inputs, known_class
+from experiments.models.call import call_kwargs
 from experiments.models.classes import class_named
 from experiments.models.costs import count_flops, flops_without_blocks
 from experiments.output import console, tracking
@@ -52,7 +54,7 @@ def model_card(cfg: DictConfig) -> ModelCardRecord:
     dtypes = {"output": about.get("velocity_dtype", cfg.model.dtype), "blocks": cfg.model.dtype}
     itemsize = {site: getattr(torch, dtype).itemsize for site, dtype in dtypes.items()}
     kept = {"output": velocity.numel(), "blocks": _token_elements(about, transformer.config)}
-    forwards = about["forwards"] if cfg.model.guidance_scale > 1 else 1
+    forwards = forwards_of(about, cfg)
     window = min(cfg.calibration.window, steps - 1)
     passes = {"output": FLOPS_PER_PAIR * velocity.numel() * window / flops, "blocks": None}
     if head_flops is not None:
@@ -103,9 +105,20 @@ def shown(card: ModelCardRecord) -> list[list[str]]:
     ]
 
 
+def forwards_of(about: dict[str, Any], cfg: DictConfig) -> int:
+    """Of one step: with true guidance beside an embedded one two, else what the class makes where guidance is on."""
+    if true_scale_of(call_kwargs(cfg)) is not None:
+        return 2
+    return about["forwards"] if cfg.model.guidance_scale > 1 else 1
+
+
 def _token_elements(about: dict[str, Any], config: Any) -> int | None:
     """Elements of the token residual of one branch; None where the `blocks` site is not known."""
     if known_class(about).blocks is None:
         return None
     frames, height, width = about["size"]
-    return frames * (height // 2) * (width // 2) * config.num_attention_heads * config.attention_head_dim
+    patch = getattr(config, "patch_size", None)
+    side = (
+        patch[-1] if isinstance(patch, (list, tuple)) else 2
+    )  # FLUX packs 2x2 latents itself; others' patches are square
+    return frames * (height // side) * (width // side) * config.num_attention_heads * config.attention_head_dim

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from analysis import records
 from analysis.comparison import IDENTICAL_DB, Comparison, Outcome
 from analysis.records import Measured
+from erta.errors import ErtaError
 from experiments.harness.figure import finish_figure, rounded
 from experiments.harness.members import Member, run_members
 from experiments.output import console
@@ -62,14 +63,16 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 def members_of(cfg: DictConfig) -> list[tuple[float, Member]]:
-    """A comparison for each guidance."""
+    """A comparison for each guidance. Raises ErtaError for one that the dial does not reach."""
     own = cfg.regimes
-    methods = ",".join(own.methods)
+    methods, dial = ",".join(own.methods), CALLED[own.dial]
+    if own.dial == "true_cfg_scale" and min(own.guidances) < 1:
+        raise ErtaError(f"regimes.guidances: true guidance is at least 1, not {min(own.guidances):g}")
     return [
         (
             guidance,
             Member(
-                f"guidance_{guidance:g}",
+                f"{dial.replace(' ', '_')}_{guidance:g}",
                 (
                     "experiment=compare",
                     f"model={cfg.model.name}",

@@ -184,8 +184,9 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
     shortest = np.argsort([len(text) for text in every.record["prompts"]], kind="stable")[:few]
     found.append(condition("fitted to short prompts, run on long ones", every.only(sorted(shortest.tolist())), True))
     for scale in own.guidances:
-        if scale != cfg.model.guidance_scale:
-            elsewhere = Setup(with_overrides(f"model.guidance_scale={scale:g}"), setup.pipe)
+        dial = "guidance_scale" if cfg.model.true_cfg_scale is None else "true_cfg_scale"
+        if scale != cfg.model[dial]:
+            elsewhere = Setup(with_overrides(f"model.{dial}={scale:g}"), setup.pipe)
             seen = kept_trajectories(elsewhere, "limits-trajectories", texts[:few], seeds[:few])
             found.append(
                 Condition(f"fitted at guidance {scale:g}", PLAIN, fitted(elsewhere, seen, placement=placed), plain)

@@ -93,8 +93,9 @@ def check_source(cfg: DictConfig, work: Path) -> None:
     check_inputs(
         work, {"source": source_digest("experiments/scenes", "experiments/training"), "model.world": cfg.model.world}
     )
+    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     free = shutil.disk_usage(work).free
-    if free < NEEDED_BYTES:
+    if free + there < NEEDED_BYTES:
         raise ErtaError(
             f"{work} has {free / 1e6:.0f} MB free, and training takes {NEEDED_BYTES / 1e6:.0f}: name another place in "
             "train_tiny.work_dir"

@@ -23,7 +23,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from analysis.intervals import paired_interval
 from analysis.records import RowScores
 from erta.errors import ErtaError
-from experiments.models.load import ASSETS, check_vocabulary
+from experiments.models.load import ASSETS, world_of
 from experiments.output import console, ranks
 from experiments.output.clips import to_uint8
 from experiments.prompts.choose import Prompt
@@ -240,14 +240,15 @@ def load_networks(cfg: DictConfig, prompts: list[Prompt]) -> Networks:
     clip = None
     try:
         clip = load_clip(CLIP_TINY if name == "tinyclip" else chosen or "openai/clip-vit-base-patch16")
-        if name == "tinyclip":
-            check_vocabulary(clip[1], [prompt.text for prompt in prompts], "clip_tiny")
+        known = world_of(clip[1].tokenizer)
+        if name == "tinyclip" and {known} != {prompt.scene.world for prompt in prompts if prompt.scene is not None}:
+            raise ErtaError(f"clip_tiny knows the {known} world alone")
     except ErtaError as error:
         clip, missing[f"clip_score_{name}"] = None, str(error)
     if clip is not None and name == "tinyclip":
         features["tinyclip"] = ClipFeatures(*clip)
     else:
-        missing["fid_tinyclip"] = "clip_tiny knows the scene world alone"
+        missing["fid_tinyclip"] = missing["clip_score_tinyclip"]
     return Networks(features, clip, name, missing)
 
 

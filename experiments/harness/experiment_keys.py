@@ -86,7 +86,7 @@ class TrainTiny:
     install: bool = True  # put the finished weights into erta/assets
     device: str | None = None  # null: cuda if there is one, else cpu
     steps: int | None = None  # of the transformer; null: what was found enough on two cores
-    minutes: float | None = None  # of the transformer, restarts included, however many steps that is
+    minutes: float | None = None  # of the transformer, restarts included: its end, however many steps that is
     batch_size: int | None = None  # of the transformer; null: what is fast on two cores
 
 

@@ -43,7 +43,7 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
             "transformer": {key: value for key, value in config.items() if not key.startswith("_")},
             "latent": latent,
             "text": [model.max_sequence_length or 512, width],
-            "forwards": 2 if model.guidance_scale > 1 and not image else 1,
+            "forwards": 1 if image else 2,
         }
     if about is not None and not model.embedded and model.path is not None:
         console.note(f"the card is that of the published {model.name}; model.path is not read")

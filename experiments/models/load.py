@@ -17,6 +17,7 @@ import erta
 from erta.errors import ErtaError
 from erta.pipeline import find_denoisers
 from experiments.models.classes import class_named
+from experiments.scenes.attributes import WORLDS
 from experiments.scenes.captions import vocabulary, words_of
 
 ASSETS = Path(erta.__file__).parent / "assets"
@@ -26,10 +27,11 @@ def load_pipeline(cfg: DictConfig) -> Any:
     """The pipeline of `cfg.model` with the solver of `cfg.sampler`, on the GPU if there is one.
 
     `model.offload` counts only there. Raises ErtaError with what was looked for, and what to do, if the weights are
-    missing or damaged, and for tiles or a compilation that this model does not know.
+    missing or damaged, and for tiles, a compilation, true guidance or a world that this model does not know.
     """
     model = cfg.model
     folder, pipeline_class = _local_folder(model), class_named(model.pipeline)
+    check_true_guidance(pipeline_class, model)
     if folder is not None:
         check_folder(folder)
     try:
@@ -48,10 +50,6 @@ def load_pipeline(cfg: DictConfig) -> Any:
         raise ErtaError(_missing_weights(model, where() if where is not None else None)) from error
     if model.guidance_scale_2 is not None and getattr(pipe, "transformer_2", None) is None:
         raise ErtaError(f"model.guidance_scale_2 is for pipelines with two transformers, and {model.name} has one")
-    if model.true_cfg_scale is not None and "true_cfg_scale" not in inspect.signature(pipe.__call__).parameters:
-        raise ErtaError(
-            f"model.true_cfg_scale: {type(pipe).__name__} knows no true_cfg_scale, use model.guidance_scale"
-        )
     if model.embedded:
         check_world(pipe, model)
     set_sampler(pipe, cfg)
@@ -147,25 +145,41 @@ def set_sampler(pipe: Any, cfg: DictConfig) -> None:
         pipe.scheduler = scheduler.from_config(whole)
 
 
-def check_vocabulary(has_tokenizer: Any, prompts: list[str], model: str = "the embedded model") -> None:
-    """Raise ErtaError for a word that an embedded model, a pipeline or a CLIP with its processor, has never seen."""
-    known = set(has_tokenizer.tokenizer.get_vocab())
+def check_vocabulary(pipe: Any, prompts: list[str]) -> None:
+    """Raise ErtaError for a word that the embedded model has never seen."""
+    known = set(pipe.tokenizer.get_vocab())
     for prompt in prompts:
         unknown = [word for word in words_of(prompt) if word not in known]
         if unknown or not words_of(prompt):
             what = f"the words {', '.join(map(repr, unknown))} are" if unknown else "an empty prompt is"
             words = " ".join(sorted(word for word in known if word.isalpha()))
-            raise ErtaError(f"{prompt!r}: {what} not in {model}'s vocabulary.\nIt knows: {words}")
+            raise ErtaError(f"{prompt!r}: {what} not in the embedded model's vocabulary.\nIt knows: {words}")
+
+
+def world_of(tokenizer: Any) -> str | None:
+    """The scene world whose words a tokenizer knows, neither more nor less; None if there is none."""
+    words = {word for word in tokenizer.get_vocab() if word.isalpha()}
+    return next((world for world in WORLDS if words == set(vocabulary(world))), None)
 
 
 def check_world(pipe: Any, model: DictConfig) -> None:
     """Raise ErtaError if scenes of a world are asked of an embedded model that was trained on another."""
-    unknown = sorted(set(vocabulary(model.world)) - set(pipe.tokenizer.get_vocab()))
-    if unknown:
+    known = world_of(pipe.tokenizer)
+    if model.prompt_source == "scenes" and known is not None and known != model.world:
         raise ErtaError(
-            f"model.world={model.world}: these weights do not know {', '.join(map(repr, unknown))}, so they were not trained on "
-            f"it. Train some (experiment=train_tiny model={model.name} model.world={model.world} train_tiny.install=false) and name "
-            "the pipeline that it writes in model.path"
+            f"model.world={model.world}: these weights were trained on the {known} world. Use model.world={known}, or name "
+            f"other weights in model.path (experiment=train_tiny model.world={model.world} train_tiny.install=false makes some)"
+        )
+
+
+def check_true_guidance(pipeline_class: type, model: DictConfig) -> None:
+    """Raise ErtaError for `model.true_cfg_scale` on a pipeline that does not know it."""
+    if (
+        model.true_cfg_scale is not None
+        and "true_cfg_scale" not in inspect.signature(pipeline_class.__call__).parameters
+    ):
+        raise ErtaError(
+            f"model.true_cfg_scale: {pipeline_class.__name__} knows no true guidance, use model.guidance_scale"
         )
 
 

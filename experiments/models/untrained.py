@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from erta.errors import ErtaError
 from experiments.models.architectures import describe
 from experiments.models.classes import class_named
-from experiments.models.load import compile_blocks, place, set_sampler
+from experiments.models.load import check_true_guidance, compile_blocks, place, set_sampler
 from experiments.scenes.tokenizer import build_tokenizer
 
 
@@ -23,6 +23,7 @@ def untrained_pipeline(cfg: DictConfig) -> Any:
 
     Raises ErtaError for a model whose pipeline cannot be put together this way.
     """
+    check_true_guidance(class_named(cfg.model.pipeline), cfg.model)
     about = describe(cfg)
     name = about["class"]
     if cfg.model.pipeline not in BUILDERS or about.get("transformers", 1) > 1:

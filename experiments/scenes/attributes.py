@@ -2,10 +2,11 @@
 
 A scene has one or two objects (shape, colour, size), a background, a motion that all its objects share
 (none in a picture), and, with two objects, the relation of the first to the second. The split is by attribute combination:
-no combination that a test prompt asks for was ever seen in training or calibration.
+no combination that a test prompt asks for was ever asked for in training or calibration.
 
 There are two worlds. In the plain one a caption fixes nearly all that is seen. In the rich one a third of the captions leave
-attributes out (`ANY`), and much is free that no caption speaks of (`experiments.scenes.rich`).
+attributes out (`ANY`), and much is free that no caption speaks of (`experiments.scenes.rich`). What is drawn for an attribute
+that is left out can make a combination that another split asks for.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def _left_out(scene: Scene, rng: np.random.Generator) -> Scene:
         elif place == "motion":
             scene = replace(scene, motion=ANY)
         else:
-            some_other_has_none = any(o.colour == ANY for o in objects)
-            kinds = ["shape", "size"] if some_other_has_none else ["shape", "size", "colour"]
+            another_lacks_its_colour = any(o.colour == ANY for o in objects)
+            kinds = ["shape", "size"] if another_lacks_its_colour else ["shape", "size", "colour"]
             objects[place] = replace(objects[place], **{str(rng.choice(kinds)): ANY})
     return replace(scene, objects=tuple(objects))

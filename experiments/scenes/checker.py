@@ -26,7 +26,7 @@ MIN_SHAPE_FIT = {  # overlap, and its lead over the next best shape; below eithe
     "triangle": (0.65, 0.02),
     "star": (0.65, 0.04),  # small blobs overlap with it by 0.77, large clear stars by 0.72: the lead tells them apart
 }
-SYMMETRY = {"circle": 1, "square": 4, "triangle": 3, "star": 5}  # turned by a full circle over this a shape is itself
+SYMMETRY = {"square": 4, "triangle": 3, "star": 5}  # turned by a full circle over this a shape is itself
 AREA = {
     shape: float(shape_alpha(shape, 16.0, np.array([[32.0, 32.0]])).sum()) / 16.0**2 for shape in SHAPES
 }  # of radius 1
@@ -96,7 +96,8 @@ def read_clip(frames: np.ndarray, world: str = "plain") -> Reading:
 
 
 def agreement(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """Attribute by attribute: does the clip show what the scene asks for? What it does not ask for is not there.
+    """Attribute by attribute: does the clip show what the scene asks for? What it does not ask for has
+    no entry.
 
     An object that was asked for is matched by its colour first, then by position in the list of what was
     seen. `all` also needs the right number of objects.
@@ -184,7 +185,7 @@ def _turned_fit(covered: np.ndarray, shape: str, centres: np.ndarray) -> tuple[f
     """The same where things are turned and of any size near the named ones: the radius is that of the area."""
     radius = float(np.sqrt(np.median(covered.sum((1, 2))) / AREA[shape]))
     few = np.linspace(0, len(covered) - 1, min(len(covered), 3)).round().astype(int)
-    angles = np.arange(0, 2 * np.pi / SYMMETRY[shape], ANGLE_STEP) if shape != "circle" else [0.0]
+    angles = np.arange(0, 2 * np.pi / SYMMETRY[shape], ANGLE_STEP) if shape in SYMMETRY else [0.0]
     turned = [(_overlap(covered[few], shape_alpha(shape, radius, centres[few], angle)), angle) for angle in angles]
     overlap = _overlap(covered, shape_alpha(shape, radius, centres, max(turned)[1]))
     return overlap, min(RADII_PX, key=lambda size: abs(np.log(radius / RADII_PX[size])))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.scenes import rich
-from experiments.scenes.attributes import COLOURS, MOTIONS, RADII_PX, RELATIONS, Scene
+from experiments.scenes.attributes import COLOURS, RADII_PX, RELATIONS, Scene
 from experiments.scenes.shapes import (
     EXTENT,
     MARGIN_PX,
@@ -18,8 +18,8 @@ from experiments.scenes.shapes import (
     MIN_GAP_PX,
     NUM_FRAMES,
     SIZE_PX,
-    TRAVEL_PX,
     shape_alpha,
+    way_of,
 )
 
 LATTICE_PX = 4.0  # of the centres in the first frame: half a cell of the latents, few enough places to learn
@@ -33,17 +33,12 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     frames = np.repeat(_background(scene.background, rng)[None, :, :, None], count, axis=0)
     frames = np.repeat(frames, 3, axis=3)
     starts = start_positions(scene, rng)
-    step = _way(scene) / (NUM_FRAMES - 1)
+    step = way_of(scene) / (NUM_FRAMES - 1)
     for start, thing in zip(starts, scene.objects, strict=True):
         centres = start + step * np.arange(count)[:, None]
         alpha = shape_alpha(thing.shape, RADII_PX[thing.size], centres)[..., None]
         frames = frames * (1 - alpha) + alpha * np.array(COLOURS[thing.colour])
     return frames.astype(np.float32)
-
-
-def _way(scene: Scene) -> np.ndarray:
-    """Of every object from the first frame to the last, x and y in pixels."""
-    return np.array(MOTIONS[scene.motion or "still"]) * TRAVEL_PX
 
 
 def _background(kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -72,7 +67,7 @@ def _background(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 def start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
     """Centres (x, y) in the first frame, on the lattice, such that every object stays inside the frame throughout."""
-    low_way, high_way = np.minimum(_way(scene), 0), np.maximum(_way(scene), 0)
+    low_way, high_way = np.minimum(way_of(scene), 0), np.maximum(way_of(scene), 0)
 
     def points(axis: int, reach: float) -> np.ndarray:
         """Where along an axis an object that reaches so far can start."""

@@ -1,7 +1,7 @@
 """The rich world: what is free in a picture that no caption speaks of.
 
 In the plain world a prompt fixes nearly everything, so a small error on the way can only die out. Here a scene with one
-object has at least 28 continuous freedoms more, as pictures of a real model have:
+object has at least 25 continuous freedoms more, as pictures of a real model have:
 
 - every object: where it is (2), how it is turned, how large exactly, hue and brightness, and a grain of stripes with
   period, direction, phase and strength;
@@ -20,20 +20,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scenes.attributes import COLOURS, MOTIONS, RADII_PX, RELATIONS, Object, Scene, completed
+from experiments.scenes.attributes import COLOURS, RADII_PX, RELATIONS, Object, Scene, completed
 from experiments.scenes.shapes import (
     EXTENT,
     MARGIN_PX,
     MAX_GAP_PX,
     MIN_GAP_PX,
     SIZE_PX,
-    TRAVEL_PX,
     seen_from,
     shape_alpha,
+    way_of,
 )
 
 SIZE_SPREAD = 0.08  # of the radius, to both sides
-HUE_SPREAD = 0.02  # of the circle, to both sides: 7 degrees, where two palette colours are at least 25 apart
+HUE_SPREAD = 0.02  # of the circle, to both sides: 7 degrees, where two palette colours are at least 24 apart
 BRIGHTNESS = (0.88, 1.0)  # of the palette colour
 GRAIN_PERIOD_PX, GRAIN_STRENGTH = (5.0, 10.0), (0.03, 0.12)
 LEVELS = {"dark": (0.11, 0.19), "light": (0.76, 0.84), "striped": (0.44, 0.54), "checkered": (0.44, 0.54)}
@@ -63,7 +63,7 @@ def render(scene: Scene, rng: np.random.Generator, count: int) -> np.ndarray:
     ground = _background(scene.background, rng)
     frames = np.repeat(_with_specks(ground, rng)[None, :, :, None], count, axis=0).repeat(3, axis=3)
     looks = [_look(thing, rng) for thing in scene.objects]
-    way = np.array(MOTIONS[scene.motion or "still"]) * TRAVEL_PX
+    way = way_of(scene)
     for thing, look, start in zip(scene.objects, looks, start_positions(scene, looks, way, rng), strict=True):
         centres = start + way * (np.arange(count)[:, None] / max(count - 1, 1))
         alpha = shape_alpha(thing.shape, look.radius_px, centres, look.angle)[..., None]

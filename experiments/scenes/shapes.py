@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from experiments.scenes.attributes import MOTIONS, Scene
+
 SIZE_PX = 64
 NUM_FRAMES = 9
 TRAVEL_PX = 12.0  # way of a moving object from the first frame to the last
@@ -19,6 +21,11 @@ def shape_alpha(shape: str, radius_px: float, centres: np.ndarray, angle: float 
     """
     x, y = seen_from(centres, angle)
     return np.clip(0.5 - _signed_distance(shape, x, y, radius_px), 0.0, 1.0)
+
+
+def way_of(scene: Scene) -> np.ndarray:
+    """Of every object from the first frame to the last, x and y in pixels."""
+    return np.array(MOTIONS[scene.motion or "still"]) * TRAVEL_PX
 
 
 def seen_from(centres: np.ndarray, angle: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

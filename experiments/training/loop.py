@@ -1,7 +1,8 @@
 """One training loop for every part of the embedded models: seeded, resumable, with a curve and a progress bar.
 
 Step k draws its batch and its noise from generators seeded by (seed, k), so a run that was interrupted and
-continued sees the batches that an uninterrupted one would have seen. On a GPU batches are drawn ahead by other processes.
+continued sees the batches that an uninterrupted one would have seen. On a GPU other
+processes render batches ahead.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from erta.errors import ErtaError
 
 LOG_EVERY_S = 60.0  # where there is no terminal for a progress bar
-DRAWN_AHEAD = 4  # batches by each process
-MOST_DRAWING = 12  # processes
+NO_END = 10**9  # steps
+DRAWN_AHEAD = 2  # batches by each process; they wait in shared memory, which a container may have little of
+MOST_DRAWING = 5  # processes
 LOOK_EVERY = 20  # steps between two looks at the loss: each makes the device wait
 Losses = tuple[torch.Tensor, dict[str, float | torch.Tensor]]
 
@@ -60,13 +62,9 @@ class StageSettings:
         return warm if progress <= 0 else warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def asked(settings: StageSettings, steps: int | None, minutes: float | None) -> StageSettings:
-    """The settings with another number of steps, or an end in time, if one is given."""
-    if steps is not None and steps < 1:
-        raise ErtaError(f"train_tiny.steps must be at least 1, not {steps}")
-    if minutes is not None and not minutes > 0:
-        raise ErtaError(f"train_tiny.minutes must be above 0, not {minutes}")
-    return replace(settings, steps=steps or settings.steps, minutes=minutes)
+def with_end(settings: StageSettings, steps: int | None, minutes: float | None) -> StageSettings:
+    """The settings with another end, if one is given: after so many steps, or so many minutes, whichever comes first."""
+    return replace(settings, steps=steps or (NO_END if minutes else settings.steps), minutes=minutes)
 
 
 def training_device(name: str | None) -> torch.device:
@@ -102,14 +100,15 @@ def drawing_processes(device: torch.device | str) -> int:
     """How many processes draw batches ahead: none beside a model that trains on the same cores."""
     if torch.device(device).type == "cpu" or "fork" not in multiprocessing.get_all_start_methods():
         return 0
-    return min(MOST_DRAWING, max(1, len(os.sched_getaffinity(0)) - 1))
+    return min(MOST_DRAWING, max(1, (os.cpu_count() or 1) - 1))
 
 
 class Trainer:
     """Trains `model` by `loss_fn(step, drawn)`, keeps a moving average of its weights, and can be continued.
 
-    `drawn` is what `draw(step, rng)` gives; without `draw` it is the step's generator itself. After `run`, the model holds the averaged weights. The folder holds `checkpoint.safetensors` (weights,
-    average, optimizer state, step), `curve.jsonl` and whatever `on_sample(step)` writes.
+    `drawn` is what `draw(step, rng)` gives; without `draw` it is the step's generator itself. After `run`, the model holds the
+    averaged weights. The folder holds `checkpoint.safetensors` (weights, average, optimizer state, step, seconds),
+    `curve.jsonl` and whatever `on_sample(step)` writes.
     """
 
     def __init__(
@@ -142,19 +141,18 @@ class Trainer:
         if self.checkpoint_path.exists():
             self._load()
         last = min(until_step or self.settings.steps, self.settings.steps)
-        drawn = self._drawn(last)
+        drawn = self._drawn(last) if self.step < last else iter(())
         checkpointed = sampled = logged = time.monotonic()
         shown = ""
         self.model.train()
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TimeElapsedColumn(), TimeRemainingColumn()]
         with Progress(*columns) as bar, open(self.folder / "curve.jsonl", "a") as curve:
-            task = bar.add_task(self.settings.name, total=last, completed=self.step)
+            task = bar.add_task(self.settings.name, total=last if last < NO_END else None, completed=self.step)
             try:
                 while self.step < last and self.settings.share_done(self.step, self.seconds) < 1:
                     began = time.monotonic()
                     losses = self._one_step(next(drawn))
-                    self.seconds += time.monotonic() - began
                     if self.step % LOOK_EVERY == 0:
                         metrics = {name: float(value) for name, value in losses.items()}
                         curve.write(json.dumps({"step": self.step, **metrics}) + "\n")
@@ -162,8 +160,10 @@ class Trainer:
                         shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
                         bar.update(task, completed=self.step, description=f"{self.settings.name}  {shown}")
                     now = time.monotonic()
+                    self.seconds += now - began
                     if not bar.console.is_terminal and now - logged > LOG_EVERY_S:
-                        print(f"{self.settings.name}  step {self.step} of {last}  {shown}", flush=True)
+                        of = f" of {last}" if last < NO_END else ""
+                        print(f"{self.settings.name}  step {self.step}{of}  {shown}", flush=True)
                         logged = now
                     if now - checkpointed > self.settings.checkpoint_every_s:
                         self._save()

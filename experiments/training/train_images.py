@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5En
 from experiments.training.clip import clip_tokenizer, train_clip
 from experiments.training.image_transformer import BATCH_SIZE, TEXT_LENGTH, Texts, train_image_transformer
 from experiments.training.image_vae import train_image_vae
-from experiments.training.loop import StageSettings, asked, training_device
+from experiments.training.loop import StageSettings, training_device, with_end
 from experiments.training.text import train_text_encoder
 
 PARTS = ("autoencoder", "clip", "text", "transformer")
@@ -67,7 +67,7 @@ def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int
         return pipe.to(transformer.device)
 
     transformer = train_image_transformer(
-        asked(SETTINGS["first"], cfg.train_tiny.steps, cfg.train_tiny.minutes),
+        with_end(SETTINGS["first"], cfg.train_tiny.steps, cfg.train_tiny.minutes),
         SETTINGS["distilled"],
         work / "transformer",
         vae,

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from experiments.training.loop import StageSettings, asked, training_device
+from experiments.training.loop import StageSettings, training_device, with_end
 from experiments.training.text import train_text_encoder
 from experiments.training.video_transformer import BATCH_SIZE, train_transformer
 from experiments.training.video_vae import train_decoder, train_vae
@@ -63,7 +63,7 @@ def train(cfg: DictConfig, work: Path, until: str, on_sample: Callable[[Any, int
         return pipe.to(transformer.device)
 
     transformer = train_transformer(
-        asked(SETTINGS["transformer"], cfg.train_tiny.steps, cfg.train_tiny.minutes),
+        with_end(SETTINGS["transformer"], cfg.train_tiny.steps, cfg.train_tiny.minutes),
         work / "transformer",
         encoding_vae,
         tokenizer,

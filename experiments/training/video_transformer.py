@@ -39,8 +39,8 @@ from experiments.training.text import MAX_WORDS, TEXT_DIM, encode_words
 TEXT_LENGTH = 512  # what WanPipeline pads to by default
 PATCH_SIZES = {
     "plain": (1, 2, 2),
-    "rich": (1, 1, 1),
-}  # turned shapes stayed wrong in three of four clips with the larger one
+    "rich": (1, 1, 1),  # with (1, 2, 2) turned shapes came out wrong in three of four clips
+}
 TRANSFORMER_CONFIG = dict(
     num_attention_heads=4,
     attention_head_dim=32,

@@ -39,7 +39,12 @@ BAD = {
     "mp4 of images": (["bench.frames_from=mp4", "model=flux_tiny", "model.num_frames=null"], "is for videos"),
     "mp4 of odd sizes": (["model.width=40"], "model.width must be a multiple of 16"),
     "train something else": (["experiment=train_tiny", "model=wan21"], "embedded"),
-    "another world": (["model.world=rich"], "were not trained on it"),
+    "true guidance below 1": (
+        ["experiment=regimes", "model=flux_tiny", "regimes.dial=true_cfg_scale", "regimes.guidances=[0.5]"],
+        "true guidance is at least 1",
+    ),
+    "true guidance of Wan": (["experiment=speed", "model.true_cfg_scale=4"], "WanPipeline knows no true guidance"),
+    "another world": (["model.world=rich"], "these weights were trained on the plain world"),
 }
 
 

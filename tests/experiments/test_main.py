@@ -110,4 +110,4 @@ def test_true_guidance_beside_an_embedded_one(command, cache):
     first = json.loads(Path("outputs/true/per_prompt.jsonl").read_text().splitlines()[0])
     assert (first["uncached"]["forwards"], first["cached"]["forwards"]) == (8, 6)
     code, printed = command("model.true_cfg_scale=4")
-    assert code == 1 and "WanPipeline knows no true_cfg_scale" in printed
+    assert code == 1 and "WanPipeline knows no true guidance" in printed

@@ -36,6 +36,16 @@ def test_cards_of_the_real_models(model, billions, latent, blocks_mb):
     assert 1 < card.calibration_generations["output"] < 1.01
 
 
+def test_true_guidance_takes_a_second_forward():
+    """Mutant: forwards counted by the embedded scale."""
+    one = model_card(config("model=flux_dev"))
+    two = model_card(config("model=flux_dev", "model.guidance_scale=1", "model.true_cfg_scale=4"))
+    assert (one.forwards_per_step, two.forwards_per_step) == (1, 2)
+    assert (
+        two.flops_per_sample == 2 * one.flops_per_sample and two.cache_bytes["output"] == 2 * one.cache_bytes["output"]
+    )
+
+
 def test_flops_of_open_sora_by_hand():
     """Fourteen widths squared a token and block (8 of them the feed-forward), attention over a frame or over all frames.
 

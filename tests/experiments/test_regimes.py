@@ -52,6 +52,7 @@ def test_true_guidance_as_the_dial():
     cfg = config("experiment=regimes", "model=flux_tiny", "regimes.guidances=[9]", "regimes.dial=true_cfg_scale")
     ((_, member),) = regimes.members_of(cfg)
     assert {"model.guidance_scale=1", "model.true_cfg_scale=9"} < set(member.overrides)
+    assert member.name == "true_guidance_9"
 
 
 def test_printed_order_is_of_the_model_with_the_same_pipeline():

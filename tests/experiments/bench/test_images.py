@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -185,9 +187,11 @@ def test_the_metrics_get_worse_with_blur_and_with_shuffled_captions():
 
 
 def test_clip_tiny_scores_no_words_that_it_has_not_seen():
-    """Mutant: captions of another world scored with their unknown words as one token."""
-    scene = Scene((Object("star", "red", "any"),), "dark", None)
-    cfg = config()
-    networks = load_networks(cfg, [Prompt("a red thing", 0, scene, id="000")])
-    assert networks.clip is None and "'thing'" in networks.missing["clip_score_tinyclip"]
-    assert load_networks(cfg, [Prompt("a red star", 0, scene, id="000")]).clip is not None
+    """Mutant: pictures of another world scored, where their captions happen to hold no word that it lacks."""
+    scene = Scene((Object("star", "red", "small"),), "dark", None, world="rich")
+    networks = load_networks(config(), [Prompt("a small red star", 0, scene, id="000")])
+    assert networks.clip is None and "tinyclip" not in networks.features
+    for name in ("clip_score_tinyclip", "fid_tinyclip"):
+        assert networks.missing[name] == "clip_tiny knows the plain world alone"
+    plain = Prompt("a small red star", 0, replace(scene, world="plain"), id="000")
+    assert load_networks(config(), [plain]).clip is not None

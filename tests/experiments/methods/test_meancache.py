@@ -63,3 +63,15 @@ def test_meancache_path_costs_by_hand():
     assert costs[1, 3] == pytest.approx(0, abs=1e-6)
     # 2 → 4 with r = 0: the mean since 0 is 2.5, JVP = (4 - 2.5) / -0.5 = -3: step 3 is 4 + 0.75, 0.25 short of 5
     assert costs[2, 4] == pytest.approx(0.25 * 0.25)
+
+
+def test_true_guidance_combines_the_branches(monkeypatch):
+    """Mutants: the embedded scale in its place; searches of one true scale that serve another."""
+    told = ["model=flux_tiny", "cache=meancache", "model.num_inference_steps=4", "cache.steps=3", "model.guidance_scale=1"]
+    setup = Setup(config(*told, "model.true_cfg_scale=4"))
+    seen = []
+    monkeypatch.setattr(meancache, "MeanCache", lambda mask, sigmas, scale: seen.append(scale))
+    monkeypatch.setattr(meancache, "kept", lambda *_: {"costs": np.ones((4, 5)).tolist()})
+    meancache.arm(setup)
+    assert seen == [4.0]
+    assert setup.signature["true_cfg_scale"] == 4.0 != Setup(config(*told, "model.true_cfg_scale=9")).signature["true_cfg_scale"]

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 
 from experiments.harness import checks
+from experiments.scenes import __main__ as sheets
 from experiments.scenes import agreement, caption, read_clip, render, rich, sample_scene, sample_scenes, vocabulary
 from experiments.scenes.attributes import (
     ANY,
@@ -162,15 +164,29 @@ def test_one_caption_has_many_pictures():
     assert dimensions("rich") > 1.15 * dimensions("plain")
 
 
-@pytest.mark.parametrize(
-    "name", ["NUM_SPECKS", "LIGHT_FALL", "GRAIN_STRENGTH", "HUE_SPREAD", "BRIGHTNESS", "SIZE_SPREAD"]
-)
+FIXED = {
+    "BRIGHTNESS": (1.0, 1.0), "GRAIN_PERIOD_PX": (5.0, 5.0), "GRAIN_STRENGTH": (0.0, 0.0), "HUE_SPREAD": 0.0,
+    "LEVELS": {"striped": (0.5, 0.5)}, "LIGHT_FALL": (0.0, 0.0), "NUM_SPECKS": (0, 0), "PATTERN_PERIOD_PX": (13.0, 13.0),
+    "PATTERN_SHARPNESS": (1.0, 1.0), "SIZE_SPREAD": 0.0, "SPECK_CONTRAST": (0.2, 0.2), "SPECK_RADIUS_PX": (1.0, 1.0),
+    "TEXTURE_DEPTH": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIXED)
 def test_every_freedom_is_used(name, monkeypatch):
     """Without it the picture is another one. Mutant: a constant that nothing reads."""
     free = render(ONE, np.random.default_rng(4))
-    none = {"NUM_SPECKS": (0, 0), "BRIGHTNESS": (1.0, 1.0)}.get(name, 0.0 if name.endswith("SPREAD") else (0.0, 0.0))
-    monkeypatch.setattr(rich, name, none)
+    monkeypatch.setattr(rich, name, FIXED[name])
     assert np.abs(render(ONE, np.random.default_rng(4)) - free).max() > 1e-3
+
+
+def test_a_sheet_of_both_worlds(tmp_path, capsys):
+    assert sheets.main([str(tmp_path / "worlds.png"), "--seed", "3"]) == 0
+    assert Image.open(tmp_path / "worlds.png").width > 1000 and "written" in capsys.readouterr().out
+    assert sheets.main([str(tmp_path / "nowhere" / "worlds.png")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sheets.main([str(tmp_path / "worlds.png"), "--seed", "-1"])
 
 
 def test_the_worlds_are_those_of_the_configuration():

@@ -31,7 +31,8 @@ from experiments.scenes.attributes import (
     split_of,
 )
 from experiments.scenes.captions import words_of
-from experiments.scenes.render import EXTENT, LATTICE_PX, MAX_GAP_PX, MIN_GAP_PX, TRAVEL_PX, start_positions
+from experiments.scenes.render import LATTICE_PX, start_positions
+from experiments.scenes.shapes import EXTENT, MAX_GAP_PX, MIN_GAP_PX, TRAVEL_PX
 
 COUNT = 60
 NOISE = 10 ** (-25 / 20)  # 25 dB

@@ -18,7 +18,7 @@ from experiments import train_tiny
 from experiments.scenes import Object, Scene, caption, render, sample_scene
 from experiments.scenes.captions import words_of
 from experiments.scenes.tokenizer import build_tokenizer
-from experiments.training import clip, image_vae, loop, video_vae
+from experiments.training import clip, image_transformer, image_vae, loop, video_vae
 from experiments.training.flow import OBJECT_WEIGHT, flow_loss, hard_first, noised
 from experiments.training.loop import StageSettings, Trainer
 from experiments.training.muon import Muon, orthogonalise
@@ -102,25 +102,36 @@ def test_training_to_a_given_time(tmp_path, monkeypatch):
     assert settings.learning_rate_factor(10, 29.0) == 1
     assert settings.learning_rate_factor(10, 45.0) == pytest.approx(0.5)
     assert settings.learning_rate_factor(7500, 0.0) == pytest.approx(0.5)
-    model = nn.Linear(1, 1)
+    model, rates = nn.Linear(1, 1), []
 
     def again() -> Trainer:
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.0)]
-        return Trainer(settings, model, lambda step, rng: (model.weight.square().sum(), {}), optimizers, tmp_path)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3)]
+
+        def loss_fn(step, rng):
+            rates.append(optimizers[0].param_groups[0]["lr"] / 1e-3)
+            return model.weight.square().sum(), {}
+
+        return Trainer(settings, model, loss_fn, optimizers, tmp_path)
 
     first, second = again(), again()
     first.run(until_step=8)
     assert first.seconds == 24
     second.run()
     assert second.seconds == 60 and second.step == 20
-    for wrong in ({"steps": 0, "minutes": None}, {"steps": None, "minutes": 0.0}):
-        with pytest.raises(ErtaError, match="train_tiny"):
-            loop.asked(settings, **wrong)
+    assert rates[:10] == [1.0] * 10 and rates[15] == pytest.approx(0.5) and rates[19] < 0.03
+
+
+def test_minutes_alone_end_a_training():
+    """Mutants: the usual number of steps ends it before, or sets the learning rate."""
+    usual = StageSettings("toy", steps=2000, learning_rate=1.0, warmup_steps=1)
+    assert loop.with_end(usual, None, 8.0).share_done(100_000, 240.0) == pytest.approx(0.5)
+    assert loop.with_end(usual, 1000, 8.0).share_done(750, 240.0) == pytest.approx(0.75)
+    assert loop.with_end(usual, None, None) == usual
 
 
 @pytest.mark.parametrize("world", ["plain", "rich"])
 def test_every_part_is_trained_on_the_asked_world(world, tmp_path, monkeypatch):
-    """Mutant: a part that draws its batches of the plain world."""
+    """Mutants: a part that draws its batches of the plain world, and one that measures its latents on it."""
     seen: set[str] = set()
 
     def noting(*args, **kwargs):
@@ -131,7 +142,8 @@ def test_every_part_is_trained_on_the_asked_world(world, tmp_path, monkeypatch):
     def one_step(name: str) -> StageSettings:
         return StageSettings(name, steps=1, learning_rate=1e-3)
 
-    monkeypatch.setattr(video_vae, "set_latent_statistics", lambda *_, **__: None)  # of 256 clips
+    whole = video_vae.set_latent_statistics
+    monkeypatch.setattr(video_vae, "set_latent_statistics", lambda vae, rng, world: whole(vae, rng, 8, world))
     monkeypatch.setattr(video_vae, "BATCH_SIZE", 1)
     monkeypatch.setattr(image_vae, "BATCH_SIZE", 1)
     monkeypatch.setattr(clip, "PAIRS", 2)
@@ -147,6 +159,15 @@ def test_every_part_is_trained_on_the_asked_world(world, tmp_path, monkeypatch):
         seen.clear()
         found()
         assert seen == {world}, name
+    seen.clear()
+    video_vae.train_decoder(one_step("decoder"), tmp_path / "decoder", build_vae(0), world)
+    assert seen == {world}
+    seen.clear()
+    vae = image_vae.build_image_vae(0)
+    image_transformer.encode_pictures(vae, tmp_path / "pictures.safetensors", 2, seed=0, world=world)
+    assert seen == {world}
+    patch = build_transformer(0, world).config.patch_size
+    assert list(patch) == ([1, 1, 1] if world == "rich" else [1, 2, 2])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "text" / "tokenizer")
     assert ("thing" in tokenizer.get_vocab()) is (world == "rich")
 
