@@ -8,8 +8,11 @@ import torch
 
 import erta
 from erta.online import Call
+from experiments.harness.setup import Setup
+from experiments.methods import meancache
 from experiments.methods.common.searched import TrajectoryRecorder
 from experiments.methods.meancache import MeanCache, path_costs
+from tests.commands import config
 
 
 def test_meancache_by_hand():
@@ -67,11 +70,21 @@ def test_meancache_path_costs_by_hand():
 
 def test_true_guidance_combines_the_branches(monkeypatch):
     """Mutants: the embedded scale in its place; searches of one true scale that serve another."""
-    told = ["model=flux_tiny", "cache=meancache", "model.num_inference_steps=4", "cache.steps=3", "model.guidance_scale=1"]
+    told = [
+        "model=flux_tiny",
+        "cache=meancache",
+        "model.num_inference_steps=4",
+        "cache.steps=3",
+        "model.guidance_scale=1",
+    ]
     setup = Setup(config(*told, "model.true_cfg_scale=4"))
     seen = []
     monkeypatch.setattr(meancache, "MeanCache", lambda mask, sigmas, scale: seen.append(scale))
     monkeypatch.setattr(meancache, "kept", lambda *_: {"costs": np.ones((4, 5)).tolist()})
     meancache.arm(setup)
     assert seen == [4.0]
-    assert setup.signature["true_cfg_scale"] == 4.0 != Setup(config(*told, "model.true_cfg_scale=9")).signature["true_cfg_scale"]
+    assert (
+        setup.signature["true_cfg_scale"]
+        == 4.0
+        != Setup(config(*told, "model.true_cfg_scale=9")).signature["true_cfg_scale"]
+    )
