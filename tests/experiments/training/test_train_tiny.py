@@ -7,13 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.training import image_transformer, image_vae, train_images, train_video, video_transformer, video_vae
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("model", ["wan21_tiny", "flux_tiny"])
-def test_a_model_of_the_rich_world_from_nothing(model, command, monkeypatch):
+def test_a_model_of_the_rich_world_from_nothing(model, device, command, monkeypatch):
     """Mutants: a part of the plain world (its words are missing), a pipeline that is not written where it is not installed."""
     for trainer in (train_video, train_images):
         monkeypatch.setattr(
@@ -26,7 +31,7 @@ def test_a_model_of_the_rich_world_from_nothing(model, command, monkeypatch):
     monkeypatch.setattr(video_vae, "set_latent_statistics", lambda *_, **__: None)
     monkeypatch.setattr(image_vae, "BATCH_SIZE", 2)
     asked = [
-        "experiment=train_tiny", f"model={model}", "model.world=rich", "train_tiny.install=false", "train_tiny.device=cpu",
+        "experiment=train_tiny", f"model={model}", "model.world=rich", "train_tiny.install=false", f"train_tiny.device={device}",
         "train_tiny.work_dir=work", "train_tiny.batch_size=4", "bench.num_prompts=2",
     ]  # fmt: skip
     code, printed = command(*asked, quick=False)
