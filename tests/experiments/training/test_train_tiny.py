@@ -11,7 +11,6 @@ import torch
 
 from experiments.training import image_transformer, image_vae, train_images, train_video, video_transformer, video_vae
 
-
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
