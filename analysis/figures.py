@@ -243,7 +243,9 @@ def regimes(series: dict[str, Any]) -> Figure:
             axis.barh(row, 0.94, left=place - 0.47, height=0.9, color=colour, alpha=0.75 if decided else 0.15)
             axis.text(place, row, f"{gain.mean:+.1f}", ha="center", va="center", fontsize=6.5)
     axis.set_yticks(range(len(cells)), list(cells), fontsize=7.5)
-    axis.set_xticks(range(len(names)), [name.replace("true ", "true\n").replace(", ", "\n") for name in names], fontsize=7)
+    axis.set_xticks(
+        range(len(names)), [name.replace("true ", "true\n").replace(", ", "\n") for name in names], fontsize=7
+    )
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.set(ylim=(len(cells) - 0.5, -0.5), xlim=(-0.5, len(names) - 0.5))
