@@ -39,11 +39,6 @@ BAD = {
     "mp4 of images": (["bench.frames_from=mp4", "model=flux_tiny", "model.num_frames=null"], "is for videos"),
     "mp4 of odd sizes": (["model.width=40"], "model.width must be a multiple of 16"),
     "train something else": (["experiment=train_tiny", "model=wan21"], "embedded"),
-    "true guidance below 1": (
-        ["experiment=regimes", "model=flux_tiny", "regimes.dial=true_cfg_scale", "regimes.guidances=[0.5]"],
-        "true guidance is at least 1",
-    ),
-    "true guidance of Wan": (["experiment=speed", "model.true_cfg_scale=4"], "WanPipeline knows no true guidance"),
     "another world": (["model.world=rich"], "these weights were trained on the plain world"),
 }
 
@@ -55,6 +50,21 @@ def test_bad_input_is_answered_in_a_line_or_two(command, name):
     message = printed[printed.index("error:") :].strip()
     assert code == 1 and expected in message and "Traceback" not in printed
     assert len(message.splitlines()) <= 3, message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["experiment=regimes", "model=flux_tiny", "regimes.dial=true_cfg_scale", "regimes.guidances=[0.5]"],
+            "true guidance is at least 1",
+        ),
+        (["experiment=speed", "model.true_cfg_scale=4"], "WanPipeline knows no true guidance"),
+    ],
+)
+def test_true_guidance_where_there_is_none(command, arguments, expected):
+    code, printed = command(*arguments, quick=False)
+    assert code == 1 and expected in printed
 
 
 def test_word_outside_the_vocabulary_and_bad_prompt_files(command):
