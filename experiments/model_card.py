@@ -118,7 +118,5 @@ def _token_elements(about: dict[str, Any], config: Any) -> int | None:
         return None
     frames, height, width = about["size"]
     patch = getattr(config, "patch_size", None)
-    side = (
-        patch[-1] if isinstance(patch, (list, tuple)) else 2
-    )  # FLUX packs 2x2 latents itself; others' patches are square
+    side = patch[-1] if isinstance(patch, (list, tuple)) else 2  # 2: FLUX packs 2x2 latents itself
     return frames * (height // side) * (width // side) * config.num_attention_heads * config.attention_head_dim

@@ -183,8 +183,8 @@ def fit_all(cfg: DictConfig, places: dict[str, Place]) -> list[Condition]:
     found = [Condition(PLAIN, PLAIN, plain, plain)]
     shortest = np.argsort([len(text) for text in every.record["prompts"]], kind="stable")[:few]
     found.append(condition("fitted to short prompts, run on long ones", every.only(sorted(shortest.tolist())), True))
+    dial = "guidance_scale" if cfg.model.true_cfg_scale is None else "true_cfg_scale"
     for scale in own.guidances:
-        dial = "guidance_scale" if cfg.model.true_cfg_scale is None else "true_cfg_scale"
         if scale != cfg.model[dial]:
             elsewhere = Setup(with_overrides(f"model.{dial}={scale:g}"), setup.pipe)
             seen = kept_trajectories(elsewhere, "limits-trajectories", texts[:few], seeds[:few])

@@ -240,9 +240,10 @@ def load_networks(cfg: DictConfig, prompts: list[Prompt]) -> Networks:
     clip = None
     try:
         clip = load_clip(CLIP_TINY if name == "tinyclip" else chosen or "openai/clip-vit-base-patch16")
-        known = world_of(clip[1].tokenizer)
-        if name == "tinyclip" and {known} != {prompt.scene.world for prompt in prompts if prompt.scene is not None}:
-            raise ErtaError(f"clip_tiny knows the {known} world alone")
+        if name == "tinyclip":
+            known = world_of(clip[1].tokenizer)
+            if {known} != {prompt.scene.world for prompt in prompts if prompt.scene is not None}:
+                raise ErtaError(f"clip_tiny knows the {known} world alone")
     except ErtaError as error:
         clip, missing[f"clip_score_{name}"] = None, str(error)
     if clip is not None and name == "tinyclip":

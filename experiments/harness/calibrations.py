@@ -31,6 +31,7 @@ FEW_PARTS = 50  # up to which no progress of merging is shown
 
 def check_fits(calibration: erta.Calibration, setup: Setup) -> None:
     """Raise SignatureMismatch if the calibration was made for another model, grid, guidance or size."""
+    # the setup's leaves it out where it is off, so that files of earlier versions keep their names
     check_signature(calibration.signature, {"true_cfg_scale": 1.0, **setup.signature})
     asked = setup.size
     made_for = calibration.record.get("size", asked)

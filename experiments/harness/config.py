@@ -37,9 +37,7 @@ class ModelConfig:
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
     guidance_scale_2: float | None = None  # of a pipeline's second transformer; null: as of the first
-    true_cfg_scale: float | None = (
-        None  # beside an embedded guidance (FLUX): a second forward, without the prompt; null: none
-    )
+    true_cfg_scale: float | None = None  # beside an embedded guidance (FLUX), by a second forward; null: none
     flow_shift: float | None = None
     height: int = MISSING
     width: int = MISSING

@@ -174,10 +174,8 @@ def check_world(pipe: Any, model: DictConfig) -> None:
 
 def check_true_guidance(pipeline_class: type, model: DictConfig) -> None:
     """Raise ErtaError for `model.true_cfg_scale` on a pipeline that does not know it."""
-    if (
-        model.true_cfg_scale is not None
-        and "true_cfg_scale" not in inspect.signature(pipeline_class.__call__).parameters
-    ):
+    known = inspect.signature(pipeline_class.__call__).parameters
+    if model.true_cfg_scale is not None and "true_cfg_scale" not in known:
         raise ErtaError(
             f"model.true_cfg_scale: {pipeline_class.__name__} knows no true guidance, use model.guidance_scale"
         )

@@ -129,8 +129,7 @@ class Trainer:
         self.base_rates = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
         self.step, self.seconds = 0, 0.0
         self.draws = _Draws(draw or (lambda step, rng: rng), settings.seed)
-        self.device = next(model.parameters()).device
-        self.processes = drawing_processes(self.device) if draw else 0
+        self.processes = drawing_processes(next(model.parameters()).device) if draw else 0
 
     @property
     def checkpoint_path(self) -> Path:
